@@ -1,0 +1,1 @@
+"""EIM in JAX: contrastive losses against whole-data-set queues, trained in segmented stages."""

@@ -1,0 +1,24 @@
+"""The batch that every stage reads, and the legend of axis letters.
+
+b batch | n visual tokens ([CLS] + patches) | v CLIP width | j joint CLIP width | m ST output tokens | d LM width |
+t text tokens | V vocabulary | N queue rows (training samples)
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+
+class Batch(NamedTuple):
+    """One batch of samples; a field that the stage does not need is None.
+
+    `index` is the sample's row in every queue: it travels with the sample through shuffling, sharding and resuming.
+    """
+
+    index: Int[Array, "b"]
+    tokens: Int[Array, "b t"] | None = None  # instruction + response + EOS, padded on the right with 0
+    valid: Bool[Array, "b t"] | None = None  # a real token, not padding
+    supervised: Bool[Array, "b t"] | None = None  # counted by loss_base: response + EOS
+    image: UInt8[Array, "b h w 3"] | None = None  # resized and cropped as CLIP does; normalised on the device
+    features: Float[Array, "b n v"] | None = None  # cached `see` of a frozen CLIP
+    has_image: Bool[Array, "b"] | None = None  # False: a text-only row, masked out of loss_IE and loss_ST

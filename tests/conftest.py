@@ -1,0 +1,28 @@
+"""Eight fake devices, strict ranks and run-time shape checks for every test."""
+
+import pathlib
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+_hook = install_import_hook("eim_jax", "typeguard.typechecked")
+
+
+@pytest.fixture
+def shared_data():
+    """Returns a function: name of a folder of small real data beside the checkout -> its path, or a skipped test."""
+
+    def find(name: str) -> pathlib.Path:
+        path = ROOT.parent / "shared" / "data" / name
+        if not path.exists():
+            pytest.skip(f"no folder shared/data/{name} beside the checkout")
+        return path
+
+    return find
