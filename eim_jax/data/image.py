@@ -1,0 +1,88 @@
+"""From a picture file to CLIP's input: decoding to RGB, CLIP's resize and crop on the host, normalisation on the device."""
+
+import os
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from PIL import Image, ImageOps
+
+# CLIP's pixel statistics (openai/CLIP, clip.py; facts: ClipCap section 2).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Above this PIL warns of a decompression bomb; such a picture takes over 250 MB once decoded.
+MAX_PIXELS = 89_478_485
+
+
+def load_rgb(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Returns the picture in `path` decoded in full, upright, in mode RGB.
+
+    Errors: OSError (missing, truncated, not a picture), ValueError (more than `max_pixels` pixels, no 8-bit meaning).
+    """
+    with Image.open(path) as picture:
+        check_size(picture, max_pixels)
+        return to_rgb(picture)
+
+
+def check_size(picture: Image.Image, max_pixels: int = MAX_PIXELS) -> None:
+    """Raises ValueError for a picture without pixels, or with so many that decoding it would exhaust memory."""
+    width, height = picture.size
+    if width < 1 or height < 1:
+        raise ValueError(f"it has no pixels ({width} x {height})")
+    if width * height > max_pixels:
+        raise ValueError(f"it is {width} x {height}, more than {max_pixels} pixels (a decompression bomb?); shrink it")
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """Returns the picture in mode RGB, turned upright by its EXIF orientation.
+
+    Transparent pixels are laid on white, as a web page shows them (dropping alpha would reveal hidden colours). 16-bit
+    grey keeps its high byte, as PIL does for 16-bit RGB. Floating-point pictures have no agreed range: ValueError.
+    """
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "RGB" and "transparency" not in picture.info:
+        return picture
+    if picture.mode.startswith("I"):
+        grey = np.asarray(picture)
+        if grey.size and (grey.min() < 0 or grey.max() > 65535):
+            raise ValueError(f"mode {picture.mode} holds values outside 0..65535; save it with 8 or 16 bits a channel")
+        return Image.fromarray((grey.astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode == "F":
+        raise ValueError("its pixels are floating-point numbers without an agreed range; save it with 8 bits a channel")
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
+        if picture.mode == "La":  # PIL converts premultiplied grey only to LA
+            picture = picture.convert("LA")
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def clip_preprocess(picture: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Returns CLIP's crop of an RGB picture: short side to `size` (bicubic), then the centre square.
+
+    The same numbers as transformers' CLIPImageProcessorPil before rescaling (to 1 grey level); source: openai/CLIP.
+    Errors: ValueError for a picture that is not RGB.
+    """
+    if picture.mode != "RGB":
+        raise ValueError(f"clip_preprocess takes mode RGB, not {picture.mode}: call to_rgb first")
+    width, height = picture.size
+    short, long = min(width, height), max(width, height)
+    scaled = int(size * long / short)
+    new_width, new_height = (size, scaled) if width <= height else (scaled, size)
+    if (new_width, new_height) != (width, height):
+        picture = picture.resize((new_width, new_height), Image.Resampling.BICUBIC)
+    left, top = (new_width - size) // 2, (new_height - size) // 2
+    return np.array(picture.crop((left, top, left + size, top + size)), np.uint8)
+
+
+def normalise(
+    images: UInt8[Array, "b h w 3"],
+    mean: tuple[float, float, float] = CLIP_MEAN,
+    std: tuple[float, float, float] = CLIP_STD,
+) -> Float[Array, "b h w 3"]:
+    """Returns f32 (images / 255 - mean) / std, channel by channel; runs on the device inside the jitted step."""
+    mean_row = jnp.asarray(mean, jnp.float32).reshape(1, 1, 1, 3)
+    std_row = jnp.asarray(std, jnp.float32).reshape(1, 1, 1, 3)
+    return (images.astype(jnp.float32) / 255.0 - mean_row) / std_row
