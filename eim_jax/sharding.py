@@ -1,0 +1,113 @@
+"""Where every array lies: one mesh, ordered path rules for parameters, one table that shows the result."""
+
+import math
+import re
+from typing import NamedTuple
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # batches and queues are split by row over both
+
+P = PartitionSpec
+COLUMN = P("fsdp", "tensor")  # kernel [in, out] whose outputs are split: qkv, up, projections
+ROW = P("tensor", "fsdp")  # kernel [in, out] whose inputs are split, after a COLUMN: out, down
+
+# (regex on the whole path, spec), first match wins. In a scanned stack ("blocks/...") the layer axis comes first.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    # Deep prompts: one slice a layer.
+    (r"visual/prompt/tokens", P(None, None, "fsdp")),
+    (r"visual/prompt/up/kernel", P(None, *COLUMN)),
+    (r"visual/prompt/down/kernel", P(None, *ROW)),
+    (r"visual/prompt/(up|down)/bias", P()),
+    # Embeddings.
+    (r"visual/class_embedding", P()),
+    (r"visual/patch_embedding/kernel", P(None, None, None, "fsdp")),
+    (r"(visual|text|lm)/position_embedding(/embedding)?", P(None, "fsdp")),
+    (r"(text|lm)/token_embedding(/embedding)?", P("tensor", "fsdp")),
+    # Matrices of all towers and of the connector.
+    (r"(visual|text|lm|st)/(.*/)?(qkv|q|k|v|up|projection)/kernel", COLUMN),
+    (r"(visual|text|lm|st)/(.*/)?(qkv|q|k|v|up)/bias", P("tensor")),
+    (r"(visual|text|lm|st)/(.*/)?(out|down)/kernel", ROW),
+    (r"st/(.*/)?kernel", COLUMN),
+    (r"st/(.*/)?(prefix|constant|tokens|queries)", P(None, "fsdp")),
+    # Vectors: norms and the remaining biases.
+    (r"(visual|text|lm|st)/(.*/)?(scale|bias)", P()),
+)
+
+
+class Row(NamedTuple):
+    """One parameter's line in `table`; `bytes` is what each device holds of it."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: PartitionSpec
+    bytes: int
+
+
+def make_mesh(shape: tuple[int, int, int] = (1, -1, 1), devices=None) -> Mesh:
+    """Returns the mesh ("data", "fsdp", "tensor") over `devices` (default: all); one size may be -1, the rest.
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    number = len(devices) if devices is not None else jax.device_count()
+    fixed = math.prod(size for size in shape if size != -1)
+    if len(shape) != len(AXES) or shape.count(-1) > 1 or fixed < 1 or number % fixed:
+        raise ValueError(f"mesh {shape} of axes {AXES} does not fit {number} devices")
+    sizes = tuple(number // fixed if size == -1 else size for size in shape)
+    if math.prod(sizes) != number:
+        raise ValueError(f"mesh {sizes} of axes {AXES} takes {math.prod(sizes)} devices, {number} are given")
+    # Auto axes: under Explicit ones an embedding lookup and q K^T would need hand-written shardings.
+    return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a batch over ("data", "fsdp")."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def queue_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows of a queue over ("data", "fsdp"): each device keeps its own rows for a whole stage."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Returns the spec of the parameter at `path`; an axis that does not divide its dimension leaves it replicated.
+
+    Raises ValueError for a path that no rule matches, and for a spec longer than the shape.
+    """
+    spec = next((spec for pattern, spec in RULES if re.fullmatch(pattern, path)), None)
+    if spec is None:
+        raise ValueError(f"no sharding rule matches the parameter {path!r} {shape}: add one to eim_jax/sharding.py")
+    if "/blocks/" in path and len(spec):
+        spec = P(None, *spec)
+    if len(spec) > len(shape):
+        raise ValueError(f"the sharding rule of {path!r} gives {spec}, longer than its shape {shape}")
+    return P(
+        *(
+            axis if axis is None or size % mesh.shape[axis] == 0 else None
+            for axis, size in zip(spec, shape, strict=False)
+        )
+    )
+
+
+def param_shardings(flat_params: dict, mesh: Mesh) -> dict[str, NamedSharding]:
+    """Returns path -> sharding for a flat {path: array or ShapeDtypeStruct}."""
+    return {path: NamedSharding(mesh, param_spec(path, leaf.shape, mesh)) for path, leaf in flat_params.items()}
+
+
+def shard_params(flat_params: dict, mesh: Mesh) -> dict[str, jax.Array]:
+    """Places a flat {path: array} on the mesh by RULES."""
+    return jax.device_put(flat_params, param_shardings(flat_params, mesh))
+
+
+def table(flat_params: dict, mesh: Mesh) -> list[Row]:
+    """Returns one row a parameter, in path order: what a reader, `plan` and a golden test look at."""
+    rows = []
+    for path, sharding in sorted(param_shardings(flat_params, mesh).items()):
+        leaf = flat_params[path]
+        local = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        rows.append(Row(path, tuple(leaf.shape), str(leaf.dtype), sharding.spec, local))
+    return rows
