@@ -1,0 +1,270 @@
+"""Every field of a run, with its default: frozen dataclasses, and the way to and from ml_collections' ConfigDict.
+
+`configs/*.py` build a ConfigDict (so that every field can be overridden on the command line); `from_config_dict` turns
+it into these dataclasses at the door, and nothing behind the door sees a ConfigDict.
+"""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+    """A field is unknown, has the wrong type, or contradicts another; the message names it and says what to do."""
+
+
+@dataclass(frozen=True)
+class Towers:
+    """The pretrained towers: directories in Hugging Face's layout, hub ids, or the shipped "miniature/..."."""
+
+    clip: str = "openai/clip-vit-base-patch32"
+    lm: str = "gpt2"
+    dropout: float = 0.1  # of the LM, in training
+    scan: bool = False  # layers as one scanned stack: compiles faster when there are many; unrolled runs faster on CPU
+    remat: str = "none"  # what the backward pass recomputes: none | dots | full
+    dtype: str = "auto"  # of computation: float32 | bfloat16 | auto (float32 on CPU, bfloat16 elsewhere)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set, how its text is cut, and what happens to bad items."""
+
+    kind: str = "coco"  # coco (COCO's own or Karpathy's JSON, your own photos in either form) | miniature
+    annotations: str = ""  # captions_train*.json, or dataset_coco.json (Karpathy: holds all splits)
+    images: str = ""  # folder of the images
+    eval_annotations: str = ""  # for val and test; "" = the file above (COCO form: then scores are on training images)
+    eval_images: str = ""  # "" = the folder above
+    on_bad: str = "error"  # a bad item stops the run (error) or leaves data and queues, counted in the log (drop)
+    max_tokens: int = 40  # instruction + response + EOS; ClipCap's length on COCO
+    eos: bool = True  # supervise an end-of-text token (ClipCap itself does not: then decode with stop_at_period)
+    cache_features: bool = True  # keep a frozen CLIP's features on disk instead of recomputing them every epoch
+    cache: str = ""  # folder for feature and validation caches; "" = <workdir>/cache
+    threads: int = 4  # that decode images
+    scenes: int = 1600  # miniature only: training scenes (five captions each)
+    eval_limit: int = 0  # score at most so many test images; 0 = all
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Settings of the queue losses (EIM sections 1 and 6; each default is argued in the README)."""
+
+    tau: float = 0.07
+    similarity: str = "cosine"  # cosine | dot
+    positives: str = "self"  # self (the paper) | group (all captions of the image) | mask (siblings not in denominator)
+    lm_with_image: bool = False  # loss_LM's query after the visual tokens, instead of text alone
+    chunk: int = 1024  # keys an online-softmax step reads
+    queue_dtype: str = "auto"  # float32 | bfloat16 | auto (float32 on CPU, bfloat16 elsewhere)
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The weight of each loss in a stage; 0 = not computed."""
+
+    base: float = 0.0
+    ie: float = 0.0
+    st: float = 0.0
+    lm: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: which parameters train, on which losses, how long and how fast."""
+
+    # Regular expressions over parameter paths (full match); an entry (pattern, factor) scales the group's rate.
+    train: tuple = ()
+    losses: LossWeights = field(default_factory=LossWeights)
+    epochs: int = 10
+    steps: int = 0  # overrides epochs when > 0
+    batch: int = 40  # global: over all devices and micro-batches
+    accumulate: int = 1  # micro-batches an update; exact: the same gradient as one big batch
+    lr: float = 2e-5
+    schedule: str = "linear"  # after the warm-up: linear (to 0) | cosine (to 0) | constant
+    warmup_steps: int = 5000
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-6
+    weight_decay: float = 0.0  # on tensors of two and more dimensions
+    clip_norm: float = 0.0  # of the trained gradients together; 0 = no clipping
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model variant and the sequence of stages that trains it; arms of a run are compared in its report."""
+
+    description: str = ""
+    features: str = "full"  # what the ST receives: full ([CLS] and all patches) | cls
+    output_layer: bool = False  # whether CLIP's output layer (ln_post and projection) stands before the ST
+    st: str = "ffn"  # ffn (EIM) | mlp (ClipCap's, on one token) | transformer (ClipCap's mapper, on one token)
+    st_tokens: int = 10  # of mlp and transformer; ffn keeps its input's number
+    st_hidden: int = 3072  # of ffn; mlp: half its output width
+    st_layers: int = 8  # of transformer
+    st_heads: int = 8  # of transformer
+    prompts: int = 0  # deep visual prompt tokens a CLIP block; 0 = none
+    prompt_hidden: int = 1408  # width of the MLP that re-parametrises them; 0 = plain prompts
+    sequence: tuple = ()  # names of stages, in order
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How captions are generated; every method in `methods` is scored, the first one is the arm's answer."""
+
+    methods: tuple = ("beam", "greedy")  # of greedy | beam | nucleus
+    beams: int = 5
+    max_tokens: int = 67
+    stop_at_period: bool = False  # ClipCap's stop rule, for models trained with eos=False
+    top_p: float = 0.8
+    temperature: float = 1.0
+    batch: int = 40
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the training state is saved; a finished stage always is."""
+
+    every_steps: int = 1000
+    keep: int = 1
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    towers: Towers = field(default_factory=Towers)
+    data: Data = field(default_factory=Data)
+    losses: Losses = field(default_factory=Losses)
+    arms: tuple = ("eim",)  # which of `arm` run, in order
+    arm: dict[str, Arm] = field(default_factory=dict)
+    stages: dict[str, Stage] = field(default_factory=dict)
+    decode: Decode = field(default_factory=Decode)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    mesh: tuple = (1, -1, 1)  # devices along data, fsdp, tensor; -1 = all that remain
+    log_every: int = 50  # steps
+
+
+# Fields that may differ when a run resumes: none of them touches the trained parameters.
+FREE_ON_RESUME = ("decode.", "checkpoint.", "log_every", "mesh", "data.cache", "data.threads", "data.eval_limit")
+
+_CHOICES = {
+    "towers.remat": ("none", "dots", "full"),
+    "towers.dtype": ("auto", "float32", "bfloat16"),
+    "data.kind": ("coco", "miniature"),
+    "data.on_bad": ("error", "drop"),
+    "losses.similarity": ("cosine", "dot"),
+    "losses.positives": ("self", "group", "mask"),
+    "losses.queue_dtype": ("auto", "float32", "bfloat16"),
+    "arm.*.features": ("full", "cls"),
+    "arm.*.st": ("ffn", "mlp", "transformer"),
+    "stages.*.schedule": ("linear", "cosine", "constant"),
+}
+
+
+def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+    """The same fields as a ConfigDict, for `configs/*.py` and the command line."""
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
+
+
+def from_config_dict(values: Any) -> Config:
+    """Turns a ConfigDict or nested dict into a checked `Config`; raises ConfigError naming the field."""
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    config = _build(Config, values, "config")
+    _check(config)
+    return config
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The fields as {"data.max_tokens": 40, ...}."""
+    flat = {}
+
+    def visit(prefix, value):
+        if isinstance(value, dict):
+            for key, child in value.items():
+                visit(f"{prefix}.{key}" if prefix else key, child)
+        else:
+            flat[prefix] = value
+
+    visit("", dataclasses.asdict(config))
+    return flat
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """The fields, one line each, whose change would make a resumed run another run."""
+    before, after = flatten(old), flatten(new)
+    lines = []
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name) and not name.startswith(FREE_ON_RESUME):
+            lines.append(f"{name}: {before.get(name)!r} in the workdir, {after.get(name)!r} asked for")
+    return lines
+
+
+def _build(kind, values, where):
+    """One dataclass from nested plain values."""
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            raise ConfigError(f"{where}.{name}: no such field{hint}")
+    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _convert(hint, value, where):
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    if typing.get_origin(hint) is dict:
+        return {name: _build(typing.get_args(hint)[1], child, f"{where}.{name}") for name, child in value.items()}
+    if hint is tuple and isinstance(value, (list, tuple)):
+        return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}: {value!r} is not a {hint.__name__}")
+    return value
+
+
+def _check(config: Config):
+    flat = flatten(config)
+    for pattern, allowed in _CHOICES.items():
+        head, _, tail = pattern.partition(".*.")
+        for name, value in flat.items():
+            hit = name == pattern if not tail else name.startswith(head + ".") and name.endswith("." + tail)
+            if hit and value not in allowed:
+                raise ConfigError(f"config.{name}: {value!r} is none of {', '.join(allowed)}")
+    for method in config.decode.methods:
+        if method not in ("greedy", "beam", "nucleus"):
+            raise ConfigError(f"config.decode.methods: {method!r} is none of greedy, beam, nucleus")
+    for name in config.arms:
+        if name not in config.arm:
+            raise ConfigError(f"config.arms: no arm {name!r}; config.arm has {', '.join(config.arm)}")
+        arm = config.arm[name]
+        if arm.st != "ffn" and arm.features != "cls":
+            raise ConfigError(f"config.arm.{name}.st: {arm.st!r} maps one token: set config.arm.{name}.features='cls'")
+        if not arm.sequence:
+            raise ConfigError(f"config.arm.{name}.sequence is empty: name at least one of config.stages")
+        for stage in arm.sequence:
+            if stage not in config.stages:
+                raise ConfigError(
+                    f"config.arm.{name}.sequence: no stage {stage!r}; config.stages has {', '.join(config.stages)}"
+                )
+            _check_stage(stage, config.stages[stage])
+
+
+def _check_stage(name: str, stage: Stage):
+    where = f"config.stages.{name}"
+    weights = dataclasses.asdict(stage.losses)
+    if not any(weights.values()):
+        raise ConfigError(f"{where}.losses: every weight is 0; a stage needs at least one loss")
+    if min(weights.values()) < 0:
+        raise ConfigError(f"{where}.losses: a weight is negative")
+    if not stage.train:
+        raise ConfigError(f"{where}.train is empty: a stage trains at least one pattern")
+    if stage.accumulate < 1 or stage.batch % stage.accumulate:
+        raise ConfigError(f"{where}.accumulate={stage.accumulate} does not divide {where}.batch={stage.batch}")
+    if stage.steps <= 0 and stage.epochs <= 0:
+        raise ConfigError(f"{where}: epochs or steps must be positive")

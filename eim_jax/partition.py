@@ -1,0 +1,119 @@
+"""Which parameters a stage trains: path patterns -> labels -> `optax.partition`, and the split into trained and frozen.
+
+Parameters are flat dicts {"st/up/kernel": array}. Gradients are taken with respect to the trained dict only; optax
+sees zeros for the rest, which `set_to_zero` groups hold no state for ("gradient truncation", EIM section 3).
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+
+from eim_jax.config import Stage
+
+FROZEN = "frozen"
+Flat = dict[str, jax.Array]
+
+
+class PartitionError(ValueError):
+    """A pattern that matches nothing, or a leaf that two patterns claim."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The leaves that one pattern trains, and the factor on the stage's learning rate."""
+
+    pattern: str
+    factor: float
+    paths: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The pattern without its trailing wildcard: st, lm, visual/prompt."""
+        return self.pattern.removesuffix("/.*")
+
+
+def flatten(params: dict) -> Flat:
+    """A nested tree as {"a/b/c": leaf}."""
+    return traverse_util.flatten_dict(params, sep="/")
+
+
+def unflatten(flat: Flat) -> dict:
+    """The nested tree of a flat dict."""
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def groups(stage: Stage, paths) -> tuple[Group, ...]:
+    """The stage's groups over these leaf paths; raises PartitionError for a dead pattern or a doubly claimed leaf."""
+    found, owner = [], {}
+    for entry in stage.train:
+        pattern, factor = (entry, 1.0) if isinstance(entry, str) else entry
+        matched = tuple(sorted(path for path in paths if re.fullmatch(pattern, path)))
+        if not matched:
+            near = difflib.get_close_matches(pattern.replace(".*", ""), sorted(paths), n=1, cutoff=0.3)
+            hint = f"; the nearest leaf is {near[0]!r}" if near else ""
+            raise PartitionError(f"train pattern {pattern!r} matches no parameter{hint}")
+        for path in matched:
+            if path in owner:
+                raise PartitionError(f"{path} is matched by both {owner[path]!r} and {pattern!r}: a leaf has one label")
+            owner[path] = pattern
+        found.append(Group(pattern, float(factor), matched))
+    return tuple(found)
+
+
+def labels(stage_groups: tuple[Group, ...], paths) -> dict[str, str]:
+    """One label a leaf: its group's pattern, or "frozen"."""
+    owner = {path: group.pattern for group in stage_groups for path in group.paths}
+    return {path: owner.get(path, FROZEN) for path in paths}
+
+
+def split(params: Flat, stage_groups: tuple[Group, ...]) -> tuple[Flat, Flat]:
+    """(trained, frozen) leaves; `{**trained, **frozen}` merges them again."""
+    owned = {path for group in stage_groups for path in group.paths}
+    trained = {path: leaf for path, leaf in params.items() if path in owned}
+    return trained, {path: leaf for path, leaf in params.items() if path not in owned}
+
+
+def learning_rate(stage: Stage, total_steps: int) -> optax.Schedule:
+    """Warm-up from 0, then the stage's decay: step -> learning rate (ClipCap: linear to 0, clipcap.md section 2)."""
+    warmup = stage.warmup_steps
+    if warmup >= total_steps:
+        raise ValueError(f"warmup_steps={warmup} leaves nothing of the stage's {total_steps} steps: lower warmup_steps")
+    rest = total_steps - warmup
+    if stage.schedule == "linear":
+        decay = optax.linear_schedule(stage.lr, 0.0, rest)
+    elif stage.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(stage.lr, rest)
+    else:
+        decay = optax.constant_schedule(stage.lr)
+    if not warmup:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, stage.lr, warmup), decay], [warmup])
+
+
+def optimizer(stage: Stage, stage_groups: tuple[Group, ...], paths, total_steps: int) -> optax.GradientTransformation:
+    """The stage's `optax.partition`: AdamW a group, zeros and no state for frozen leaves.
+
+    Clipping (`clip_norm`) measures the trained gradients together: the zeros of frozen leaves add nothing to the norm.
+    """
+    rate = learning_rate(stage, total_steps)
+
+    def adamw(factor):
+        return optax.adamw(
+            lambda count: factor * rate(count),
+            b1=stage.b1,
+            b2=stage.b2,
+            eps=stage.eps,
+            weight_decay=stage.weight_decay,
+            mask=lambda tree: jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, tree),
+        )
+
+    transforms = {group.pattern: adamw(group.factor) for group in stage_groups}
+    partition = optax.partition({**transforms, FROZEN: optax.set_to_zero()}, labels(stage_groups, paths))
+    if stage.clip_norm > 0:
+        return optax.chain(optax.clip_by_global_norm(stage.clip_norm), partition)
+    return partition
