@@ -1,0 +1,162 @@
+"""GPT-2 with its three parts callable by themselves (LM_e, LM_block, head) and an explicit key-value cache."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from eim_jax.models.layers import BlockConfig, causal_mask, layer_norm, make_blocks, run_blocks
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """Shape of a GPT-2; the defaults are GPT-2 small.
+
+    Attributes:
+      dropout: rate on embeddings, attention weights and both residual branches.
+      mlp: hidden width of the blocks' MLPs; 0 for 4 x width.
+      scan: stack the blocks' parameters and scan over them.
+      remat: "none", "full" or "dots" (layers.REMAT_POLICIES).
+    """
+
+    vocab: int = 50257
+    context: int = 1024
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    dropout: float = 0.1
+    mlp: int = 0
+    activation: str = "gelu_new"
+    eps: float = 1e-5
+    scan: bool = False
+    remat: str = "none"
+    dtype: DTypeLike = jnp.float32
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens read so far, in slots that are filled in the order of time.
+
+    A slot knows whether its token is real, so rows with right-padded prompts of different lengths share one `length`:
+    pads take slots but nothing ever sees them.
+    """
+
+    kv: Any  # unrolled: a tuple of (k, v) [b slots h e], one a layer; scanned: one (k, v) [L b slots h e]
+    valid: Bool[Array, "b slots"]
+    length: Int[Array, ""]  # slots filled so far
+
+    def take(self, rows: Int[Array, "c"]) -> "Cache":
+        """Returns the cache of the given batch rows, e.g. of the beams that survive."""
+        kv = jax.tree.map(lambda a: jnp.take(a, rows, axis=a.ndim - 4), self.kv)
+        return Cache(kv, jnp.take(self.valid, rows, axis=0), self.length)
+
+
+def init_cache(config: GPT2Config, batch: int, slots: int, dtype: DTypeLike | None = None) -> Cache:
+    """Returns an empty cache for `batch` rows of at most `slots` tokens, pads included.
+
+    Args:
+      config: the model that will fill it.
+      batch: rows.
+      slots: prompt plus everything generated; writing past the end would overwrite, so give enough.
+      dtype: of keys and values; the compute dtype by default.
+    """
+    shape = (batch, slots, config.heads, config.width // config.heads)
+    dtype = config.dtype if dtype is None else dtype
+    if config.scan:
+        kv = (jnp.zeros((config.layers, *shape), dtype), jnp.zeros((config.layers, *shape), dtype))
+    else:
+        kv = tuple((jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers))
+    return Cache(kv, jnp.zeros((batch, slots), bool), jnp.zeros((), jnp.int32))
+
+
+class GPT2(nn.Module):
+    """GPT-2 language model with a tied head."""
+
+    config: GPT2Config
+
+    def setup(self):  # noqa: D102
+        c = self.config
+        normal = nn.initializers.normal
+        self.wte = nn.Embed(c.vocab, c.width, embedding_init=normal(0.02), dtype=c.dtype)
+        self.wpe = nn.Embed(c.context, c.width, embedding_init=normal(0.02), dtype=c.dtype)
+        self.drop = nn.Dropout(c.dropout)
+        block = BlockConfig(
+            width=c.width,
+            heads=c.heads,
+            mlp=c.mlp or 4 * c.width,
+            activation=c.activation,
+            eps=c.eps,
+            dropout=c.dropout,
+            residual_init=normal(0.02 * (2 * c.layers) ** -0.5),  # keeps the residual stream's variance with depth
+            dtype=c.dtype,
+        )
+        self.blocks = make_blocks(block, c.layers, scan=c.scan, remat=c.remat)
+        self.ln_f = layer_norm(c.eps, c.dtype)
+
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Returns the token embeddings alone, without positions: LM_e."""
+        return self.wte(tokens)
+
+    def hidden(
+        self,
+        embeds: Float[Array, "b t d"],
+        *,
+        valid: Bool[Array, "b t"] | None = None,
+        positions: Int[Array, "b t"] | None = None,
+        cache: Cache | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b t d"], Cache | None]:
+        """Returns LM_block's output (after ln_f) for input embeddings, and the cache that now holds these tokens.
+
+        Args:
+          embeds: token embeddings or the ST's output, without positions.
+          valid: False for padding, which nothing sees; None means all real.
+          positions: of each token; 0..t-1 by default. Must be given with a cache.
+          cache: what was read before; these tokens take its next t slots.
+          train: dropout is on; needs the rng "dropout".
+
+        Raises:
+          ValueError: more tokens than positions, or a cache without positions.
+        """
+        c, (b, t) = self.config, embeds.shape[:2]
+        if t > c.context:
+            raise ValueError(f"{t} tokens do not fit GPT-2's context of {c.context}")
+        if positions is not None:
+            x = embeds.astype(c.dtype) + self.wpe(positions)
+        elif cache is None:
+            x = embeds.astype(c.dtype) + self.wpe(jnp.arange(t))[None]
+        else:
+            raise ValueError("with a cache the positions of the new tokens must be given")
+        x = self.drop(x, deterministic=not train)
+
+        if cache is None:
+            mask = causal_mask(t)
+            if valid is not None:
+                mask = mask & valid[:, None, None, :]
+            x, _ = run_blocks(self.blocks, x, mask=mask, train=train)
+            return self.ln_f(x), None
+
+        slots = cache.valid.shape[1]
+        valid = jnp.ones((b, t), bool) if valid is None else valid
+        seen = jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.length))
+        slot, query = jnp.arange(slots), cache.length + jnp.arange(t)
+        mask = (slot[None, :] <= query[:, None])[None, None] & seen[:, None, None, :]
+        x, kv = run_blocks(self.blocks, x, mask=mask, train=train, start=cache.length, kv=cache.kv)
+        return self.ln_f(x), Cache(kv, seen, cache.length + t)
+
+    def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t V"]:
+        """Returns float32 next-token logits by the tied head."""
+        c = self.config
+        weight = self.wte.embedding.astype(c.dtype)
+        contract_width = (((2,), (1,)), ((), ()))
+        return jax.lax.dot_general(hidden.astype(c.dtype), weight, contract_width, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self, tokens: Int[Array, "b t"], valid: Bool[Array, "b t"] | None = None, train: bool = False
+    ) -> Float[Array, "b t V"]:
+        """Returns the logits of text alone."""
+        hidden, _ = self.hidden(self.embed(tokens), valid=valid, train=train)
+        return self.logits(hidden)

@@ -1,0 +1,214 @@
+"""The one pre-norm Transformer block that CLIP, GPT-2 and ClipCap's mapper share, unrolled or scanned over layers."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+ACTIVATIONS: dict[str, Callable] = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "tanh": jnp.tanh,
+}
+
+# Rematerialisation by name: None keeps every intermediate, "full" keeps block inputs only, "dots" also matmul results.
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+NORMAL = nn.initializers.normal(0.02)
+
+KeyValue = tuple[Float[Array, "b s h e"], Float[Array, "b s h e"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """Shape of one block; `init` is for kernels that read the residual stream, `residual_init` for those that write."""
+
+    width: int
+    heads: int
+    mlp: int
+    activation: str
+    eps: float = 1e-5
+    qkv_bias: bool = True
+    dropout: float = 0.0
+    init: Callable = NORMAL
+    residual_init: Callable = NORMAL
+    dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):  # noqa: D105
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is not one of {sorted(ACTIVATIONS)}")
+
+
+def layer_norm(eps: float, dtype: DTypeLike) -> nn.LayerNorm:
+    """Returns a LayerNorm with float32 statistics (two-pass variance, as PyTorch) and its result in `dtype`."""
+    return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with fused qkv, float32 softmax and dropout on the attention weights."""
+
+    config: BlockConfig
+
+    def setup(self):  # noqa: D102
+        c = self.config
+        self.qkv = nn.Dense(3 * c.width, use_bias=c.qkv_bias, kernel_init=c.init, dtype=c.dtype)
+        self.out = nn.Dense(c.width, kernel_init=c.residual_init, dtype=c.dtype)
+        self.drop = nn.Dropout(c.dropout)
+
+    def _heads(self, x: Float[Array, "b t d"]) -> list[Float[Array, "b t h e"]]:
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.config.heads, -1)
+        return [qkv[:, :, i] for i in range(3)]
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        mask: Bool[Array, "#b 1 t s"] | None,
+        train: bool,
+        start: Int[Array, ""] | None,
+        prompt: Float[Array, "1 p d"] | None,
+        kv: KeyValue | None,
+    ) -> tuple[Float[Array, "b t d"], KeyValue | None]:
+        """Attends from x to x, to the prompt's tokens, or (kv given) to cache slots after writing x at slot `start`."""
+        q, k, v = self._heads(x)
+        if prompt is not None:  # the same for every row: projected once, then broadcast
+            _, k_prompt, v_prompt = (jnp.broadcast_to(a, (x.shape[0], *a.shape[1:])) for a in self._heads(prompt))
+            k, v = jnp.concatenate([k, k_prompt], 1), jnp.concatenate([v, v_prompt], 1)
+        if kv is not None:
+            at = (0, start, 0, 0)
+            k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), at)
+            v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), at)
+            kv = (k, v)
+        logits = jnp.einsum("bthe,bshe->bhts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+        if mask is not None:  # finite, so that a row that may see nothing gives no NaN
+            logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+        weights = self.drop(weights, deterministic=not train)
+        mixed = jnp.einsum("bhts,bshe->bthe", weights, v)
+        return self.out(mixed.reshape(x.shape).astype(x.dtype)), kv
+
+
+class MLP(nn.Module):
+    """Two linear layers around an activation."""
+
+    config: BlockConfig
+
+    def setup(self):  # noqa: D102
+        c = self.config
+        self.up = nn.Dense(c.mlp, kernel_init=c.init, dtype=c.dtype)
+        self.down = nn.Dense(c.width, kernel_init=c.residual_init, dtype=c.dtype)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Maps every token by itself."""
+        return self.down(ACTIVATIONS[self.config.activation](self.up(x)))
+
+
+class Block(nn.Module):
+    """x + attention(ln_1(x)), then x + mlp(ln_2(x)), with dropout on both branches.
+
+    Prompt tokens are keys and values only: deep prompts are replaced at the next block's input, so what attention and
+    the MLP would compute *for* them is never read.
+    """
+
+    config: BlockConfig
+
+    def setup(self):  # noqa: D102
+        c = self.config
+        self.ln_1 = layer_norm(c.eps, c.dtype)
+        self.attn = Attention(c)
+        self.ln_2 = layer_norm(c.eps, c.dtype)
+        self.mlp = MLP(c)
+        self.drop = nn.Dropout(c.dropout)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        mask: Bool[Array, "#b 1 t s"] | None,
+        train: bool,
+        start: Int[Array, ""] | None,
+        prompt: Float[Array, "1 p d"] | None,
+        kv: KeyValue | None,
+    ) -> tuple[Float[Array, "b t d"], KeyValue | None]:
+        """Returns the block's output and, if it was given any, its updated cache slots."""
+        prompt = None if prompt is None else self.ln_1(prompt)
+        mixed, kv = self.attn(self.ln_1(x), mask, train, start, prompt, kv)
+        x = x + self.drop(mixed, deterministic=not train)
+        x = x + self.drop(self.mlp(self.ln_2(x)), deterministic=not train)
+        return x, kv
+
+
+def make_blocks(config: BlockConfig, layers: int, *, scan: bool, remat: str):
+    """Returns what a module's setup() assigns to `self.blocks`: a list of blocks, or one scanned block.
+
+    Args:
+      config: shape of every block.
+      layers: number of blocks.
+      scan: one stacked block (leaves get a leading layer axis) instead of blocks_0, blocks_1, ...
+      remat: a name in REMAT_POLICIES.
+    """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat {remat!r} is not one of {sorted(REMAT_POLICIES)}")
+    block = Block
+    if remat != "none":  # argument 3 of __call__ (self is 0) is the Python bool `train`
+        block = nn.remat(Block, policy=REMAT_POLICIES[remat], static_argnums=(3,), prevent_cse=not scan)
+    if not scan:
+        return [block(config) for _ in range(layers)]
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+        length=layers,
+    )
+    return scanned(config)
+
+
+def run_blocks(
+    blocks,
+    x: Float[Array, "b t d"],
+    *,
+    mask: Bool[Array, "#b 1 t s"] | None = None,
+    train: bool = False,
+    prompts: Float[Array, "layers p d"] | None = None,
+    start: Int[Array, ""] | None = None,
+    kv=None,
+):
+    """Runs x through what make_blocks returned.
+
+    Args:
+      blocks: a list of blocks or one scanned block.
+      x: the first block's input.
+      mask: True where a query may see a key (or a cache slot); None sees all.
+      train: dropout is on; needs the rng "dropout".
+      prompts: each block's prompt tokens.
+      start: the cache slot that x's first token takes.
+      kv: a tuple of every layer's slots (unrolled) or one stacked pair (scanned); None without a cache.
+
+    Returns:
+      The last block's output and the updated slots, in the form in which they came.
+    """
+    if not isinstance(blocks, (list, tuple)):
+        prompts = None if prompts is None else prompts[:, None]
+        return blocks(x, mask, train, start, prompts, kv)
+    new = []
+    for i, block in enumerate(blocks):
+        prompt = None if prompts is None else prompts[i][None]
+        x, slots = block(x, mask, train, start, prompt, None if kv is None else kv[i])
+        new.append(slots)
+    return x, None if kv is None else tuple(new)
+
+
+def causal_mask(length: int) -> Bool[Array, "1 1 t t"]:
+    """Returns the mask under which position i sees positions 0..i."""
+    return jnp.tril(jnp.ones((1, 1, length, length), bool))
