@@ -222,10 +222,11 @@ class RunLog:
     def _end_stage(self, finished: bool) -> None:
         if self._stage is None:
             return
+        stage, step = self._stages[self._stage], self._record.get("step", self._first)
         if self._bar:
+            self._bar.update(self._task, completed=stage.steps if finished else step)
             self._bar.stop()
             self._bar = None
-        stage, step = self._stages[self._stage], self._record.get("step", self._first)
         how = f"done, {stage.steps} steps" if finished else f"stopped at step {step} of {stage.steps}"
         seconds = duration(time.monotonic() - self._start)
         console.print(
