@@ -54,7 +54,7 @@ def queue_nce(
     weights: Float[Array, "b"] | None = None,
     positives: Positives = "self",
     groups: Int[Array, "N"] | None = None,
-    chunk: int | None = None,
+    chunk: int = 0,
     mesh: Mesh | None = None,
 ) -> NCE:
     """Contrast each query with all `count` keys of a queue, exactly, in one pass (EIM: loss_IE, loss_ST, loss_LM).
@@ -64,7 +64,7 @@ def queue_nce(
     every key of the own key's group, loss = -log sum_{j in group} p_j; "mask", as "self" but its siblings leave the
     denominator. A row of weight 0 gives no loss and no gradient whatever its query holds.
 
-    `chunk` rows are read at a time (default 1024 on CPU, 32768 elsewhere). With `mesh` the rows of `keys` and `groups`
+    `chunk` rows are read at a time (0: 1024 on CPU, 32768 elsewhere). With `mesh` the rows of `keys` and `groups`
     lie over its ("data", "fsdp") axes: each device passes over its own rows and only [b] and [b, D] move. On CPU hold
     the keys in float32 (bf16 works, but is widened chunk by chunk); on accelerators in bf16.
 

@@ -1,0 +1,266 @@
+"""Queues: read-only arrays with one fixed key for each training sample, built once, kept on disk, sharded by row.
+
+| queue | key of a sample (EIM, section on the pre-built queues) | read by |
+|---|---|---|
+| caption K_t | [EOS] feature of CLIP.text | loss_IE |
+| embed K_e | mean over tokens of the LM's input embeddings (LM_e) | loss_ST |
+| hidden K_b | [EOS] feature out of the original LM_block | loss_LM |
+"""
+
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Array, Float, Int
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from eim_jax.sharding import ROWS, queue_sharding
+
+QUEUES = ("caption", "embed", "hidden")
+
+
+class Queue(NamedTuple):
+    """Row i is sample i's key; rows from `count` on are zeros that fill the last device."""
+
+    keys: Float[Array, "N D"]
+    groups: Int[Array, "N"]  # samples of one image share a number; -1 in the padding
+    count: int  # real rows
+
+
+class StaleQueue(ValueError):
+    """The queue on disk was made from something else than what is asked for; the message names every difference."""
+
+
+class BadRow(ValueError):
+    """A sample's key is not finite, or has no direction."""
+
+
+def manifest(
+    kind: str,
+    *,
+    weights: str,
+    data: str,
+    tokenizer: str,
+    pooling: str,
+    similarity: str,
+    dtype: str,
+    count: int,
+) -> dict[str, Any]:
+    """Returns what decides a queue's content: its kind, three fingerprints, how rows are pooled and held, and how many.
+
+    `save` adds the width. Raises ValueError for an unknown kind.
+    """
+    if kind not in QUEUES:
+        raise ValueError(f"unknown queue {kind!r}: one of {', '.join(QUEUES)}")
+    return {
+        "kind": kind,
+        "weights": weights,
+        "data": data,
+        "tokenizer": tokenizer,
+        "pooling": pooling,
+        "similarity": similarity,
+        "dtype": jnp.dtype(dtype).name,
+        "count": count,
+    }
+
+
+def build(
+    name: str,
+    encode: Callable[[Any, jax.Array, jax.Array], jax.Array],
+    params: Any,
+    tokens: np.ndarray,
+    valid: np.ndarray,
+    groups: np.ndarray,
+    *,
+    batch: int,
+    mesh: Mesh | None = None,
+    dtype: Any = jnp.float32,
+    similarity: str = "cosine",
+    ids: Sequence[str] | None = None,
+    progress: bool = False,
+) -> Queue:
+    """Encode N samples, `batch` at a time, into a queue whose row i is sample i.
+
+    encode(params, tokens int32[b t], valid bool[b t]) -> [b D] is compiled once. tokens [N t], valid [N t] and groups
+    [N] are NumPy arrays, whole on every process. Each device encodes the rows that it will hold, so no key ever moves
+    and the host holds none. Rows are normalised in float32 when similarity="cosine", then cast to `dtype`.
+
+    Raises BadRow naming the sample (by `ids`, else by row) whose key is not finite or, for cosine, zero.
+    """
+    count = len(tokens)
+    if not count or len(valid) != count or len(groups) != count or (ids is not None and len(ids) != count):
+        raise ValueError(f"queue {name!r}: {count} token rows, {len(valid)} masks, {len(groups)} groups, or ids differ")
+    shards = math.prod(mesh.shape[axis] for axis in ROWS) if mesh is not None else 1
+    held = -(-count // shards)  # rows a device holds
+    rows = min(max(1, batch // shards), held)  # rows a device encodes at a time
+    by_row = _sharding(mesh)
+
+    def encode_rows(params, tokens, valid, row):
+        key = encode(params, tokens.reshape(-1, *tokens.shape[2:]), valid.reshape(-1, *valid.shape[2:]))
+        key = key.astype(jnp.float32)
+        square = jnp.sum(key * key, axis=-1)
+        good = jnp.isfinite(square) & ((square > 0) | (similarity != "cosine"))
+        if similarity == "cosine":
+            key = key * lax.rsqrt(jnp.where(good, square, 1))[:, None]
+        key, good = key.reshape(shards, -1, key.shape[-1]), good.reshape(shards, -1)
+        key = jnp.where((row < count)[..., None], key, 0).astype(dtype)
+        return key, jnp.min(jnp.where(good, count, row))
+
+    def step(keys, params, tokens, valid, row, start):
+        key, bad = encode_rows(params, tokens, valid, row)
+        return lax.dynamic_update_slice_in_dim(keys, key, start, axis=1), bad
+
+    step = jax.jit(step, donate_argnums=0, out_shardings=None if mesh is None else (by_row, _whole(mesh)))
+
+    def place(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, by_row, lambda index: array[index])
+
+    starts = [min(i * rows, held - rows) for i in range(-(-held // rows))]  # the last step overlaps the one before
+    pending, keys = None, None
+    with _progress(progress) as bar:
+        task = bar.add_task(f"queue {name}", total=count) if bar else None
+        for done, start in enumerate(starts, 1):
+            row = np.arange(shards, dtype=np.int32)[:, None] * held + np.arange(start, start + rows, dtype=np.int32)
+            source = np.minimum(row, count - 1)  # padding rows encode some real text, and are then set to zero
+            inputs = (place(tokens[source]), place(valid[source]), place(row))
+            if keys is None:
+                width = jax.eval_shape(encode_rows, params, *inputs)[0].shape[-1]
+                keys = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=by_row)(
+                    (shards, held, width), jnp.dtype(dtype)
+                )
+            keys, bad = step(keys, params, *inputs, start)
+            _check(name, pending, count, ids, similarity)  # one step behind, so that the devices never wait
+            pending = bad
+            if bar:
+                bar.update(task, completed=min(count, done * rows * shards))
+        _check(name, pending, count, ids, similarity)
+    keys = jax.jit(lambda x: x.reshape(-1, x.shape[-1]), donate_argnums=0, out_shardings=by_row)(keys)
+    return Queue(keys, _place_rows(np.asarray(groups, np.int32), len(keys), mesh, fill=-1), count)
+
+
+def save(directory: str | os.PathLike, queue: Queue, manifest: dict[str, Any]) -> None:
+    """Write the queue's real rows (keys.npy, groups.npy) and manifest.json; the directory appears whole or not at all.
+
+    All processes call it with the same directory on a shared file system; each writes the rows that it holds. bfloat16
+    is stored as its 16 bits. Raises ValueError where the manifest contradicts the queue's dtype, count or width.
+    """
+    target = pathlib.Path(directory)
+    scratch, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
+    count, width = int(queue.count), queue.keys.shape[1]
+    facts = {"dtype": queue.keys.dtype.name, "count": count, "width": width}
+    for field, value in facts.items():
+        if manifest.get(field, value) != value:
+            raise ValueError(f"manifest says {field}={manifest[field]!r}, the queue has {value!r}")
+    first = jax.process_index() == 0
+    files = {"keys.npy": ((count, width), _stored(queue.keys.dtype)), "groups.npy": ((count,), np.int32)}
+    if first:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        for file, (shape, dtype) in files.items():
+            np.lib.format.open_memmap(scratch / file, "w+", dtype, shape).flush()
+        (scratch / "manifest.json").write_text(json.dumps({**manifest, **facts}, indent=1) + "\n")
+    _barrier(f"queue files {target.name}")
+    for file, array in (("keys.npy", queue.keys), ("groups.npy", queue.groups)):
+        out = np.lib.format.open_memmap(scratch / file, "r+")
+        for shard in array.addressable_shards:
+            start = shard.index[0].start or 0
+            if shard.replica_id == 0 and start < count:
+                out[start : start + len(shard.data)] = np.asarray(shard.data)[: count - start].view(out.dtype)
+        out.flush()
+    _barrier(f"queue rows {target.name}")
+    if first:
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(scratch, target)
+        shutil.rmtree(old, ignore_errors=True)
+    _barrier(f"queue done {target.name}")
+
+
+def load(directory: str | os.PathLike, manifest: dict[str, Any], mesh: Mesh | None = None) -> Queue:
+    """Read a queue that `manifest` describes; each process reads only its rows, padded to a multiple of the mesh.
+
+    Raises StaleQueue naming each field in which the file differs (width, which is only known once built, may be left
+    out), FileNotFoundError where there is no queue.
+    """
+    source = pathlib.Path(directory)
+    found = json.loads((source / "manifest.json").read_text())
+    expected = json.loads(json.dumps(manifest))
+    fields = [*expected, *(field for field in found if field not in expected and field != "width")]
+    different = [
+        f"  {field}: expected {expected.get(field, '(absent)')!r}, found {found.get(field, '(absent)')!r}"
+        for field in fields
+        if field not in expected or field not in found or expected[field] != found[field]
+    ]
+    if different:
+        remedy = "Delete it to have it built anew, or give this run the setting that it was built with."
+        raise StaleQueue("\n".join([f"the queue in {source} is another one:", *different, remedy]))
+    keys = np.load(source / "keys.npy", mmap_mode="r")
+    groups = np.load(source / "groups.npy", mmap_mode="r")
+    count, dtype = found["count"], jnp.dtype(found["dtype"])
+    if keys.shape != (count, found["width"]) or groups.shape != (count,) or keys.dtype != _stored(dtype):
+        raise StaleQueue(
+            f"the queue in {source} is damaged: keys {keys.shape} {keys.dtype}, groups {groups.shape}, but its "
+            f"manifest says {count} rows of width {found['width']} in {dtype.name}. Delete it to have it built anew."
+        )
+    shards = math.prod(mesh.shape[axis] for axis in ROWS) if mesh is not None else 1
+    total = -(-count // shards) * shards
+    return Queue(_place_rows(keys.view(dtype), total, mesh, 0), _place_rows(groups, total, mesh, -1), count)
+
+
+def _stored(dtype) -> np.dtype:
+    return np.dtype(np.uint16) if dtype == jnp.bfloat16 else np.dtype(dtype)  # .npy has no name for bfloat16
+
+
+def _sharding(mesh: Mesh | None) -> Sharding:
+    return queue_sharding(mesh) if mesh is not None else SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _whole(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _place_rows(rows: np.ndarray, total: int, mesh: Mesh | None, fill: int) -> jax.Array:
+    """Places `rows`, filled up to `total`, reading on each process only what its devices hold."""
+    shape = (total, *rows.shape[1:])
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(total)
+        out = np.full((stop - start, *shape[1:]), fill, rows.dtype)
+        real = rows[start : min(stop, len(rows))]
+        out[: len(real)] = real
+        return out
+
+    return jax.make_array_from_callback(shape, _sharding(mesh), part)
+
+
+def _check(name: str, bad: jax.Array | None, count: int, ids: Sequence[str] | None, similarity: str) -> None:
+    if bad is None or (row := int(bad)) >= count:
+        return
+    sample = f"sample {ids[row]!r} (row {row})" if ids is not None else f"row {row}"
+    reason = "not finite or zero, so it has no direction" if similarity == "cosine" else "not finite"
+    raise BadRow(f"queue {name!r}: the key of {sample} is {reason}; look at its text, or drop the sample")
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def _progress(show: bool):
+    if not show or jax.process_index() != 0:
+        return nullcontext()
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    )

@@ -1,0 +1,204 @@
+"""Queues on disk and on devices: content, order, refusal."""
+
+import json
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from eim_jax import queues
+from eim_jax.queues import BadRow, Queue, StaleQueue, build, load, save
+from eim_jax.sharding import make_mesh
+
+N, T, V, D = 37, 5, 11, 6
+MESHES = {"none": None, "8": (8, 1, 1), "2x2x2": (2, 2, 2), "1x3": (1, 3, 1)}
+
+
+def mesh_of(shape):
+    return None if shape is None else make_mesh(shape, jax.devices()[: int(np.prod(shape))])
+
+
+def samples(seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, V, (N, T)).astype(np.int32)
+    valid = np.arange(T) < rng.integers(1, T + 1, (N, 1))
+    table = rng.normal(size=(V, D)).astype(np.float32)
+    return tokens, valid, np.arange(N, dtype=np.int32) // 5, table
+
+
+def mean_embedding(table, tokens, valid):
+    return jnp.sum(table[tokens] * valid[..., None], axis=1) / jnp.sum(valid, axis=1, keepdims=True)
+
+
+def expected_keys(tokens, valid, table, cosine=True):
+    mean = (table.astype(np.float64)[tokens] * valid[..., None]).sum(1) / valid.sum(1, keepdims=True)
+    return mean / np.linalg.norm(mean, axis=1, keepdims=True) if cosine else mean
+
+
+def described(**changes):
+    facts = dict(weights="w1", data="d1", tokenizer="t1", pooling="mean", similarity="cosine", dtype="float32", count=N)
+    return queues.manifest("embed", **{**facts, **changes})
+
+
+@pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES.keys())
+@pytest.mark.parametrize("batch", [1, 8, 16, 64])
+def test_row_i_is_the_key_of_sample_i_on_any_mesh_and_batch(shape, batch):
+    tokens, valid, groups, table = samples()
+    mesh = mesh_of(shape)
+    queue = build("embed", mean_embedding, table, tokens, valid, groups, batch=batch, mesh=mesh)
+    assert queue.count == N
+    np.testing.assert_allclose(np.asarray(queue.keys)[:N], expected_keys(tokens, valid, table), atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(queue.groups)[:N], groups)
+    assert not np.asarray(queue.keys)[N:].any()
+    assert (np.asarray(queue.groups)[N:] == -1).all()
+    if mesh is not None:
+        assert queue.keys.sharding.spec == PartitionSpec(("data", "fsdp"))
+        assert len(queue.keys) % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
+
+
+def test_dot_queue_keeps_the_rows_lengths():
+    tokens, valid, groups, table = samples()
+    queue = build("embed", mean_embedding, table, tokens, valid, groups, batch=8, similarity="dot")
+    np.testing.assert_allclose(np.asarray(queue.keys), expected_keys(tokens, valid, table, cosine=False), atol=1e-6)
+
+
+def test_encode_is_traced_twice_for_shape_and_program_however_many_batches():
+    tokens, valid, groups, table = samples()
+    traces = []
+
+    def encode(table, tokens, valid):
+        traces.append(tokens.shape)
+        return mean_embedding(table, tokens, valid)
+
+    build("embed", encode, table, tokens, valid, groups, batch=4)
+    assert traces == [(4, T)] * 2
+
+
+def test_building_moves_no_key_between_devices():
+    """Each device encodes its own rows: with replicated weights the compiled step has no gather."""
+    tokens, valid, groups, table = samples()
+    mesh = mesh_of((1, 8, 1))
+    programs = []
+    jit = jax.jit
+
+    def recording_jit(f, **options):
+        compiled = jit(f, **options)
+
+        def call(*args):
+            programs.append(compiled.lower(*args).compile().as_text())
+            return compiled(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", recording_jit)
+        build("embed", mean_embedding, table, tokens, valid, groups, batch=16, mesh=mesh)
+    assert programs
+    for text in programs:
+        assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf], ids=["zero", "nan", "inf"])
+@pytest.mark.parametrize("row", [0, 20, N - 1])
+def test_a_bad_row_is_named_by_its_sample_id(value, row):
+    tokens, valid, groups, table = samples()
+    table[V - 1] = value
+    tokens[tokens == V - 1] = 1
+    tokens[row] = V - 1
+    ids = [f"coco-{i}" for i in range(N)]
+    with pytest.raises(BadRow, match=rf"coco-{row}' \(row {row}\)"):
+        build("embed", mean_embedding, table, tokens, valid, groups, batch=8, ids=ids)
+
+
+def test_a_zero_row_is_a_key_like_any_other_under_dot():
+    tokens, valid, groups, table = samples()
+    tokens[3], table[0] = 0, 0
+    queue = build("embed", mean_embedding, table, tokens, valid, groups, batch=8, similarity="dot")
+    assert not np.asarray(queue.keys)[3].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("read_on", MESHES.values(), ids=MESHES.keys())
+def test_a_saved_queue_loads_bit_identical_on_another_mesh(tmp_path, dtype, read_on):
+    tokens, valid, groups, table = samples()
+    built = build("embed", mean_embedding, table, tokens, valid, groups, batch=8, mesh=mesh_of((2, 2, 2)), dtype=dtype)
+    save(tmp_path / "q", built, described(dtype=dtype))
+    mesh = mesh_of(read_on)
+    read = load(tmp_path / "q", described(dtype=dtype), mesh)
+    assert read.count == N and read.keys.dtype == jnp.dtype(dtype)
+    np.testing.assert_array_equal(np.asarray(read.keys)[:N], np.asarray(built.keys)[:N])
+    np.testing.assert_array_equal(np.asarray(read.groups)[:N], groups)
+    assert not np.asarray(read.keys)[N:].any() and (np.asarray(read.groups)[N:] == -1).all()
+    if mesh is not None:
+        assert read.keys.sharding.spec == PartitionSpec(("data", "fsdp"))
+    assert sorted(os.listdir(tmp_path)) == ["q"]
+    assert np.load(tmp_path / "q" / "keys.npy").shape == (N, D)
+
+
+def test_bfloat16_rows_are_stored_as_their_bits(tmp_path):
+    keys = jnp.asarray([[1.0, -0.5], [3.25, 1e-3]], jnp.bfloat16)
+    save(tmp_path / "q", Queue(keys, jnp.arange(2), 2), {"kind": "embed"})
+    stored = np.load(tmp_path / "q" / "keys.npy")
+    assert stored.dtype == np.uint16 and stored[0, 0] == 0x3F80 and stored[0, 1] == 0xBF00
+    assert json.loads((tmp_path / "q" / "manifest.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_stale_queue_is_refused_and_every_difference_named(tmp_path):
+    tokens, valid, groups, table = samples()
+    save(
+        tmp_path / "q",
+        build("embed", mean_embedding, table, tokens, valid, groups, batch=8),
+        described(),
+    )
+    with pytest.raises(StaleQueue) as refusal:
+        load(tmp_path / "q", described(weights="w2", count=N + 1))
+    text = str(refusal.value)
+    assert "weights: expected 'w2', found 'w1'" in text
+    assert f"count: expected {N + 1}, found {N}" in text
+    assert "tokenizer" not in text and "Delete it" in text
+
+
+@pytest.mark.parametrize("field", sorted(described()))
+def test_each_manifest_field_alone_makes_a_queue_stale(tmp_path, field):
+    save(tmp_path / "q", Queue(jnp.eye(N, D), jnp.arange(N), N), described())
+    with pytest.raises(StaleQueue, match=field):
+        load(tmp_path / "q", {**described(), field: "other"})
+    with pytest.raises(StaleQueue, match=rf"{field}: expected '\(absent\)'"):
+        load(tmp_path / "q", {k: v for k, v in described().items() if k != field})
+
+
+def test_a_cut_off_file_is_called_damaged(tmp_path):
+    save(tmp_path / "q", Queue(jnp.eye(N, D), jnp.arange(N), N), described())
+    np.save(tmp_path / "q" / "keys.npy", np.zeros((N - 1, D), np.float32))
+    with pytest.raises(StaleQueue, match="damaged"):
+        load(tmp_path / "q", described())
+
+
+def test_a_save_that_dies_leaves_the_old_queue_readable(tmp_path, monkeypatch):
+    old = Queue(jnp.eye(N, D), jnp.arange(N), N)
+    save(tmp_path / "q", old, described())
+
+    def die(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(np.lib.format, "open_memmap", die)
+    with pytest.raises(OSError, match="no space"):
+        save(tmp_path / "q", Queue(2 * old.keys, old.groups, N), described())
+    monkeypatch.undo()
+    np.testing.assert_array_equal(load(tmp_path / "q", described()).keys, old.keys)
+    save(tmp_path / "q", Queue(2 * old.keys, old.groups, N), described())
+    np.testing.assert_array_equal(load(tmp_path / "q", described()).keys, 2 * old.keys)
+
+
+def test_save_refuses_a_manifest_that_contradicts_the_queue(tmp_path):
+    with pytest.raises(ValueError, match="count"):
+        save(tmp_path / "q", Queue(jnp.eye(N, D), jnp.arange(N), N), described(count=N - 1))
+
+
+def test_progress_bar_reaches_the_number_of_samples(capsys):
+    tokens, valid, groups, table = samples()
+    build("embed", mean_embedding, table, tokens, valid, groups, batch=8, progress=True)
+    assert f"{N}/{N}" in capsys.readouterr().out
