@@ -1,4 +1,4 @@
-"""From a picture file to CLIP's input: decoding to RGB, CLIP's resize and crop on the host, normalisation on the device."""
+"""From a picture file to CLIP's input: RGB, CLIP's resize and crop on the host, normalisation on the device."""
 
 import os
 
@@ -15,23 +15,23 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 89_478_485
 
 
-def load_rgb(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_rgb(path: str | os.PathLike[str]) -> Image.Image:
     """Returns the picture in `path` decoded in full, upright, in mode RGB.
 
-    Errors: OSError (missing, truncated, not a picture), ValueError (more than `max_pixels` pixels, no 8-bit meaning).
+    Errors: OSError (missing, truncated, not a picture), ValueError (more than MAX_PIXELS pixels, no 8-bit meaning).
     """
     with Image.open(path) as picture:
-        check_size(picture, max_pixels)
+        check_size(picture)
         return to_rgb(picture)
 
 
-def check_size(picture: Image.Image, max_pixels: int = MAX_PIXELS) -> None:
+def check_size(picture: Image.Image) -> None:
     """Raises ValueError for a picture without pixels, or with so many that decoding it would exhaust memory."""
     width, height = picture.size
     if width < 1 or height < 1:
         raise ValueError(f"it has no pixels ({width} x {height})")
-    if width * height > max_pixels:
-        raise ValueError(f"it is {width} x {height}, more than {max_pixels} pixels (a decompression bomb?); shrink it")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"it is {width} x {height}, more than {MAX_PIXELS} pixels (a decompression bomb?); shrink it")
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Samples, the images they point to, and the split that holds both: what every data set becomes before anything else."""
+"""Samples, the images they point to, and the split of both: what every data set becomes first."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from eim_jax.data.image import load_rgb, to_rgb
 class Sample:
     """One training example: its row in `Split.samples` is its row in every queue.
 
-    `image` is a row of `Split.images` (None: text only), `instruction` may be empty (captioning), `response` is supervised.
+    `image` is a row of `Split.images` (None: text only), `instruction` may be empty, `response` is supervised.
     """
 
     id: str
@@ -42,6 +42,7 @@ class ImageSource:
         self.names = list(names)
 
     def __len__(self) -> int:
+        """Returns the number of images."""
         return len(self.ids)
 
     def __getitem__(self, row: int) -> Image.Image:
@@ -50,7 +51,7 @@ class ImageSource:
             raise IndexError(f"image row {row}: this source has {len(self.ids)} images")
         try:
             return self._load(row)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # PIL's decoders raise many types on damaged files
             raise ValueError(
                 f"image id {self.ids[row]} ({self.names[row]}) cannot be read: {error}. "
                 "Repair or remove it, or load the data with on_bad='drop'."
@@ -125,6 +126,7 @@ class Split:
     references: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        """Refuses what the class docstring names."""
         _no_duplicates(self.name, "sample", (sample.id for sample in self.samples))
         _no_duplicates(self.name, "image", self.images.ids)
         for sample in self.samples:
@@ -135,6 +137,7 @@ class Split:
                 )
 
     def __len__(self) -> int:
+        """Returns the number of samples."""
         return len(self.samples)
 
     @property
