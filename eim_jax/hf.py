@@ -1,0 +1,293 @@
+"""What a Hugging Face directory holds: its files, and by one table a model, which keys make which of our leaves.
+
+Loading and export read the same rows. Every key and every shape is checked before an array is read; then leaf by leaf
+is placed, so that at most one leaf is in memory twice.
+"""
+
+import contextlib
+import importlib.resources
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+BUILTIN = {"miniature/clip": "clip", "miniature/gpt2": "gpt2"}
+HUB_FILES = ("*.json", "*.txt", "model*.safetensors", "prompt.safetensors", "tokenizer.model")
+
+
+class WeightsError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, key or field and says what to do."""
+
+
+class Layout(NamedTuple):
+    """How their arrays become one of ours, and back."""
+
+    load: Callable[[list[np.ndarray]], np.ndarray]
+    save: Callable[[np.ndarray], list[np.ndarray]]
+
+
+def _save_patches(kernel: np.ndarray) -> list[np.ndarray]:
+    side = math.isqrt(kernel.shape[0] // 3)
+    return [kernel.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)]
+
+
+SAME = Layout(lambda a: a[0], lambda x: [x])
+TRANSPOSE = Layout(lambda a: a[0].T, lambda x: [x.T])  # torch.nn.Linear is [out, in]
+FUSE_KERNEL = Layout(
+    lambda a: np.concatenate([x.T for x in a], axis=1), lambda x: [y.T for y in np.split(x, 3, axis=1)]
+)
+FUSE_BIAS = Layout(np.concatenate, lambda x: np.split(x, 3))
+PATCHES = Layout(lambda a: a[0].transpose(2, 3, 1, 0).reshape(-1, a[0].shape[0]), _save_patches)  # [out, 3, p, p]
+
+
+class Row(NamedTuple):
+    """One of our leaves (with {i} for the layer) and the keys that make it."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    layout: Layout = SAME
+
+
+def _norm(ours: str, theirs: str) -> list[Row]:
+    return [Row(f"{ours}/scale", (f"{theirs}.weight",)), Row(f"{ours}/bias", (f"{theirs}.bias",))]
+
+
+def _dense(ours: str, theirs: str, layout: Layout = TRANSPOSE) -> list[Row]:
+    return [Row(f"{ours}/kernel", (f"{theirs}.weight",), layout), Row(f"{ours}/bias", (f"{theirs}.bias",))]
+
+
+def _clip_blocks(tower: str, model: str) -> list[Row]:
+    ours, theirs = f"{tower}/blocks_{{i}}", f"{model}.encoder.layers.{{i}}"
+    qkv = [f"{theirs}.self_attn.{x}_proj" for x in "qkv"]
+    return [
+        *_norm(f"{ours}/ln_1", f"{theirs}.layer_norm1"),
+        Row(f"{ours}/attn/qkv/kernel", tuple(f"{x}.weight" for x in qkv), FUSE_KERNEL),
+        Row(f"{ours}/attn/qkv/bias", tuple(f"{x}.bias" for x in qkv), FUSE_BIAS),
+        *_dense(f"{ours}/attn/out", f"{theirs}.self_attn.out_proj"),
+        *_norm(f"{ours}/ln_2", f"{theirs}.layer_norm2"),
+        *_dense(f"{ours}/mlp/up", f"{theirs}.mlp.fc1"),
+        *_dense(f"{ours}/mlp/down", f"{theirs}.mlp.fc2"),
+    ]
+
+
+CLIP_TABLE = (
+    Row("visual/class_embedding", ("vision_model.embeddings.class_embedding",)),
+    Row("visual/patch_embedding/kernel", ("vision_model.embeddings.patch_embedding.weight",), PATCHES),
+    Row("visual/position_embedding", ("vision_model.embeddings.position_embedding.weight",)),
+    *_norm("visual/pre_ln", "vision_model.pre_layrnorm"),  # spelt so in every checkpoint
+    *_clip_blocks("visual", "vision_model"),
+    *_norm("visual/post_ln", "vision_model.post_layernorm"),
+    Row("visual/projection/kernel", ("visual_projection.weight",), TRANSPOSE),
+    Row("text/token_embedding/embedding", ("text_model.embeddings.token_embedding.weight",)),
+    Row("text/position_embedding", ("text_model.embeddings.position_embedding.weight",)),
+    *_clip_blocks("text", "text_model"),
+    *_norm("text/final_ln", "text_model.final_layer_norm"),
+    Row("text/projection/kernel", ("text_projection.weight",), TRANSPOSE),
+)
+CLIP_IGNORED = r"(vision|text)_model\.embeddings\.position_ids"  # 0, 1, 2, ...
+
+# GPT-2's Conv1D is [in, out], as ours: nothing is transposed.
+GPT2_TABLE = (
+    Row("lm/wte/embedding", ("wte.weight",)),
+    Row("lm/wpe/embedding", ("wpe.weight",)),
+    *_norm("lm/blocks_{i}/ln_1", "h.{i}.ln_1"),
+    *_dense("lm/blocks_{i}/attn/qkv", "h.{i}.attn.c_attn", SAME),
+    *_dense("lm/blocks_{i}/attn/out", "h.{i}.attn.c_proj", SAME),
+    *_norm("lm/blocks_{i}/ln_2", "h.{i}.ln_2"),
+    *_dense("lm/blocks_{i}/mlp/up", "h.{i}.mlp.c_fc", SAME),
+    *_dense("lm/blocks_{i}/mlp/down", "h.{i}.mlp.c_proj", SAME),
+    *_norm("lm/ln_f", "ln_f"),
+)
+GPT2_IGNORED = r"h\.\d+\.attn\.(bias|masked_bias)"  # the causal mask
+
+
+class Leaf(NamedTuple):
+    """What fills one leaf of ours."""
+
+    keys: list[tuple[str, ...]]  # one tuple a layer; a single one for leaves that are not stacked
+    layout: Layout
+    stacked: bool
+
+
+def table_leaves(table: tuple[Row, ...], layers: Mapping[str, int], scan: bool) -> dict[str, Leaf]:
+    """Returns our paths -> what fills them, for towers of the given depths."""
+    leaves = {}
+    for row in table:
+        if "{i}" not in row.ours:
+            leaves[row.ours] = Leaf([row.theirs], row.layout, stacked=False)
+            continue
+        keys = [tuple(k.replace("{i}", str(i)) for k in row.theirs) for i in range(layers[row.ours.split("/")[0]])]
+        if scan:
+            leaves[row.ours.replace("blocks_{i}", "blocks")] = Leaf(keys, row.layout, stacked=True)
+        else:
+            for i, k in enumerate(keys):
+                leaves[row.ours.replace("{i}", str(i))] = Leaf([k], row.layout, stacked=False)
+    return leaves
+
+
+class Tensors:
+    """Their keys, read from one model.safetensors or from the shards that an index names."""
+
+    def __init__(self, directory: pathlib.Path, stack: contextlib.ExitStack):
+        self._where, self._name = {}, {}
+        for path in weight_files(directory):
+            try:
+                file = stack.enter_context(safe_open(path, "numpy"))
+            except (OSError, SafetensorError) as error:
+                raise WeightsError(f"{path} cannot be read ({error}); download it again") from error
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                name = key.removeprefix("transformer.")  # GPT-2 saved with or without its head
+                if name in self._where:
+                    raise WeightsError(f"{path}: key {key!r} is there a second time, in another file or spelling")
+                self._where[name], self._name[name] = file, key
+
+    def __iter__(self) -> Iterator[str]:  # noqa: D105
+        return iter(self._where)
+
+    def __contains__(self, key: str) -> bool:  # noqa: D105
+        return key in self._where
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Returns a tensor's shape without reading it."""
+        return tuple(self._where[key].get_slice(self._name[key]).get_shape())
+
+    def read(self, key: str) -> np.ndarray:
+        """Returns a tensor."""
+        return self._where[key].get_tensor(self._name[key])
+
+
+def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Returns a checkpoint's safetensors files: all shards of an index, or the single file.
+
+    Raises:
+      WeightsError: there are none, or not all; the message says what to do.
+    """
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.is_file():
+        files = [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        missing = [f.name for f in files if not f.is_file()]
+        if missing:
+            raise WeightsError(
+                f"{directory}: {index.name} names {', '.join(missing)}, which are missing; download them"
+            )
+        return files
+    if single.is_file():
+        return [single]
+    hint = "give a directory that transformers' save_pretrained wrote"
+    if list(directory.glob("pytorch_model*.bin")):
+        hint = "pytorch_model.bin is not read; load it in transformers once and save_pretrained it"
+    raise WeightsError(f"{directory} holds neither {single.name} nor {index.name}; {hint}")
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """Returns a JSON file's content, or raises a WeightsError that names the file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise WeightsError(f"{path} is missing; a checkpoint needs it beside its safetensors") from None
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"{path} is not JSON ({error}); download it again") from error
+
+
+def check_keys(directory: pathlib.Path, tensors: Tensors, leaves: dict[str, Leaf], shapes: dict, ignored: str) -> None:
+    """Raises WeightsError unless the keys are exactly the table's and every shape is the configuration's."""
+    problems, known = [], set()
+    for path, leaf in leaves.items():
+        shape = shapes[path].shape[1:] if leaf.stacked else shapes[path].shape
+        # np.empty touches no memory, and every layout only views it
+        theirs = [a.shape for a in leaf.layout.save(np.empty(shape, np.int8))]
+        for keys in leaf.keys:
+            known.update(keys)
+            for key, expected in zip(keys, theirs, strict=True):
+                if key not in tensors:
+                    problems.append(f"key {key!r} (our {path}) is missing")
+                elif tensors.shape(key) != expected:
+                    problems.append(f"key {key!r} (our {path}) has shape {tensors.shape(key)}, not {expected}")
+    problems += [f"key {k!r} is unexpected" for k in tensors if k not in known and not re.fullmatch(ignored, k)]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise WeightsError(f"{directory}: {shown}. Check that config.json and the safetensors are of the same model.")
+
+
+def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Puts an array where a sharding says; on the default device if None."""
+    if sharding is None:
+        return jnp.asarray(array)
+    # Unlike device_put this moves each device its own part only, on every process of a multi-process run.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def read_leaves(
+    tensors: Tensors, leaves: dict[str, Leaf], *, dtype: DTypeLike, shardings: Callable | None
+) -> dict[str, jax.Array]:
+    """Returns our paths -> arrays of `dtype`, each placed where shardings(path) says, one leaf after the other."""
+    flat = {}
+    for path, leaf in leaves.items():
+        first = leaf.layout.load([tensors.read(k) for k in leaf.keys[0]])
+        if leaf.stacked:
+            array = np.empty((len(leaf.keys), *first.shape), dtype)
+            array[0] = first
+            for i, keys in enumerate(leaf.keys[1:], start=1):
+                array[i] = leaf.layout.load([tensors.read(k) for k in keys])
+        else:
+            array = first.astype(dtype)
+        flat[path] = place(array, shardings(path) if shardings else None)
+    return flat
+
+
+def write_leaves(flat: dict[str, jax.Array], leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
+    """Returns their keys -> arrays, from our leaves.
+
+    Raises:
+      WeightsError: a leaf is missing or unexpected.
+    """
+    missing, unexpected = leaves.keys() - flat.keys(), flat.keys() - leaves.keys()
+    if missing or unexpected:
+        raise WeightsError(f"parameters to export: missing {sorted(missing)[:8]}, unexpected {sorted(unexpected)[:8]}")
+    tensors = {}
+    for path, leaf in leaves.items():
+        array = np.asarray(flat[path])
+        for keys, layer in zip(leaf.keys, array if leaf.stacked else [array], strict=True):
+            theirs = leaf.layout.save(layer)
+            tensors |= {k: np.ascontiguousarray(x) for k, x in zip(keys, theirs, strict=True)}
+    return tensors
+
+
+def resolve(path: str | pathlib.Path) -> pathlib.Path:
+    """Returns the local directory of a checkpoint.
+
+    Args:
+      path: "miniature/clip" or "miniature/gpt2" (shipped in the package), a local directory, or a Hugging Face hub id,
+        optionally with "@revision"; hub files are cached by huggingface_hub.
+
+    Raises:
+      WeightsError: no such directory, and the hub does not give it.
+    """
+    name = str(path)
+    if name in BUILTIN:
+        return pathlib.Path(str(importlib.resources.files("eim_jax"))) / "data" / "miniature_towers" / BUILTIN[name]
+    local = pathlib.Path(path).expanduser()
+    if local.is_dir():
+        return local
+    repo, _, revision = name.partition("@")
+    if local.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", repo):
+        raise WeightsError(f"{name} is not a directory; give a checkpoint's directory or a Hugging Face hub id")
+    import huggingface_hub  # only here: most runs read local directories
+
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=list(HUB_FILES))
+        )
+    except Exception as error:  # the hub's client raises many kinds; every one means that there are no files
+        raise WeightsError(
+            f"{name} is no local directory, and the hub did not give it ({type(error).__name__}): {error}. "
+            f"Without network: run `hf download {repo} --local-dir DIR` where there is one, and give DIR."
+        ) from error
