@@ -7,7 +7,6 @@ is placed, so that at most one leaf is in memory twice.
 import contextlib
 import importlib.resources
 import json
-import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -34,18 +33,13 @@ class Layout(NamedTuple):
     save: Callable[[np.ndarray], list[np.ndarray]]
 
 
-def _save_patches(kernel: np.ndarray) -> list[np.ndarray]:
-    side = math.isqrt(kernel.shape[0] // 3)
-    return [kernel.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)]
-
-
 SAME = Layout(lambda a: a[0], lambda x: [x])
 TRANSPOSE = Layout(lambda a: a[0].T, lambda x: [x.T])  # torch.nn.Linear is [out, in]
 FUSE_KERNEL = Layout(
     lambda a: np.concatenate([x.T for x in a], axis=1), lambda x: [y.T for y in np.split(x, 3, axis=1)]
 )
 FUSE_BIAS = Layout(np.concatenate, lambda x: np.split(x, 3))
-PATCHES = Layout(lambda a: a[0].transpose(2, 3, 1, 0).reshape(-1, a[0].shape[0]), _save_patches)  # [out, 3, p, p]
+PATCHES = Layout(lambda a: a[0].transpose(2, 3, 1, 0), lambda x: [x.transpose(3, 2, 0, 1)])  # [out, 3, p, p]
 
 
 class Row(NamedTuple):
@@ -96,8 +90,8 @@ CLIP_IGNORED = r"(vision|text)_model\.embeddings\.position_ids"  # 0, 1, 2, ...
 
 # GPT-2's Conv1D is [in, out], as ours: nothing is transposed.
 GPT2_TABLE = (
-    Row("lm/wte/embedding", ("wte.weight",)),
-    Row("lm/wpe/embedding", ("wpe.weight",)),
+    Row("lm/token_embedding/embedding", ("wte.weight",)),
+    Row("lm/position_embedding", ("wpe.weight",)),
     *_norm("lm/blocks_{i}/ln_1", "h.{i}.ln_1"),
     *_dense("lm/blocks_{i}/attn/qkv", "h.{i}.attn.c_attn", SAME),
     *_dense("lm/blocks_{i}/attn/out", "h.{i}.attn.c_proj", SAME),

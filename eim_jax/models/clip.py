@@ -88,7 +88,7 @@ class CLIPVision(nn.Module):
         c = self.config
         init = nn.initializers.normal(c.width**-0.5)
         self.class_embedding = self.param("class_embedding", init, (c.width,))
-        self.patch_embedding = nn.Dense(c.width, use_bias=False, dtype=c.dtype)
+        self.patch_embedding = nn.DenseGeneral(c.width, axis=(-3, -2, -1), use_bias=False, dtype=c.dtype)
         self.position_embedding = self.param("position_embedding", init, (c.tokens, c.width))
         self.pre_ln = layer_norm(c.eps, c.dtype)
         self.blocks = make_blocks(_block_config(c), c.layers, scan=c.scan, remat=c.remat)
@@ -107,9 +107,9 @@ class CLIPVision(nn.Module):
         if pixels.shape[1:3] != (c.image_size, c.image_size):
             raise ValueError(f"images are {pixels.shape[1:3]}, this CLIP sees {c.image_size} x {c.image_size}")
         b, p, side = pixels.shape[0], c.patch_size, c.image_size // c.patch_size
-        # A convolution whose stride is its kernel size is one matmul over flattened patches.
+        # A convolution whose stride is its kernel size is one matmul over the patches.
         patches = pixels[:, : side * p, : side * p].reshape(b, side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
-        patches = self.patch_embedding(patches.reshape(b, side * side, p * p * 3).astype(c.dtype))
+        patches = self.patch_embedding(patches.reshape(b, side * side, p, p, 3).astype(c.dtype))
         cls = jnp.broadcast_to(self.class_embedding.astype(c.dtype), (b, 1, c.width))
         x = jnp.concatenate([cls, patches], axis=1) + self.position_embedding.astype(c.dtype)[None]
         prompts = self.prompt().astype(c.dtype) if c.prompts else None

@@ -92,7 +92,7 @@ class TransformerMapper(nn.Module):
     def setup(self):  # noqa: D102
         c = self.config
         self.linear = nn.Dense(c.clip_length * c.width_out, kernel_init=LINEAR_INIT, dtype=c.dtype)
-        self.constants = self.param("constants", nn.initializers.normal(1.0), (c.tokens, c.width_out))
+        self.constant = self.param("constant", nn.initializers.normal(1.0), (c.tokens, c.width_out))
         block = BlockConfig(
             width=c.width_out,
             heads=c.heads,
@@ -109,7 +109,7 @@ class TransformerMapper(nn.Module):
         """Maps token 0 of each image."""
         c, b = self.config, seen.shape[0]
         image = self.linear(seen[:, 0]).reshape(b, c.clip_length, c.width_out)
-        constants = jnp.broadcast_to(self.constants.astype(image.dtype), (b, c.tokens, c.width_out))
+        constants = jnp.broadcast_to(self.constant.astype(image.dtype), (b, c.tokens, c.width_out))
         x, _ = run_blocks(self.blocks, jnp.concatenate([image, constants], axis=1))
         return x[:, c.clip_length :]
 

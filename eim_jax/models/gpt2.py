@@ -80,8 +80,8 @@ class GPT2(nn.Module):
     def setup(self):  # noqa: D102
         c = self.config
         normal = nn.initializers.normal
-        self.wte = nn.Embed(c.vocab, c.width, embedding_init=normal(0.02), dtype=c.dtype)
-        self.wpe = nn.Embed(c.context, c.width, embedding_init=normal(0.02), dtype=c.dtype)
+        self.token_embedding = nn.Embed(c.vocab, c.width, embedding_init=normal(0.02), dtype=c.dtype)
+        self.position_embedding = self.param("position_embedding", normal(0.02), (c.context, c.width))
         self.drop = nn.Dropout(c.dropout)
         block = BlockConfig(
             width=c.width,
@@ -98,7 +98,7 @@ class GPT2(nn.Module):
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Returns the token embeddings alone, without positions: LM_e."""
-        return self.wte(tokens)
+        return self.token_embedding(tokens)
 
     def hidden(
         self,
@@ -125,11 +125,12 @@ class GPT2(nn.Module):
         if t > c.context:
             raise ValueError(f"{t} tokens do not fit GPT-2's context of {c.context}")
         if positions is not None:
-            x = embeds.astype(c.dtype) + self.wpe(positions)
+            position = self.position_embedding[positions]
         elif cache is None:
-            x = embeds.astype(c.dtype) + self.wpe(jnp.arange(t))[None]
+            position = self.position_embedding[None, :t]
         else:
             raise ValueError("with a cache the positions of the new tokens must be given")
+        x = embeds.astype(c.dtype) + position.astype(c.dtype)
         x = self.drop(x, deterministic=not train)
 
         if cache is None:
@@ -150,7 +151,7 @@ class GPT2(nn.Module):
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t V"]:
         """Returns float32 next-token logits by the tied head."""
         c = self.config
-        weight = self.wte.embedding.astype(c.dtype)
+        weight = self.token_embedding.embedding.astype(c.dtype)
         contract_width = (((2,), (1,)), ((), ()))
         return jax.lax.dot_general(hidden.astype(c.dtype), weight, contract_width, preferred_element_type=jnp.float32)
 
