@@ -1,0 +1,306 @@
+"""A run as one self-contained page: scores, stages, curves, and test pictures with their captions.
+
+Everything is read from the work directory's artifacts; the page needs no network and no scripts.
+"""
+
+import base64
+import difflib
+import io
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+from PIL import Image
+
+from eim_jax.console import duration
+from eim_jax.logs import read_metrics
+from eim_jax.report_charts import Line, panel
+from eim_jax.report_scores import BASELINE, table, verdict
+
+GALLERY = 24  # pictures shown
+SIDE = 320  # longest side of an embedded picture, pixels; smaller ones are kept as they are
+LOSSES = {"base": "loss_base", "ie": "loss_IE", "st": "loss_ST", "lm": "loss_LM"}
+QUEUE_OF = {"ie": "K_t", "st": "K_e", "lm": "K_b"}
+DIAGNOSTICS = {  # key in metrics.jsonl -> title, unit, logarithmic axis, axis fixed to 0...1
+    "recall1": ("recall@1 in {}", "share of queries", False, True),
+    "rank": ("right key's rank in {}", "mean rank, 1 = first", True, False),
+    "similarity": ("right key's similarity, {}", "mean similarity", False, False),
+    "effective": ("effective negatives, {}", "keys, 1 / Σp²", True, False),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm's artifacts; what an interrupted run has not written is empty."""
+
+    name: str
+    run: dict
+    metrics: list[dict]
+    scores: dict[str, dict]
+    captions: dict[str, str]
+
+
+def read_arm(directory: Path) -> Arm:
+    """Reads run.json, metrics.jsonl, scores_test.json and predictions_test.json of an arm, each if it is there."""
+    predictions = _json(directory / "predictions_test.json", [])
+    return Arm(
+        name=directory.name,
+        run=_json(directory / "run.json", {}),
+        metrics=read_metrics(directory / "metrics.jsonl"),
+        scores=_json(directory / "scores_test.json", {}),
+        captions={str(row["image_id"]): row["caption"] for row in predictions},
+    )
+
+
+def write_report(
+    workdir: Path, images: Callable[[str], Image.Image | None], references: Mapping[str, Sequence[str]]
+) -> Path:
+    """Writes workdir/report.html from the run's artifacts and returns its path.
+
+    `images` gives the test picture of an image id, or None; `references` its captions by people. Raises
+    FileNotFoundError if the directory holds no run.json, ValueError if it names no arm.
+    """
+    if not (workdir / "run.json").exists():
+        raise FileNotFoundError(f"{workdir}: no run.json, so nothing has been run here")
+    run = _json(workdir / "run.json", {})
+    names = [arm if isinstance(arm, str) else arm["name"] for arm in run.get("config", {}).get("arms", ())]
+    if not names:
+        raise ValueError(f"{workdir / 'run.json'}: config names no arms")
+    arms = [read_arm(workdir / name) for name in names]
+    scores = {arm.name: arm.scores for arm in arms}
+    others = ", ".join(name for name in names if name != BASELINE)
+    compared = BASELINE in names and bool(others)
+    # Fields that an interrupted run lacks are undefined in the template, which is false there.
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            title=f"{others} against the baseline" if compared else f"Run of {others or BASELINE}",
+            summary=_summary(arms),
+            noise=_noise(run),
+            run={key: run.get(key) for key in ("command", "started", "finished", "seconds", "machine", "versions")},
+            arms=[{"name": arm.name, "run": arm.run, "stages": stages(arm), "curves": curves(arm)} for arm in arms],
+            unfinished=[text for arm in arms if (text := _unfinished(arm))],
+            finished=bool(run.get("finished")),
+            verdicts=verdict(scores),
+            has_baseline=compared,
+            scores=table(scores),
+            together=together(arms),
+            gallery=gallery(arms, images, references),
+            config=json.dumps(run.get("config", {}), indent=2, ensure_ascii=False),
+        )
+    )
+    path = workdir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _summary(arms: Sequence[Arm]) -> str:
+    parts = []
+    for arm in arms:
+        names = [stage["name"] for stage in arm.run.get("stages", ())]
+        count = f"{len(names)} stage{'' if len(names) == 1 else 's'}"
+        parts.append(f"{arm.name}: {count} ({' → '.join(names)})" if names else f"{arm.name}: no finished stage")
+    pictures = max((len(arm.captions) for arm in arms), default=0)
+    return "; ".join(parts) + "." + (f" Captions written for {pictures:,} test pictures." if pictures else "")
+
+
+def _noise(run: Mapping) -> str:
+    seed = run.get("config", {}).get("seed")
+    once = "Each arm was run once" + (f" (seed {seed})" if seed is not None else "")
+    return f"{once}: the noise between seeds is unknown here, so a small difference may mean nothing."
+
+
+def stages(arm: Arm) -> list[dict]:
+    """The stage table's rows, from the arm's run.json."""
+    rows = []
+    for stage in arm.run.get("stages", ()):
+        trained, total = stage["trained_params"], stage["total_params"]
+        losses = [(LOSSES.get(name, name), weight) for name, weight in stage["losses"].items()]
+        rows.append(stage | {"losses": losses, "share": trained / max(total, 1), "frozen": total - trained})
+    return rows
+
+
+def curves(arm: Arm) -> list[dict]:
+    """Charts of one arm, stage by stage: every loss term, then the diagnostics of every queue."""
+    groups = []
+    for index, stage in dict.fromkeys((row["stage_index"], row["stage"]) for row in arm.metrics):
+        rows = [row for row in arm.metrics if row["stage_index"] == index]
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        terms = [key for key in keys if key.startswith("loss/")]
+        charts = []
+        # The sum says nothing new beside a single term.
+        for key in (["loss"] if "loss" in keys and len(terms) != 1 else []) + terms:
+            name = key.removeprefix("loss/")
+            title = "all losses, weighted" if key == "loss" else LOSSES.get(name, name)
+            charts.append(_chart(arm.name, index, rows, key, title, "nats", _colour(name)))
+        for key in keys:
+            match = re.fullmatch(r"queue/(.+)/(.+)", key)
+            if match and match[2] in DIAGNOSTICS:
+                title, unit, log, unit_range = DIAGNOSTICS[match[2]]
+                title = title.format(QUEUE_OF.get(match[1], match[1]))
+                chart = _chart(arm.name, index, rows, key, title, unit, _colour(match[1]), log, unit_range)
+                charts.append(chart)
+        groups.append({"stage": stage, "number": index + 1, "charts": charts})
+    return groups
+
+
+def together(arms: Sequence[Arm]) -> list[dict]:
+    """Charts with all arms in one panel: each loss term that the last stages of two or more arms share."""
+    last: dict[str, list[Line]] = {}
+    for arm in arms:
+        rows = [row for row in arm.metrics if row["stage_index"] == arm.metrics[-1]["stage_index"]]
+        for key in dict.fromkeys(key for row in rows for key in row if key.startswith("loss/")):
+            look = {"colour": len(LOSSES) if arm.name == BASELINE else arms.index(arm), "dashed": arm.name == BASELINE}
+            label = f"{arm.name}, stage {rows[-1]['stage']}"
+            last.setdefault(key.removeprefix("loss/"), []).append(_line(rows, key, label, **look))
+    return [
+        {"title": LOSSES.get(name, name), "range": "", "svg": panel(lines, unit="nats", name=f"together-{name}")}
+        for name, lines in last.items()
+        if len(lines) > 1
+    ]
+
+
+def gallery(
+    arms: Sequence[Arm], images: Callable[[str], Image.Image | None], references: Mapping[str, Sequence[str]]
+) -> dict:
+    """Evenly spaced test images in order of id: references and every arm's caption, differences marked."""
+    arms = [arm for arm in arms if arm.captions]
+    ids = sorted({key for arm in arms for key in arm.captions}, key=lambda key: (not key.isdigit(), len(key), key))
+    shown = [ids[i * len(ids) // GALLERY] for i in range(GALLERY)] if len(ids) > GALLERY else ids
+    base = next((arm for arm in arms if arm.name == BASELINE), None)
+    others = [arm for arm in arms if arm is not base]
+    items = []
+    for key in shown:
+        known = {word for text in references.get(key, ()) for word in _words(text)}
+        captions = []
+        for arm in arms:
+            against = (others[-1] if others else None) if arm is base else base
+            text = arm.captions.get(key)
+            if text is not None:
+                other = against.captions.get(key) if against else None
+                captions.append({"arm": arm.name, "words": mark(text, other, known if key in references else None)})
+        same = len({arm.captions.get(key) for arm in arms}) == 1
+        picture, small = _picture(images(key))
+        items.append(
+            {"id": key, "references": list(references.get(key, ())), "captions": captions, "same": same}
+            | {"picture": picture, "small": small}
+        )
+    return {"items": items, "total": len(ids), "compared": base is not None and bool(others)}
+
+
+def mark(text: str, other: str | None, known: set[str] | None) -> list[dict]:
+    """The words of a caption: {"text", "differs" from the other caption (difflib), "absent" from every reference}."""
+    words = text.split()
+    keys = [_key(word) for word in words]
+    differs = set(range(len(words))) if other is not None else set()
+    if other is not None:
+        matcher = difflib.SequenceMatcher(a=[_key(word) for word in other.split()], b=keys, autojunk=False)
+        differs -= {i for block in matcher.get_matching_blocks() for i in range(block.b, block.b + block.size)}
+    return [
+        {"text": word, "differs": i in differs, "absent": known is not None and bool(key) and key not in known}
+        for i, (word, key) in enumerate(zip(words, keys, strict=True))
+    ]
+
+
+def _key(word: str) -> str:
+    return re.sub(r"[^\w']+", "", word.lower())
+
+
+def _words(text: str) -> list[str]:
+    return [_key(word) for word in text.split()]
+
+
+def _colour(loss: str) -> int:
+    return list(LOSSES).index(loss) if loss in LOSSES else len(LOSSES)
+
+
+def _line(rows: Sequence[dict], key: str, label: str, colour: int, dashed: bool = False) -> Line:
+    have = [row for row in rows if key in row]
+    return Line(label, [row["step"] for row in have], [row[key] for row in have], colour, dashed)
+
+
+def _chart(
+    arm: str,
+    index: int,
+    rows: Sequence[dict],
+    key: str,
+    title: str,
+    unit: str,
+    colour: int,
+    log: bool = False,
+    unit_range: bool = False,
+) -> dict:
+    line = _line(rows, key, title, colour)
+    finite = [value for value in line.values if value is not None]
+    bad = len(line.values) - len(finite)
+    told = f"{_short(finite[0])} → {_short(finite[-1])}" if finite else "no finite value"
+    told += f" · {bad} not finite" if bad else ""
+    svg = panel([line], unit=unit, name=f"{arm}-{index}-{key}", log=log, unit_range=unit_range)
+    return {"title": title, "range": told, "svg": svg}
+
+
+def _short(value: float) -> str:
+    return (
+        f"{value:,.0f}"
+        if abs(value) >= 100
+        else f"{value:.3g}"
+        if abs(value) >= 0.001 or value == 0
+        else f"{value:.0e}"
+    )
+
+
+def _unfinished(arm: Arm) -> str:
+    if not arm.metrics:
+        return "" if arm.run.get("stages") else f"{arm.name}: not started"
+    last = arm.metrics[-1]
+    stages = arm.run.get("stages", ())
+    if last["stage_index"] < len(stages) and arm.scores:
+        return ""
+    where = f"stage {last['stage']}, step {last['step']}"
+    return f"{arm.name}: last record in {where}" + ("" if arm.scores else "; no test scores")
+
+
+def _picture(image: Image.Image | None) -> tuple[str, bool]:
+    """A data URI, and whether the picture is so small that the page should enlarge its pixels."""
+    if image is None:
+        return "", False
+    image = image.convert("RGB")
+    small = max(image.size) < 128
+    image.thumbnail((SIDE, SIDE))
+    data = io.BytesIO()
+    if small:
+        image.save(data, "PNG", optimize=True)
+    else:
+        image.save(data, "JPEG", quality=85)
+    kind = "png" if small else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}", small
+
+
+def _json(path: Path, default: object) -> object:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+
+
+def _millions(count: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)
+
+
+def _environment() -> jinja2.Environment:
+    folder = resources.files("eim_jax")
+    loader = jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "duration": duration,
+        "millions": _millions,
+        "count": lambda n: f"{n:,}",
+        "gib": lambda size: f"{size / 2**30:.2f} GiB",
+        "percent": lambda share: f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1f} %",
+    }
+    return environment

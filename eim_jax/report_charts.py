@@ -1,0 +1,123 @@
+"""Small charts of a run as inline SVG: one panel a quantity, in the page's own colours, light and dark."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+POINTS = 400  # drawn per line at most; longer runs are averaged over equal bins of neighbouring steps
+# matplotlib cannot write CSS variables, so each is drawn in a colour of its own and replaced in the text of the SVG.
+INK, GRID, LINES = "#010203", "#010204", tuple(f"#01021{i}" for i in range(6))
+CSS = {INK: "currentColor", GRID: "var(--line)"} | {colour: f"var(--c{i})" for i, colour in enumerate(LINES)}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: its name, steps and values (None where not finite), and its colour's number."""
+
+    label: str
+    steps: Sequence[float]
+    values: Sequence[float | None]
+    colour: int = 0
+    dashed: bool = False
+
+
+def panel(lines: Sequence[Line], *, unit: str, name: str, log: bool = False, unit_range: bool = False) -> str:
+    """Draws curves over steps; returns an <svg> element without outside references.
+
+    `name` must be unique in the page (it prefixes the element ids); `log` draws a logarithmic axis where all values are
+    positive; `unit_range` fixes the axis to 0...1. The pale line is what was logged, the strong one its running mean.
+    """
+    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5, "text.parse_math": False}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(3.1, 1.95), layout="constrained")
+        axes = figure.add_subplot()
+        for line in lines:
+            steps, values = _bins(line)
+            if not len(steps):
+                continue
+            look = {"color": LINES[line.colour % len(LINES)], "linestyle": "--" if line.dashed else "-"}
+            if len(steps) > 12:
+                axes.plot(steps, values, color=look["color"], linewidth=0.8, alpha=0.35)
+                values = _smooth(values)
+            axes.plot(steps, values, linewidth=1.7, label=line.label, marker="o" if len(steps) == 1 else None, **look)
+        finite = [v for line in lines for v in line.values if v is not None]
+        if log and finite and min(finite) > 0:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
+        if unit_range:
+            axes.set_ylim(-0.03, 1.03)
+        _dress(axes, unit)
+        if len(lines) > 1:
+            axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.6)
+        figure.patch.set_alpha(0)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _inline(text.getvalue(), name, _spoken(lines, unit))
+
+
+def _dress(axes, unit: str) -> None:
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel(unit, color=INK)
+    axes.patch.set_alpha(0)
+    axes.grid(True, color=GRID, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(which="both", colors=INK, length=2, width=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(INK)
+        spine.set_linewidth(0.6)
+
+
+def _bins(line: Line) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [(s, v) for s, v in zip(line.steps, line.values, strict=True) if v is not None and math.isfinite(v)]
+    data = np.asarray(pairs, dtype=np.float64).reshape(-1, 2)
+    size = max(math.ceil(len(data) / POINTS), 1)
+    means = np.asarray([data[i : i + size].mean(axis=0) for i in range(0, len(data), size)]).reshape(-1, 2)
+    return means[:, 0], means[:, 1]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Running mean over a twentieth of the curve, centred; shorter at the steep start, one-sided at the end."""
+    reach, rows = max(len(values) // 40, 1), np.arange(len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    before = np.minimum(reach, rows)
+    after = np.minimum(before, rows[::-1])
+    return (sums[rows + after + 1] - sums[rows - before]) / (before + after + 1)
+
+
+def _spoken(lines: Sequence[Line], unit: str) -> str:
+    parts = []
+    for line in lines:
+        steps, values = _bins(line)
+        if len(steps):
+            parts.append(
+                f"{line.label}: {values[0]:.4g} at step {steps[0]:.0f}, {values[-1]:.4g} at step {steps[-1]:.0f}"
+            )
+    return f"{unit}. " + "; ".join(parts)
+
+
+def _inline(svg: str, name: str, label: str) -> str:
+    """Keeps the <svg> element alone: page colours, ids of its own, size from its container, nothing to fetch."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    head, body = svg.split(">", 1)
+    box = re.search(r'viewBox="[^"]*"', head).group()
+    prefix = re.sub(r"\W+", "-", name)
+    body = re.sub(r'\bid="', f'id="{prefix}-', body)
+    body = re.sub(r'(href="|url\()#', rf"\1#{prefix}-", body).replace("xlink:href", "href")
+    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", body, flags=re.S)
+    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
+    for colour, value in CSS.items():
+        body = body.replace(colour, value)
+    spoken = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return f'<svg {box} role="img" aria-label="{spoken}">{body.strip()}'
