@@ -88,9 +88,7 @@ class StageCheckpoints:
         ) as checkpointer:
             checkpointer.save(
                 self._directory / "result",
-                ocp.args.Composite(
-                    trained=ocp.args.StandardSave(_dotted(trained)), summary=ocp.args.JsonSave(summary)
-                ),
+                ocp.args.Composite(trained=ocp.args.StandardSave(_dotted(trained)), summary=ocp.args.JsonSave(summary)),
             )
         self.drop_steps()
 

@@ -6,8 +6,10 @@ it into these dataclasses at the door, and nothing behind the door sees a Config
 
 import dataclasses
 import difflib
+import json
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -56,7 +58,7 @@ class Losses:
     similarity: str = "cosine"  # cosine | dot
     positives: str = "self"  # self (the paper) | group (all captions of the image) | mask (siblings not in denominator)
     lm_with_image: bool = False  # loss_LM's query after the visual tokens, instead of text alone
-    chunk: int = 1024  # keys an online-softmax step reads
+    chunk: int = 0  # keys an online-softmax step reads; 0 = 1024 on CPU, 32768 elsewhere
     queue_dtype: str = "auto"  # float32 | bfloat16 | auto (float32 on CPU, bfloat16 elsewhere)
 
 
@@ -190,6 +192,17 @@ def flatten(config: Config) -> dict[str, Any]:
 
     visit("", dataclasses.asdict(config))
     return flat
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The config as nested plain values, for run.json."""
+    return dataclasses.asdict(config)
+
+
+def read_saved(workdir: Path) -> Config | None:
+    """The config that a workdir was trained with, None for a fresh one."""
+    path = workdir / "run.json"
+    return from_config_dict(json.loads(path.read_text())["config"]) if path.exists() else None
 
 
 def differences(old: Config, new: Config) -> list[str]:

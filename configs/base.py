@@ -1,0 +1,9 @@
+"""Every field of a run with its default and meaning: see the dataclasses of eim_jax/config.py."""
+
+import ml_collections
+
+from eim_jax.config import Config, to_config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    return to_config_dict(Config())

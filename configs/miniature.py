@@ -1,0 +1,39 @@
+"""The embedded default: the drawn world, its own pretrained towers, baseline against EIM in under five minutes."""
+
+import ml_collections
+
+from eim_jax.config import Arm, Config, Data, Decode, LossWeights, Stage, Towers, to_config_dict
+
+
+def get_config() -> ml_collections.ConfigDict:
+    short = {"batch": 40, "warmup_steps": 50, "lr": 1e-3, "epochs": 4}
+    config = Config(
+        towers=Towers(clip="miniature/clip", lm="miniature/gpt2", dropout=0.0),
+        data=Data(kind="miniature", scenes=1200, max_tokens=32),
+        arms=("baseline", "eim"),
+        arm={
+            "baseline": Arm(
+                description="ClipCap: projected [CLS] -> MLP -> LM, trained end to end on loss_base",
+                features="cls",
+                output_layer=True,
+                st="mlp",
+                sequence=("base",),
+            ),
+            "eim": Arm(
+                description="EIM: full features -> FFN -> LM, trained in stages ST -> LM -> IE",
+                st_hidden=512,
+                prompts=4,
+                prompt_hidden=128,
+                sequence=("st", "lm", "ie"),
+            ),
+        },
+        stages={
+            "base": Stage(train=("st/.*", "lm/.*"), losses=LossWeights(base=1.0), **short),
+            "st": Stage(train=("st/.*",), losses=LossWeights(st=1.0), **short),
+            "lm": Stage(train=("lm/.*",), losses=LossWeights(lm=1.0), **{**short, "lr": 1e-4}),
+            "ie": Stage(train=("visual/prompt/.*", "st/.*", "lm/.*"), losses=LossWeights(base=1.0, ie=1.0), **short),
+        },
+        decode=Decode(max_tokens=32),
+        log_every=25,
+    )
+    return to_config_dict(config)

@@ -1,0 +1,153 @@
+"""Captions and scores of a trained arm: generation by every configured method, test NLL, and the files they go to."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eim_jax import partition
+from eim_jax.checkpoint import write_json
+from eim_jax.config import Decode
+from eim_jax.console import progress
+from eim_jax.data import miniature, text
+from eim_jax.data.pipeline import eval_images
+from eim_jax.data.records import Split
+from eim_jax.decode import DecodeConfig, generate
+from eim_jax.evals import caption
+from eim_jax.inputs import Inputs
+from eim_jax.losses import response_xent
+from eim_jax.models.vlm import VLM
+from eim_jax.partition import Flat
+
+
+def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Path) -> dict[str, dict]:
+    """Writes predictions_test*.json and scores_test.json of one arm; returns {method: scores}.
+
+    scores: BLEU-1..4, METEOR, ROUGE_L, CIDEr, SPICE (fractions, as the reference implementation gives them), `nll` in
+    nats a token over all reference captions, `nll_shuffled` the same with another image's visual tokens (the gap says
+    whether the model looks), and on the miniature world the F1 of named objects.
+    """
+    visual = visual_tokens(inputs, vlm, params, split)
+    nll = {
+        "nll": _nll(inputs, vlm, params, split, visual),
+        "nll_shuffled": _nll(inputs, vlm, params, split, np.roll(visual, 1, axis=0)),
+    }
+    scores = {}
+    for i, method in enumerate(inputs.config.decode.methods):
+        captions = captions_of(inputs, vlm, params, visual, method)
+        results = dict(zip(split.images.ids, captions, strict=True))
+        answer = [{"image_id": _coco_id(id_), "caption": words} for id_, words in results.items()]
+        if jax.process_index() == 0:
+            write_json(directory / f"predictions_test_{method}.json", answer)
+            if i == 0:
+                write_json(directory / "predictions_test.json", answer)
+        with progress(f"scores of {method}", 1) as advance:
+            scores[method] = {**caption.score(results, split.references), **nll}
+            if inputs.config.data.kind == "miniature":
+                scores[method] |= miniature.attribute_f1(results, split.scenes)
+            advance(1)
+    if jax.process_index() == 0:
+        write_json(directory / "scores_test.json", scores)
+    return scores
+
+
+def visual_tokens(inputs: Inputs, vlm: VLM, params: Flat, split: Split) -> np.ndarray:
+    """The ST's output for every image of a split, [images m d] in the split's order."""
+    tree = partition.unflatten(params)
+    connect = jax.jit(lambda images: vlm.connect(tree, vlm.see(tree, images)))
+    rows, batch = [], inputs.config.decode.batch
+    with progress(f"looking at {split.name} images", len(split.images), "images") as advance:
+        for present, images in eval_images(split, batch, vlm.visual.config.image_size):
+            real = int((np.asarray(present) >= 0).sum())
+            rows.append(np.asarray(connect(images))[:real])
+            advance(real)
+    return np.concatenate(rows)
+
+
+def captions_of(inputs: Inputs, vlm: VLM, params: Flat, visual: np.ndarray, method: str) -> list[str]:
+    """One generated caption for each row of visual tokens [images m d]."""
+    settings, tree = inputs.config.decode, partition.unflatten(params)
+    tokenizer, lm = inputs.lm_tokenizer, vlm.lm
+    config = decode_config(settings, method, inputs.config.seed, len(visual[0]), lm.config.context)
+    captions = []
+    with progress(f"captions by {method}", len(visual), "images") as advance:
+        for chunk, real in _padded(visual, settings.batch):
+            decoded = generate(
+                lm,
+                tree["lm"],
+                jnp.asarray(chunk),
+                None,
+                None,
+                config,
+                eos_id=tokenizer.eos_token_id,
+                period_id=_period_id(tokenizer),
+            )
+            tokens, lengths = np.asarray(decoded.tokens), np.asarray(decoded.length)
+            for row in range(real):
+                captions.append(tokenizer.decode(tokens[row, : lengths[row]], skip_special_tokens=True).strip())
+            advance(real)
+    return captions
+
+
+def decode_config(settings: Decode, method: str, seed: int, visual: int, context: int) -> DecodeConfig:
+    """The decoder's settings; at most as many tokens as the LM has positions left after the visual ones."""
+    return DecodeConfig(
+        method=method,
+        beams=settings.beams,
+        max_tokens=min(settings.max_tokens, context - visual),
+        stop_at_period=settings.stop_at_period,
+        top_p=settings.top_p,
+        temperature=settings.temperature,
+        seed=seed,
+    )
+
+
+def _nll(inputs: Inputs, vlm: VLM, params: Flat, split: Split, visual: np.ndarray) -> float:
+    """Mean negative log-likelihood in nats a supervised token, over all samples of the split."""
+    tree = partition.unflatten(params)
+    encoded = text.encode_split(split, inputs.lm_tokenizer, inputs.config.data.max_tokens, eos=inputs.config.data.eos)
+    rows = np.array([sample.image for sample in split.samples])
+
+    @jax.jit
+    def total(seen, tokens, valid, supervised):
+        return response_xent(vlm.answer(tree, seen, tokens, valid), tokens, supervised)
+
+    batch, summed, count = inputs.config.decode.batch * 2, 0.0, 0.0
+    with progress(f"likelihood of {split.name} captions", len(rows), "captions") as advance:
+        for begin in range(0, len(rows), batch):
+            part = np.arange(begin, begin + batch)
+            real = part < len(rows)
+            part = np.minimum(part, len(rows) - 1)
+            supervised = encoded.supervised[part] & real[:, None]
+            loss, n = total(visual[rows[part]], encoded.tokens[part], encoded.valid[part], supervised)
+            summed, count = summed + float(loss), count + float(n)
+            advance(int(real.sum()))
+    return summed / max(count, 1.0)
+
+
+def _period_id(tokenizer) -> int | None:
+    """The id of the token "." (13 in GPT-2's vocabulary)."""
+    found = tokenizer.convert_tokens_to_ids(".")
+    return None if found == tokenizer.unk_token_id else found
+
+
+def _padded(rows: np.ndarray, batch: int) -> Iterable[tuple[np.ndarray, int]]:
+    """(batch rows, how many are real): the last batch repeats its first row, so that one shape is compiled."""
+    for begin in range(0, len(rows), batch):
+        part = rows[begin : begin + batch]
+        fill = np.repeat(part[:1], batch - len(part), axis=0)
+        yield np.concatenate([part, fill]), len(part)
+
+
+def _coco_id(image_id: str) -> int | str:
+    """COCO's own result files hold numbers."""
+    return int(image_id) if image_id.isdigit() else image_id
+
+
+def read_scores(directory: Path) -> dict[str, dict] | None:
+    """An arm's scores, None when they have not been computed."""
+    path = directory / "scores_test.json"
+    return json.loads(path.read_text()) if path.exists() else None

@@ -1,0 +1,140 @@
+"""The one door: `python -m eim_jax.main --config=configs/miniature.py --workdir=runs/miniature`."""
+
+import os
+import platform
+import shlex
+import sys
+import time
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import psutil
+from absl import app, flags
+from ml_collections import config_flags
+
+from eim_jax import config as settings
+from eim_jax.console import console, duration
+
+MODES = ("train", "eval", "caption", "inspect")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; any field: --config.data.max_tokens=30.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes.", required=True)
+_MODE = flags.DEFINE_enum("mode", "train", MODES, "train (and score and report) | eval | caption | inspect.")
+_IMAGES = flags.DEFINE_list("images", [], "--mode=caption: image files or folders, separated by commas.")
+_ARM = flags.DEFINE_string("arm", "", "--mode=caption, inspect: which arm; the last one by default.")
+_OUT = flags.DEFINE_string("out", "", "--mode=caption: JSON file to write; <workdir>/captions.json by default.")
+_SAMPLES = flags.DEFINE_integer("samples", 4, "--mode=inspect: how many training samples to show.", lower_bound=1)
+_TRACEBACK = flags.DEFINE_boolean("traceback", False, "Show where an error arose.")
+
+
+def main(argv: list[str]) -> None:
+    """Prepares the process, then runs the mode."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}: flags start with --")
+    workdir = Path(_WORKDIR.value)
+    config = _config(workdir, _MODE.value)
+    # Compiled programs are kept in the workdir: a resumed run starts in seconds.
+    jax.config.update("jax_compilation_cache_dir", str((workdir / "cache" / "xla").absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    # Modes import what they need only now: distributed initialisation and cache settings come before any device.
+    from eim_jax import run
+
+    started = time.monotonic()
+    if _MODE.value == "train":
+        record = {
+            "command": shlex.join(["python", "-m", "eim_jax.main", *sys.argv[1:]]),
+            "config": settings.as_dict(config),
+            "versions": versions(),
+            "machine": machine(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        run.train(config, workdir, record)
+        console.print(f"done in {duration(time.monotonic() - started)}", soft_wrap=True)
+    elif _MODE.value == "eval":
+        run.evaluate(config, workdir)
+    elif _MODE.value == "caption":
+        if not _IMAGES.value:
+            raise app.UsageError("--mode=caption needs --images=FILE_OR_FOLDER[,FILE_OR_FOLDER...]")
+        out = Path(_OUT.value) if _OUT.value else workdir / "captions.json"
+        run.caption(config, workdir, _arm(config), [Path(p) for p in _IMAGES.value], out)
+    else:
+        run.inspect(config, workdir, _arm(config), _SAMPLES.value)
+
+
+def versions() -> dict[str, str]:
+    """The packages that decide a run's numbers."""
+    names = ("eim_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
+
+
+def machine() -> dict[str, str | int]:
+    """What the run ran on."""
+    device = jax.devices()[0]
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cpu_cores": os.cpu_count() or 0,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _config(workdir: Path, mode: str) -> settings.Config:
+    """The config asked for; for a finished workdir without --config, the one it was trained with."""
+    saved = settings.read_saved(workdir)
+    if _CONFIG.value is not None:
+        config = settings.from_config_dict(_CONFIG.value)
+    elif saved is not None:
+        config = saved
+    elif mode == "train":
+        raise app.UsageError("--config is missing: --config=configs/miniature.py trains the embedded example")
+    else:
+        raise app.UsageError(f"{workdir} holds no run: --mode={mode} needs the workdir of a trained one")
+    if saved is not None:
+        changed = settings.differences(saved, config)
+        if changed:
+            lines = "\n  ".join(changed)
+            raise settings.ConfigError(
+                f"{workdir} belongs to a run with another config:\n  {lines}\n"
+                "Choose another --workdir, or delete this one to start again."
+            )
+    return config
+
+
+def _arm(config: settings.Config) -> str:
+    name = _ARM.value or config.arms[-1]
+    if name not in config.arms:
+        raise app.UsageError(f"--arm={name}: this run has {', '.join(config.arms)}")
+    return name
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Flags; a misspelt config field is one line that names the nearest valid one."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        message = str(error.args[0]).strip("'\"").replace("\\n", "\n").replace("'\n", "'. ")
+        fields = [a.split("=")[0] for a in argv if a.startswith("--config.")]
+        sys.exit(f"error: among {', '.join(fields)}: no such field: {message}")
+
+
+def cli() -> None:
+    """Runs `main`; an error that names what is wrong with the input is one message, not a traceback."""
+
+    def run_main(argv: list[str]) -> None:
+        try:
+            main(argv)
+        except (ValueError, OSError, FloatingPointError) as error:
+            if _TRACEBACK.value:
+                raise
+            sys.exit(f"error: {error}\n({type(error).__name__}; --traceback shows where)")
+
+    app.run(run_main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+    cli()

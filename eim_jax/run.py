@@ -1,0 +1,114 @@
+"""The modes of `main`: train (then score, then write the report), eval, caption, inspect."""
+
+import time
+from pathlib import Path
+
+import jax
+
+from eim_jax import evaluate as scoring
+from eim_jax import inputs as loading
+from eim_jax import partition
+from eim_jax.checkpoint import StageCheckpoints, write_json
+from eim_jax.config import Config, ConfigError
+from eim_jax.console import console, print_table
+from eim_jax.data.image import load_rgb
+from eim_jax.data.records import FileImages, Split
+from eim_jax.inputs import Inputs
+from eim_jax.models.vlm import VLM
+from eim_jax.partition import Flat
+from eim_jax.report import write_report
+from eim_jax.train import run_arm
+
+SCORES = ("Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE", "nll", "shape_colour_f1")
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def train(config: Config, workdir: Path, record: dict) -> None:
+    """Trains every arm in turn, scores it on the test split, and writes workdir/report.html."""
+    begun = time.monotonic()
+    inputs = loading.load(config, workdir)
+    if jax.process_index() == 0:
+        write_json(workdir / "run.json", record)
+    test = loading.load_split(config, "test", workdir)
+    table = {}
+    for arm in config.arms:
+        console.rule(f"{arm}: {config.arm[arm].description or ' -> '.join(config.arm[arm].sequence)}")
+        vlm, params = run_arm(inputs, arm)
+        scores = scoring.read_scores(workdir / arm)
+        if scores is None or set(scores) != set(config.decode.methods):
+            scores = scoring.evaluate(inputs, vlm, params, test, workdir / arm)
+        table[arm] = scores
+    if jax.process_index() == 0:
+        write_json(workdir / "run.json", record | {"seconds": round(time.monotonic() - begun, 1)})
+        _report(workdir, test, table)
+
+
+def evaluate(config: Config, workdir: Path) -> None:
+    """Scores the trained arms again, with the decoding settings given now, and renews the report."""
+    inputs = loading.load(config, workdir)
+    test = loading.load_split(config, "test", workdir)
+    table = {}
+    for arm in config.arms:
+        vlm, params = trained(inputs, arm)
+        table[arm] = scoring.evaluate(inputs, vlm, params, test, workdir / arm)
+    if jax.process_index() == 0:
+        _report(workdir, test, table)
+
+
+def caption(config: Config, workdir: Path, arm: str, images: list[Path], out: Path) -> None:
+    """Captions image files, or all images in folders, with a trained arm; prints them and writes JSON."""
+    files = _pictures(images)
+    inputs = loading.load(config, workdir)
+    vlm, params = trained(inputs, arm)
+    ids = [str(file) for file in files]
+    split = Split("your", (), FileImages(Path(), ids, ids))
+    for file in files:
+        load_rgb(file)  # every unreadable file is named before any work is done
+    visual = scoring.visual_tokens(inputs, vlm, params, split)
+    captions = scoring.captions_of(inputs, vlm, params, visual, config.decode.methods[0])
+    for name, words in zip(ids, captions, strict=True):
+        console.print(f"{name}: {words}", soft_wrap=True)
+    write_json(out, [{"image_id": name, "caption": words} for name, words in zip(ids, captions, strict=True)])
+    console.print(f"written to {out}", soft_wrap=True)
+
+
+def trained(inputs: Inputs, arm: str) -> tuple[VLM, Flat]:
+    """An arm's model with the parameters its last stage left; raises ConfigError when a stage is not finished."""
+    vlm, params = loading.start(inputs, inputs.config.arm[arm])
+    for i, name in enumerate(inputs.config.arm[arm].sequence):
+        with StageCheckpoints(inputs.workdir / arm / "checkpoints" / f"{i}-{name}") as store:
+            if not store.finished:
+                raise ConfigError(
+                    f"stage {name} of arm {arm} is not finished in {inputs.workdir}: run --mode=train first"
+                )
+            leaves, _ = partition.split(params, partition.groups(inputs.config.stages[name], params))
+            params = {**params, **store.result(leaves)[0]}
+    return vlm, params
+
+
+def _report(workdir: Path, test: Split, table: dict[str, dict]) -> None:
+    rows, present = [], [k for k in SCORES if any(s.get(k) is not None for m in table.values() for s in m.values())]
+    for arm, methods in table.items():
+        for method, scores in methods.items():
+            values = [scores.get(k) for k in present]
+            rows.append([arm, method, *("-" if v is None else f"{v:.3f}" for v in values)])
+    names = [k.replace("Bleu_4", "BLEU-4").replace("shape_colour_f1", "object F1") for k in present]
+    print_table(f"scores on {len(test.images):,} test images", ["arm", "decoding", *names], rows)
+    where = {id_: row for row, id_ in enumerate(test.images.ids)}
+    path = write_report(workdir, lambda id_: test.images[where[str(id_)]], test.references)
+    console.print(f"report: {path}", soft_wrap=True)
+
+
+def _pictures(places: list[Path]) -> list[Path]:
+    files = []
+    for place in places:
+        if place.is_dir():
+            inside = sorted(f for f in place.iterdir() if f.suffix.lower() in PICTURES)
+            if not inside:
+                raise ConfigError(f"--images: the folder {place} holds no picture ({', '.join(sorted(PICTURES))})")
+            files += inside
+        elif place.exists():
+            files.append(place)
+        else:
+            raise ConfigError(f"--images: no file or folder {place}")
+    return files

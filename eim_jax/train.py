@@ -1,0 +1,358 @@
+"""Training in segmented stages: the step, one stage, and the sequence of an arm.
+
+A stage differentiates with respect to its own parameters only ("gradient truncation", EIM section 3), starts from what
+the previous stage left, with a new optimizer, and holds only the queues its losses read.
+"""
+
+import signal
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from eim_jax import partition, stages
+from eim_jax.checkpoint import StageCheckpoints, write_json
+from eim_jax.config import Stage
+from eim_jax.console import console
+from eim_jax.data import pipeline
+from eim_jax.inputs import Inputs, stage_features, start
+from eim_jax.logs import RunLog, StageInfo, Trained
+from eim_jax.models.vlm import VLM
+from eim_jax.partition import Flat
+from eim_jax.sharding import batch_sharding, param_shardings
+from eim_jax.types import Batch
+
+
+class Interrupted(SystemExit):
+    """SIGTERM or SIGINT arrived; the state is saved and the same command continues."""
+
+
+class NonFinite(FloatingPointError):
+    """A loss became NaN or infinite; names the term, the step and the samples."""
+
+
+def make_step(vlm: VLM, stage: Stage, objective: Callable, tx: optax.GradientTransformation, train: bool) -> Callable:
+    """The stage's update as a pure function.
+
+    (trained, opt_state, frozen, batch, queues, key, step) -> (trained, opt_state, metrics). The micro-batches of
+    `stage.accumulate` take every accumulate-th row and divide by the whole batch's counts: the gradient is the big
+    batch's. `train=False` switches dropout off.
+    """
+
+    def loss_of(trained, frozen, batch, queues, norms, key):
+        params = partition.unflatten({**trained, **frozen})
+        return objective(params, batch, queues, norms, key if train else None)
+
+    def gradients(trained, frozen, batch, queues, key):
+        norms = stages.normalisers(stage, batch)
+        differentiate = jax.grad(loss_of, has_aux=True)
+        if stage.accumulate == 1:
+            return differentiate(trained, frozen, batch, queues, norms, key)
+        # Every accumulate-th row, so that a batch sharded by rows stays on its devices.
+        micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, stage.accumulate, *x.shape[1:]), 1, 0), batch)
+
+        def add(total, part):
+            i, rows = part
+            more = differentiate(trained, frozen, rows, queues, norms, jax.random.fold_in(key, i))
+            return jax.tree.map(jnp.add, total, more), None
+
+        shapes = jax.eval_shape(differentiate, trained, frozen, jax.tree.map(lambda x: x[0], micro), queues, norms, key)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zero, (jnp.arange(stage.accumulate), micro))[0]
+
+    def step(trained, opt_state, frozen, batch, queues, key, number):
+        grads, metrics = gradients(trained, frozen, batch, queues, jax.random.fold_in(key, number))
+        # optax sees the whole tree, frozen leaves with zero gradients that no state depends on. Their updates are
+        # dropped here and not added: adding 0.0 would turn a frozen -0.0 into 0.0.
+        zeros = {path: jnp.zeros_like(leaf) for path, leaf in frozen.items()}
+        updates, opt_state = tx.update({**grads, **zeros}, opt_state, {**trained, **frozen})
+        trained = optax.apply_updates(trained, {path: updates[path] for path in trained})
+        return trained, opt_state, metrics
+
+    return step
+
+
+def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
+    """Trains one arm through its sequence of stages, resuming where an earlier run stopped; writes its run.json."""
+    config, directory = inputs.config, inputs.workdir / name
+    arm = config.arm[name]
+    vlm, params = start(inputs, arm)
+    plan = [stage_info(inputs, config.stages[s], s, params) for s in arm.sequence]
+    checkpoints = [directory / "checkpoints" / f"{i}-{s}" for i, s in enumerate(arm.sequence)]
+    summaries = []
+    resume = _resume_point(checkpoints)
+    with RunLog.open(directory, plan, resume, enabled=jax.process_index() == 0) as log, _signals() as asked_to_stop:
+        for i, (stage_name, folder) in enumerate(zip(arm.sequence, checkpoints, strict=True)):
+            stage = config.stages[stage_name]
+            with StageCheckpoints(folder, config.checkpoint.keep) as store:
+                if store.finished:
+                    trained, _ = partition.split(params, partition.groups(stage, params))
+                    trained, summary = store.result(trained)
+                    store.drop_steps()
+                    params = {**params, **trained}
+                    console.print(f"{name} {stage_name}: already trained, its result is restored", soft_wrap=True)
+                else:
+                    params, summary = _run_stage(inputs, vlm, i, plan[i], params, store, log, asked_to_stop)
+            summaries.append(summary)
+            if jax.process_index() == 0:
+                total = sum(int(leaf.size) for leaf in params.values())
+                record = {"arm": name, "description": arm.description, "total_params": total, "stages": summaries}
+                write_json(directory / "run.json", record)
+    return vlm, params
+
+
+def stage_info(inputs: Inputs, stage: Stage, name: str, params: Flat) -> StageInfo:
+    """What the stage trains and for how many steps."""
+    found = partition.groups(stage, params)
+    trained = tuple(Trained(g.pattern, len(g.paths), sum(int(params[p].size) for p in g.paths)) for g in found)
+    per_epoch = len(inputs.train) // stage.batch
+    steps = stage.steps or stage.epochs * per_epoch
+    return StageInfo(
+        name=name,
+        losses=stages.weights(stage),
+        trained=trained,
+        total_params=sum(int(leaf.size) for leaf in params.values()),
+        steps=steps,
+        epochs=round(steps / max(per_epoch, 1), 3),
+        batch=stage.batch,
+    )
+
+
+def place_batch(batch: Batch, mesh) -> Batch:
+    """The process's rows of a batch as global arrays, rows over the mesh's data axes."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def _run_stage(
+    inputs: Inputs,
+    vlm: VLM,
+    index: int,
+    info: StageInfo,
+    params: Flat,
+    store: StageCheckpoints,
+    log: RunLog,
+    asked_to_stop: Callable[[], bool],
+) -> tuple[Flat, dict]:
+    config, mesh = inputs.config, inputs.mesh
+    stage = config.stages[info.name]
+    found = partition.groups(stage, params)
+    trained, frozen = partition.split(params, found)
+    # A stage donates its trained leaves' buffers; the copies keep `params` whole for whoever still holds it.
+    trained = jax.tree.map(jnp.copy, trained)
+    proof = _digest(frozen)
+    log.start_stage(index)
+
+    needed = stages.fields(stage, config.losses)
+    features = stage_features(inputs, vlm, stage, params) if "image" in needed else None
+    if features is not None:
+        needed = (needed - {"image"}) | {"features"}
+    queues = {kind: inputs.queue(vlm, kind, params) for kind in stages.queue_kinds(stage)}
+    counts = {kind: queue.count for kind, queue in queues.items()}
+    queues = {kind: queue._replace(count=0) for kind, queue in queues.items()}  # arrays only: N is static, in `counts`
+
+    tx = partition.optimizer(stage, found, params, info.steps)
+    opt_state = _place_like(tx.init({**trained, **frozen}), params, mesh)
+    key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), index)
+    iterator = pipeline.batches(
+        inputs.train,
+        inputs.encoded,
+        fields=needed,
+        batch_size=stage.batch,
+        seed=config.seed * 1000 + index,
+        epochs=-(-info.steps // max(len(inputs.train) // stage.batch, 1)),
+        features=features,
+        image_size=vlm.visual.config.image_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    done, seconds = 0, 0.0
+    if store.latest_step() is not None:
+        done, trained, opt_state, record = store.restore(trained, opt_state, iterator)
+        seconds = record["seconds"]
+        console.print(f"resuming {info.name} after step {done} of {info.steps}", soft_wrap=True)
+
+    objective = stages.objective(vlm, stage, config.losses, counts, mesh)
+    step = jax.jit(make_step(vlm, stage, objective, tx, config.towers.dropout > 0), donate_argnums=(0, 1))
+    compiled = None
+    meter = _Meter(info, inputs.train, iterator_rows=stage.batch)
+    rates = {group.name: group.factor for group in found}
+    schedule = partition.learning_rate(stage, info.steps)
+    begun = time.monotonic()
+
+    def save(number):
+        meter.check()
+        store.save(number, trained, opt_state, iterator, {"seconds": seconds + time.monotonic() - begun})
+
+    for number in range(done, info.steps):
+        with meter.waiting():
+            batch = next(iterator)
+        meter.rows(number, batch.index)
+        placed = place_batch(batch, mesh)
+        arguments = (trained, opt_state, frozen, placed, queues, key, jnp.int32(number))
+        if compiled is None:  # compiled ahead of time: a second shape is an error, not a silent second compilation
+            compiled = step.lower(*arguments).compile()
+            meter.restart()
+        trained, opt_state, metrics = compiled(*arguments)
+        meter.add(metrics)
+        reached, last = number + 1, number + 1 == info.steps
+        if reached % config.log_every == 0 or last:
+            means = meter.read()
+            lr = {f"lr/{name}": factor * float(schedule(number)) for name, factor in rates.items()}
+            place = {"stage": info.name, "stage_index": index, "step": reached}
+            log.write({**place, "epoch": round(reached * stage.batch / len(inputs.train), 4), **means, **lr})
+        if asked_to_stop():
+            save(reached)
+            store.__exit__()
+            raise Interrupted(f"stopped after step {reached} of {info.name}, saved: the same command continues")
+        if reached % config.checkpoint.every_steps == 0 and not last:
+            save(reached)
+    meter.check()
+    if hasattr(iterator, "close"):
+        iterator.close()
+    if _digest(frozen) != proof:
+        raise RuntimeError(
+            f"stage {info.name} changed a frozen parameter: this is a defect of eim_jax, please report it"
+        )
+    seconds += time.monotonic() - begun
+    summary = {
+        **asdict(info),
+        "trained_params": info.trained_params,
+        "seconds": seconds,
+        "examples_per_second": info.steps * stage.batch / seconds,
+        "peak_memory_bytes": _peak_memory(compiled),
+        "data_wait": meter.wait_share(),
+        "frozen_unchanged": True,
+    }
+    store.finish(trained, summary)
+    return {**params, **trained}, summary
+
+
+class _Meter:
+    """Means of the metrics since the last read, the finite check, and the share of time spent waiting for data."""
+
+    def __init__(self, info: StageInfo, split, iterator_rows: int):
+        self._info, self._split, self._batch = info, split, iterator_rows
+        self._pending: list[tuple[int, np.ndarray, dict]] = []
+        self._latest: tuple[int, np.ndarray] = (0, np.zeros(0, np.int32))
+        self._wait = self._total_wait = 0.0
+        self._steps = 0
+        self._start = self._first = time.monotonic()
+
+    def restart(self):
+        """Leaves the compilation out of the speed."""
+        self._wait, self._start, self._first = 0.0, time.monotonic(), time.monotonic()
+
+    @contextmanager
+    def waiting(self):
+        begun = time.monotonic()
+        yield
+        self._wait += time.monotonic() - begun
+
+    def rows(self, number: int, index: np.ndarray):
+        self._latest = (number, np.asarray(index))
+
+    def add(self, metrics: dict):
+        self._pending.append((*self._latest, metrics))
+
+    def check(self) -> list[dict]:
+        """Waits for the pending steps; raises NonFinite for the first one with a loss that is not a number."""
+        fetched = jax.device_get([metrics for *_, metrics in self._pending])
+        for (number, rows, _), metrics in zip(self._pending, fetched, strict=True):
+            bad = [name for name, value in metrics.items() if name.startswith("loss") and not np.isfinite(value)]
+            if bad:
+                ids = ", ".join(self._split.samples[row].id for row in rows)
+                terms = ", ".join(f"{name} = {metrics[name]}" for name in bad)
+                raise NonFinite(
+                    f"stage {self._info.name}, step {number + 1}: {terms}. Samples of this batch: {ids}. The last "
+                    "checkpoint is from before; try a lower lr, clip_norm, or towers.dtype=float32."
+                )
+        return fetched
+
+    def read(self) -> dict[str, Any]:
+        fetched = self.check()
+        now = time.monotonic()
+        elapsed = max(now - self._start, 1e-9)
+        means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
+        ordered = {"loss": means.pop("loss"), **means}
+        ordered["examples_per_second"] = len(fetched) * self._batch / elapsed
+        ordered["data_wait"] = min(self._wait / elapsed, 1.0)
+        self._total_wait += self._wait
+        self._pending, self._wait, self._start = [], 0.0, now
+        return ordered
+
+    def wait_share(self) -> float:
+        return min(self._total_wait / max(time.monotonic() - self._first, 1e-9), 1.0)
+
+
+def _place_like(opt_state: Any, params: Flat, mesh) -> Any:
+    """Optimizer moments lie where their parameter lies; counters are replicated."""
+    shardings = param_shardings(params, mesh)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def place(where, leaf):
+        path = next((k.key for k in reversed(where) if isinstance(k, jax.tree_util.DictKey) and k.key in params), None)
+        same = path is not None and leaf.shape == params[path].shape
+        return jax.device_put(leaf, shardings[path] if same else whole)
+
+    return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
+@jax.jit
+def _bits(leaf: jax.Array) -> jax.Array:
+    """A 32-bit sum over the leaf's bits that any single changed or moved bit changes."""
+    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+    bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32).reshape(-1)
+    place = jax.lax.iota(jnp.uint32, bits.size)
+    return jnp.sum((bits ^ (bits >> 15)) * (2 * place + 1), dtype=jnp.uint32)
+
+
+def _digest(flat: Flat) -> dict[str, int]:
+    """Each leaf's digest, computed where it lies."""
+    return {path: int(value) for path, value in jax.device_get({p: _bits(leaf) for p, leaf in flat.items()}).items()}
+
+
+def _peak_memory(compiled) -> int | None:
+    """Bytes the compiled step holds at its peak, per device: arguments + temporaries + outputs not aliased."""
+    analysis = compiled.memory_analysis() if compiled is not None else None
+    if analysis is None:
+        return None
+    held = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    return int(held + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+
+
+def _resume_point(folders: list[Path]) -> tuple[int, int] | None:
+    """(stage, first step that will run again) for the log; None when nothing was saved."""
+    for i, folder in enumerate(folders):
+        with StageCheckpoints(folder) as store:
+            if not store.finished:
+                step = store.latest_step()
+                # Records carry the number of steps done: those up to the checkpoint stay.
+                return (i, step + 1) if step is not None else ((i, 0) if i else None)
+    return (len(folders), 0)
+
+
+@contextmanager
+def _signals():
+    """Yields a function that says whether SIGTERM or SIGINT has arrived; the second SIGINT interrupts at once."""
+    arrived = []
+
+    def note(number, _):
+        if arrived and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        arrived.append(number)
+        console.print("stopping after this step; the state will be saved", soft_wrap=True)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(arrived)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
