@@ -166,7 +166,7 @@ class _Loader:
         image_of = np.fromiter((-1 if s.image is None else s.image for s in split.samples), np.int32, len(split))
         return cls(split, encoded, fields, features, image_size, image_of)
 
-    def __call__(self, rows: Int[np.ndarray, "b"]) -> Batch:
+    def __call__(self, rows: Int[np.ndarray, "b"]) -> tuple:  # a Batch, still of NumPy arrays: not of jax.Array
         loaded: dict[str, np.ndarray] = {}
         for name in _TEXT_FIELDS:
             if name in self.fields:

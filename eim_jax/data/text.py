@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from eim_jax.console import console, progress
 from eim_jax.data.records import Split
+from eim_jax.hf import resolve
 
 _CHUNK = 8192  # texts given to the tokenizer at once
 _LONG = 50_000  # texts from which on a progress bar is worth its lines (about two seconds)
@@ -28,8 +29,6 @@ class Encoded(NamedTuple):
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """Returns the tokenizer of a tower: a local folder, "miniature/...", or a hub id. Errors: ValueError naming it."""
-    from eim_jax.weights import resolve  # here, so that encoding alone does not load the towers' code
-
     place = resolve(path)
     try:
         return AutoTokenizer.from_pretrained(place)
