@@ -66,7 +66,7 @@ def queue_nce(
 
     `chunk` rows are read at a time (0: 1024 on CPU, 32768 elsewhere). With `mesh` the rows of `keys` and `groups`
     lie over its ("data", "fsdp") axes: each device passes over its own rows and only [b] and [b, D] move. On CPU hold
-    the keys in float32 (bf16 works, but is widened chunk by chunk); on accelerators in bf16.
+    the keys in float32 (bf16 works, but costs a copy); on accelerators in bf16.
 
     Raises ValueError for a count outside 1..N, groups missing where `positives` needs them, or rows that the mesh does
     not divide.
@@ -89,7 +89,7 @@ def queue_nce(
     how = _How(count, rows, positives, mesh, on_cpu)
     loss, (rank, score, effective) = _rowwise(how, q / tau, keys, index, groups if positives != "self" else None)
 
-    def total(x: Float[Array, "b"]) -> Float[Array, ""]:
+    def total(x):
         return jnp.sum(jnp.where(counted, weights * x, 0))
 
     aux = (total(rank == 1), total(rank), total(score * tau), total(effective))
@@ -187,16 +187,16 @@ def _one_pass(how: _How, u, keys, index, groups):
     score = jnp.sum(u * own, axis=1)
     tie = score - TIE * jnp.sqrt(jnp.sum(u * u, axis=1) * jnp.sum(own * own, axis=1))
 
-    # XLA's CPU compiler moves the widening of bf16 keys out of the loop, a float32 copy of the whole queue; it does not
-    # see through a change of type.
-    hidden = keys.dtype == jnp.bfloat16 and how.on_cpu
-    stored = lax.bitcast_convert_type(keys, jnp.uint16) if hidden else keys
+    # XLA's CPU compiler has no bf16 and would widen all keys before the loop, to a float32 copy. As integers they are
+    # widened a chunk at a time, though still copied once.
+    integers = how.on_cpu and keys.dtype == jnp.bfloat16
+    stored = lax.bitcast_convert_type(keys, jnp.uint16) if integers else keys
 
     def step(i, carry):
         softmax, positive, rank = carry
         start = jnp.minimum(i * how.chunk, held - how.chunk)  # the last chunk overlaps the one before
         block = lax.dynamic_slice_in_dim(stored, start, how.chunk)
-        block = lax.bitcast_convert_type(block, keys.dtype) if hidden else block
+        block = lax.bitcast_convert_type(block, keys.dtype) if stored is not keys else block
         place = start + jnp.arange(how.chunk)
         fresh = ((place >= i * how.chunk) & (first + place < how.count))[None, :]
         scores = jnp.where(fresh, score_of(block), MASKED)
