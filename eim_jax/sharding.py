@@ -54,11 +54,10 @@ def make_mesh(shape: tuple[int, int, int] = (1, -1, 1), devices=None) -> Mesh:
     """
     number = len(devices) if devices is not None else jax.device_count()
     fixed = math.prod(size for size in shape if size != -1)
-    if len(shape) != len(AXES) or shape.count(-1) > 1 or fixed < 1 or number % fixed:
+    free = shape.count(-1)
+    if free > 1 or fixed < 1 or (number % fixed if free else number != fixed):
         raise ValueError(f"mesh {shape} of axes {AXES} does not fit {number} devices")
     sizes = tuple(number // fixed if size == -1 else size for size in shape)
-    if math.prod(sizes) != number:
-        raise ValueError(f"mesh {sizes} of axes {AXES} takes {math.prod(sizes)} devices, {number} are given")
     # Auto axes: under Explicit ones an embedding lookup and q K^T would need hand-written shardings.
     return jax.make_mesh(sizes, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
 
