@@ -23,7 +23,7 @@ console = Console(
 )
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Seconds as 0.8 s, 42 s, 3:07 or 2:03:07."""
     if seconds < 10:
         return f"{seconds:.1f} s"

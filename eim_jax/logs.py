@@ -33,11 +33,11 @@ class StageInfo:
     """What a stage trains and for how long; the field names are those of the arm's run.json."""
 
     name: str
-    losses: Mapping[str, float]
+    losses: Mapping[str, int | float]
     trained: tuple[Trained, ...]
     total_params: int
     steps: int
-    epochs: float
+    epochs: int | float
     batch: int
 
     @property
@@ -174,6 +174,8 @@ class RunLog:
         stage = self._stages[index]
         print_stage(stage, index + 1, len(self._stages), self._arm)
         self._stage, self._record, self._start = index, {}, time.monotonic()
+        # Time and step of the first record: what precedes it is mostly compilation, no guide to the time left.
+        self._pace: tuple[float, int] | None = None
         self._first = self._resume_at[1] if index == self._resume_at[0] else 0
         if console.is_interactive:
             columns = (
@@ -203,7 +205,10 @@ class RunLog:
             if isinstance(value, int | float) and key not in ("stage_index", "step"):
                 self._board.add_scalar(key, value, self._cumulative(index, step))
         total, text = self._stages[index].steps, format_record(record)
-        eta = duration((time.monotonic() - self._start) / max(step - self._first, 1) * max(total - step, 0))
+        now = time.monotonic()
+        self._pace = self._pace or (now, step)
+        since, first = self._pace
+        eta = duration((now - since) / (step - first) * max(total - step, 0)) if step > first else "-"
         if self._bar:
             self._bar.line = Text(f"  {text}", style="dim", overflow="ellipsis", no_wrap=True)
             self._bar.update(self._task, completed=step, eta=eta)

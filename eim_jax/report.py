@@ -3,9 +3,6 @@
 Everything is read from the work directory's artifacts; the page needs no network and no scripts.
 """
 
-import base64
-import difflib
-import io
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,10 +16,9 @@ from PIL import Image
 from eim_jax.console import duration
 from eim_jax.logs import read_metrics
 from eim_jax.report_charts import Line, panel
+from eim_jax.report_gallery import gallery
 from eim_jax.report_scores import BASELINE, table, verdict
 
-GALLERY = 24  # pictures shown
-SIDE = 320  # longest side of an embedded picture, pixels; smaller ones are kept as they are
 LOSSES = {"base": "loss_base", "ie": "loss_IE", "st": "loss_ST", "lm": "loss_LM"}
 QUEUE_OF = {"ie": "K_t", "st": "K_e", "lm": "K_b"}
 DIAGNOSTICS = {  # key in metrics.jsonl -> title, unit, logarithmic axis, axis fixed to 0...1
@@ -72,25 +68,26 @@ def write_report(
         raise ValueError(f"{workdir / 'run.json'}: config names no arms")
     arms = [read_arm(workdir / name) for name in names]
     scores = {arm.name: arm.scores for arm in arms}
-    others = ", ".join(name for name in names if name != BASELINE)
-    compared = BASELINE in names and bool(others)
+    others = [name for name in names if name != BASELINE] or [BASELINE]
+    named = ", ".join(others) if len(others) < 3 else f"{len(others)} arms"
+    compared = BASELINE in names and others != [BASELINE]
     # Fields that an interrupted run lacks are undefined in the template, which is false there.
     page = (
         _environment()
         .get_template("report.html.j2")
         .render(
-            title=f"{others} against the baseline" if compared else f"Run of {others or BASELINE}",
+            title=f"{named} against the baseline" if compared else f"Run of {named}",
             summary=_summary(arms),
             noise=_noise(run),
             run={key: run.get(key) for key in ("command", "started", "finished", "seconds", "machine", "versions")},
             arms=[{"name": arm.name, "run": arm.run, "stages": stages(arm), "curves": curves(arm)} for arm in arms],
             unfinished=[text for arm in arms if (text := _unfinished(arm))],
-            finished=bool(run.get("finished")),
+            finished=bool(run.get("finished") or run.get("seconds")),
             verdicts=verdict(scores),
             has_baseline=compared,
             scores=table(scores),
             together=together(arms),
-            gallery=gallery(arms, images, references),
+            gallery=gallery({arm.name: arm.captions for arm in arms}, images, references),
             config=json.dumps(run.get("config", {}), indent=2, ensure_ascii=False),
         )
     )
@@ -165,56 +162,6 @@ def together(arms: Sequence[Arm]) -> list[dict]:
     ]
 
 
-def gallery(
-    arms: Sequence[Arm], images: Callable[[str], Image.Image | None], references: Mapping[str, Sequence[str]]
-) -> dict:
-    """Evenly spaced test images in order of id: references and every arm's caption, differences marked."""
-    arms = [arm for arm in arms if arm.captions]
-    ids = sorted({key for arm in arms for key in arm.captions}, key=lambda key: (not key.isdigit(), len(key), key))
-    shown = [ids[i * len(ids) // GALLERY] for i in range(GALLERY)] if len(ids) > GALLERY else ids
-    base = next((arm for arm in arms if arm.name == BASELINE), None)
-    others = [arm for arm in arms if arm is not base]
-    items = []
-    for key in shown:
-        known = {word for text in references.get(key, ()) for word in _words(text)}
-        captions = []
-        for arm in arms:
-            against = (others[-1] if others else None) if arm is base else base
-            text = arm.captions.get(key)
-            if text is not None:
-                other = against.captions.get(key) if against else None
-                captions.append({"arm": arm.name, "words": mark(text, other, known if key in references else None)})
-        same = len({arm.captions.get(key) for arm in arms}) == 1
-        picture, small = _picture(images(key))
-        items.append(
-            {"id": key, "references": list(references.get(key, ())), "captions": captions, "same": same}
-            | {"picture": picture, "small": small}
-        )
-    return {"items": items, "total": len(ids), "compared": base is not None and bool(others)}
-
-
-def mark(text: str, other: str | None, known: set[str] | None) -> list[dict]:
-    """The words of a caption: {"text", "differs" from the other caption (difflib), "absent" from every reference}."""
-    words = text.split()
-    keys = [_key(word) for word in words]
-    differs = set(range(len(words))) if other is not None else set()
-    if other is not None:
-        matcher = difflib.SequenceMatcher(a=[_key(word) for word in other.split()], b=keys, autojunk=False)
-        differs -= {i for block in matcher.get_matching_blocks() for i in range(block.b, block.b + block.size)}
-    return [
-        {"text": word, "differs": i in differs, "absent": known is not None and bool(key) and key not in known}
-        for i, (word, key) in enumerate(zip(words, keys, strict=True))
-    ]
-
-
-def _key(word: str) -> str:
-    return re.sub(r"[^\w']+", "", word.lower())
-
-
-def _words(text: str) -> list[str]:
-    return [_key(word) for word in text.split()]
-
-
 def _colour(loss: str) -> int:
     return list(LOSSES).index(loss) if loss in LOSSES else len(LOSSES)
 
@@ -244,7 +191,7 @@ def _chart(
     return {"title": title, "range": told, "svg": svg}
 
 
-def _short(value: float) -> str:
+def _short(value: int | float) -> str:
     return (
         f"{value:,.0f}"
         if abs(value) >= 100
@@ -263,22 +210,6 @@ def _unfinished(arm: Arm) -> str:
         return ""
     where = f"stage {last['stage']}, step {last['step']}"
     return f"{arm.name}: last record in {where}" + ("" if arm.scores else "; no test scores")
-
-
-def _picture(image: Image.Image | None) -> tuple[str, bool]:
-    """A data URI, and whether the picture is so small that the page should enlarge its pixels."""
-    if image is None:
-        return "", False
-    image = image.convert("RGB")
-    small = max(image.size) < 128
-    image.thumbnail((SIDE, SIDE))
-    data = io.BytesIO()
-    if small:
-        image.save(data, "PNG", optimize=True)
-    else:
-        image.save(data, "JPEG", quality=85)
-    kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}", small
 
 
 def _json(path: Path, default: object) -> object:

@@ -22,8 +22,8 @@ class Line:
     """One curve: its name, steps and values (None where not finite), and its colour's number."""
 
     label: str
-    steps: Sequence[float]
-    values: Sequence[float | None]
+    steps: Sequence[int | float]
+    values: Sequence[int | float | None]
     colour: int = 0
     dashed: bool = False
 

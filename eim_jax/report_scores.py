@@ -1,6 +1,7 @@
 """Scores of a run in words and tables: how each is called, shown and compared with the baseline."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,15 +22,15 @@ class Metric:
 
     key: str
     label: str
-    factor: float
+    factor: int | float
     decimals: int
     sense: int
 
-    def text(self, value: float) -> str:
+    def text(self, value: int | float) -> str:
         """The value as shown."""
         return f"{value * self.factor:.{self.decimals}f}"
 
-    def signed(self, base: float, value: float) -> tuple[str, int | None]:
+    def signed(self, base: int | float, value: int | float) -> tuple[str, int | None]:
         """The difference as shown, and +1 better, -1 worse, 0 equal to the shown digit, None: not judged."""
         change = round(value * self.factor, self.decimals) - round(base * self.factor, self.decimals)
         change = round(change, self.decimals)
@@ -81,12 +82,13 @@ def columns(scores: Sequence[Mapping[str, Mapping[str, object]]]) -> list[Metric
 
 
 def table(arms: Mapping[str, Mapping[str, Mapping[str, object]]]) -> dict:
-    """The score table: {"columns", "methods": [{"name", "rows": [{"arm", "cells"}]}], "missing": [reason, ...]}.
+    """The score table: {"columns", "methods": [{"name", "rows": [{"arm", "cells"}]}], "missing": [reason, ...],
+    "notes": [what else the scorer said, ...]}.
 
     `arms` maps arm -> decoding method -> scores. A cell has text, and beside a baseline its difference and sign.
     """
     shown = columns(list(arms.values()))
-    methods, missing = [], {}
+    methods, missing, said = [], {}, {}
     for method in dict.fromkeys(name for scores in arms.values() for name in scores):
         base = flatten(arms.get(BASELINE, {}).get(method, {}))
         rows = []
@@ -94,6 +96,8 @@ def table(arms: Mapping[str, Mapping[str, Mapping[str, object]]]) -> dict:
             if method not in scores:
                 continue
             values, why = flatten(scores[method]), notes(scores[method])
+            for key in why.keys() - {key for key in POINTS if values.get(key) is None} - {""}:
+                said.setdefault((key, why[key]), []).append(f"{arm}, {METHODS.get(method, method)}")
             cells = []
             for column in shown:
                 value = values.get(column.key)
@@ -109,18 +113,26 @@ def table(arms: Mapping[str, Mapping[str, Mapping[str, object]]]) -> dict:
             rows.append({"arm": arm, "cells": cells})
         methods.append({"name": METHODS.get(method, method), "rows": rows})
     everywhere = sum(len(method["rows"]) for method in methods)
-    reasons = [
-        f"{label}: {reason}" + ("" if len(where) == everywhere else f" ({'; '.join(where)})")
-        for (label, reason), where in missing.items()
-    ]
-    return {"columns": shown, "methods": methods, "missing": reasons}
+
+    def lines(found: dict) -> list[str]:
+        return [
+            f"{label}: {text}" + ("" if len(where) == everywhere else f" ({'; '.join(where)})")
+            for (label, text), where in found.items()
+        ]
+
+    return {"columns": shown, "methods": methods, "missing": lines(missing), "notes": lines(dict(sorted(said.items())))}
 
 
 def compare(base: Mapping[str, object], arm: Mapping[str, object]) -> list[dict]:
-    """Every score that both have: {"label", "base", "value", "change", "better", "sense", "key"}."""
+    """The scores of the verdict that both have: {"key", "label", "base", "value", "change", "better", "sense"}.
+
+    BLEU-1..3, precision and recall are left to the table: BLEU-4 and F1 sum them up.
+    """
     left, right = flatten(base), flatten(arm)
     rows = []
     for column in columns([{"": base}]):
+        if re.search(r"Bleu_[123]|precision|recall", column.key):
+            continue
         if left.get(column.key) is None or right.get(column.key) is None:
             continue
         change, better = column.signed(left[column.key], right[column.key])

@@ -1,6 +1,8 @@
 """Claims about the report page, on synthetic artifacts of a run."""
 
+import base64
 import html.parser
+import io
 import json
 import math
 import re
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from eim_jax.report import GALLERY, mark, write_report
+from eim_jax.report import write_report
+from eim_jax.report_gallery import GALLERY, mark
 from eim_jax.report_scores import table, verdict
 
 COLOURS = {"red": "#d03030", "green": "#30a040", "blue": "#3050d0", "yellow": "#e0c020"}
@@ -259,6 +262,13 @@ def test_a_missing_score_is_a_dash_with_its_reason(tmp_path):
     assert ("title", NO_SPICE) in found.attributes
 
 
+def test_what_the_scorer_notes_is_shown_once():
+    one = {"Bleu_4": 0.3, "SPICE": None, "notes": {"SPICE": "no Java", "tokeniser": "PTB rules"}}
+    found = table({"baseline": {"g": one}, "eim": {"g": one | {"notes": one["notes"] | {"empty": "2 results"}}}})
+    assert "SPICE: no Java" in found["missing"]
+    assert found["notes"] == ["empty: 2 results (eim, g)", "tokeniser: PTB rules"]
+
+
 def test_worse_is_said_as_plainly_as_better():
     base, arm = {"Bleu_4": 0.30, "CIDEr": 1.0, "nll": 1.1}, {"Bleu_4": 0.31, "CIDEr": 1.0, "nll": 1.2}
     words = verdict({"baseline": {"beam": base}, "eim": {"beam": arm}})[0]["words"]
@@ -331,6 +341,13 @@ def test_pictures_survive_in_the_page_and_a_missing_one_is_said(tmp_path):
     ids, references = make_run(tmp_path, arms=("eim",), steps=2)
     found = page(tmp_path, references, lambda key: None if key == ids[0] else picture(key))
     assert found.tags.count("img") == len(ids) - 1 and found.words.count("picture not available") == 1
+
+
+def test_a_large_picture_is_embedded_small(tmp_path):
+    _, references = make_run(tmp_path, arms=("eim",), pictures=1, steps=2)
+    page(tmp_path, references, lambda key: Image.new("RGBA", (2000, 1000), "red"))
+    data = re.search(r"data:image/jpeg;base64,([^\"]+)", (tmp_path / "report.html").read_text())[1]
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (320, 160)
 
 
 def test_words_that_differ_and_words_in_no_reference_are_marked():
