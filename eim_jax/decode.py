@@ -1,0 +1,283 @@
+"""Text from the LM after visual tokens and a prompt: greedy, beam and nucleus decoding over a key-value cache."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from eim_jax.models.gpt2 import Cache, init_cache
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How to decode.
+
+    Attributes:
+      method: "greedy", "beam" (ClipCap's, ranked by mean log-probability), or "nucleus" (sampling).
+      beams: width of the beam search.
+      max_tokens: most tokens generated for a row (ClipCap: 67).
+      stop_at_period: the period token ends a text too, and stays in it (ClipCap trains without EOS).
+      top_p: nucleus mass; sampling is among the most probable tokens that reach it together.
+      temperature: divides the logits before sampling.
+      seed: of the sampling.
+    """
+
+    method: Literal["greedy", "beam", "nucleus"] = "greedy"
+    beams: int = 5
+    max_tokens: int = 67
+    stop_at_period: bool = False
+    top_p: float = 0.9
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):  # noqa: D105
+        if self.method not in ("greedy", "beam", "nucleus"):
+            raise ValueError(f"method {self.method!r} is not greedy, beam or nucleus")
+        if self.beams < 1 or self.max_tokens < 1:
+            raise ValueError(f"beams {self.beams} and max_tokens {self.max_tokens} must be at least 1")
+        if not 0 <= self.top_p <= 1 or not self.temperature > 0:
+            raise ValueError(f"top_p {self.top_p} must be in [0, 1] and temperature {self.temperature} positive")
+
+
+class Decoded(NamedTuple):
+    """The generated text of each row; T = max_tokens.
+
+    `tokens` is 0 from `length` on. EOS is not part of the text, the period of stop_at_period is. `logprob` is the mean
+    log-probability under the model (temperature 1, nothing cut) of all generated tokens, EOS included.
+    """
+
+    tokens: Int[Array, "b T"]
+    length: Int[Array, "b"]
+    logprob: Float[Array, "b"]
+
+
+class _State(NamedTuple):
+    """What a step of any method needs; r rows = b, or b * beams with the beams of an image side by side."""
+
+    step: Int[Array, ""]  # tokens generated so far
+    cache: Cache
+    last: Int[Array, "r"]  # the newest token
+    position: Int[Array, "r"]  # the newest token's position
+    tokens: Int[Array, "r T"]
+    length: Int[Array, "r"]  # of the text that scores: with EOS
+    total: Float[Array, "r"]  # sum of log-probabilities
+    done: Bool[Array, "r"]
+
+
+def generate(
+    lm: nn.Module,
+    params: dict,
+    visual: Float[Array, "b m d"] | None,
+    prompt: Int[Array, "b t"] | None,
+    prompt_valid: Bool[Array, "b t"] | None,
+    config: DecodeConfig,
+    *,
+    eos_id: int | None,
+    period_id: int | None = None,
+    has_image: Bool[Array, "b"] | None = None,
+    index: Int[Array, "b"] | None = None,
+) -> Decoded:
+    """Continues [visual tokens ; prompt] by at most config.max_tokens tokens; compiled once for each shape and config.
+
+    Stops when every row has ended. Rows are independent: inputs sharded over the batch stay so.
+
+    Args:
+      lm: a language model with embed, hidden and logits (models/gpt2.py).
+      params: its parameters.
+      visual: the ST's output, or None.
+      prompt: tokens after it, padded on the right, or None.
+      prompt_valid: False for the prompt's padding; None means none.
+      config: the method and its settings.
+      eos_id: the token that ends a text; None for a model that has none.
+      period_id: the token of ".", for stop_at_period.
+      has_image: False for rows whose visual tokens are to be hidden; None means all have one.
+      index: each row's identity for sampling, so that its text does not depend on its batch; 0..b-1 by default.
+
+    Raises:
+      ValueError: nothing to continue, no room in the LM's context, no period_id for stop_at_period.
+    """
+    if visual is None and prompt is None:
+        raise ValueError("nothing to continue: neither visual tokens nor a prompt")
+    if config.stop_at_period and period_id is None:
+        raise ValueError("stop_at_period needs period_id, the token of '.'")
+    prefix = sum(x.shape[1] for x in (visual, prompt) if x is not None)
+    if prefix + config.max_tokens > lm.config.context:
+        room = f"{prefix} tokens and max_tokens {config.max_tokens}"
+        raise ValueError(f"{room} do not fit the LM's context of {lm.config.context}")
+    period = period_id if config.stop_at_period else None
+    return _generate(lm, config, eos_id, period, params, visual, prompt, prompt_valid, has_image, index)
+
+
+def texts(decoded: Decoded, tokenizer) -> list[str]:
+    """Returns each row's text, stripped of white space at its ends, by a Hugging Face tokenizer."""
+    rows = zip(jax.device_get(decoded.tokens), jax.device_get(decoded.length), strict=True)
+    return [tokenizer.decode(tokens[:length].tolist(), skip_special_tokens=True).strip() for tokens, length in rows]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _generate(lm, config, eos_id, period_id, params, visual, prompt, prompt_valid, has_image, index) -> Decoded:
+    logits, cache, position = _prefill(lm, params, visual, prompt, prompt_valid, has_image, config.max_tokens)
+    stops = tuple(stop for stop in (eos_id, period_id) if stop is not None)
+    search = _beam if config.method == "beam" else _single
+    state = search(lm, config, stops, params, logits, cache, position, index)
+    # EOS took part in the score but is no text.
+    newest = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
+    length = state.length if eos_id is None else state.length - (newest == eos_id)
+    tokens = jnp.where(jnp.arange(config.max_tokens)[None] < length[:, None], state.tokens, 0)
+    return Decoded(tokens, length, state.total / state.length)
+
+
+def _prefill(lm, params, visual, prompt, prompt_valid, has_image, max_tokens):
+    """Reads the prefix once: the next token's logits [b V], the cache with room for the rest, the last position [b]."""
+    parts, valid = [], []
+    if visual is not None:
+        parts.append(visual)
+        shown = True if has_image is None else has_image[:, None]
+        valid.append(jnp.broadcast_to(shown, visual.shape[:2]))
+    if prompt is not None:
+        parts.append(lm.apply({"params": params}, prompt, method="embed"))
+        valid.append(jnp.ones(prompt.shape, bool) if prompt_valid is None else prompt_valid)
+    embeds = jnp.concatenate([part.astype(parts[-1].dtype) for part in parts], axis=1)
+    valid = jnp.concatenate(valid, axis=1)
+    b, slots = valid.shape
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)
+    cache = init_cache(lm.config, b, slots + max_tokens - 1)  # the last token is never read
+    options = {"valid": valid, "positions": positions, "cache": cache, "method": "hidden"}
+    hidden, cache = lm.apply({"params": params}, embeds, **options)
+    last = slots - 1 - jnp.argmax(valid[:, ::-1], axis=1)  # the slot of each row's last real token
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    logits = lm.apply({"params": params}, hidden, method="logits")[:, 0]
+    return logits, cache, positions[:, -1]
+
+
+def _read(lm, params, state: _State) -> tuple[Float[Array, "r V"], _State]:
+    """Feeds each row's newest token: the next token's logits, and the state with the grown cache."""
+    embeds = lm.apply({"params": params}, state.last[:, None], method="embed")
+    position = state.position + 1
+    options = {"positions": position[:, None], "cache": state.cache, "method": "hidden"}
+    hidden, cache = lm.apply({"params": params}, embeds, **options)
+    logits = lm.apply({"params": params}, hidden, method="logits")[:, 0]
+    return logits, state._replace(cache=cache, position=position)
+
+
+def _ends(token: Int[Array, "r"], stops: Sequence[int]) -> Bool[Array, "r"]:
+    return functools.reduce(jnp.logical_or, [token == stop for stop in stops], jnp.zeros(token.shape, bool))
+
+
+def _loop(step, state: _State, max_tokens: int) -> _State:
+    """Repeats `step` until all rows have ended or are full."""
+    return jax.lax.while_loop(lambda s: (s.step < max_tokens) & ~jnp.all(s.done), step, state)
+
+
+def _single(lm, config, stops, params, logits, cache, position, index) -> _State:
+    """Greedy decoding, or sampling: one hypothesis a row."""
+    b = logits.shape[0]
+    if config.method == "nucleus":
+        rows = jnp.arange(b) if index is None else index
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(config.seed)))(rows)
+
+    def extend(logits: Float[Array, "b V"], state: _State) -> _State:
+        if config.method == "greedy":
+            token = jnp.argmax(logits, axis=-1)
+        else:
+            step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.step)
+            token = jax.vmap(jax.random.categorical)(step_keys, nucleus(logits, config.top_p, config.temperature))
+        logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+        kept = jnp.where(state.done, 0, token).astype(jnp.int32)
+        return state._replace(
+            step=state.step + 1,
+            last=kept,
+            tokens=jax.lax.dynamic_update_slice(state.tokens, kept[:, None], (0, state.step)),
+            length=state.length + ~state.done,
+            total=state.total + jnp.where(state.done, 0.0, logprob),
+            done=state.done | _ends(token, stops),
+        )
+
+    zero = jnp.zeros(b, jnp.int32)
+    empty = jnp.zeros((b, config.max_tokens), jnp.int32)
+    start = _State(jnp.int32(0), cache, zero, position, empty, zero, jnp.zeros(b), jnp.zeros(b, bool))
+    return _loop(lambda s: extend(*_read(lm, params, s)), extend(logits, start), config.max_tokens)
+
+
+def nucleus(logits: Float[Array, "b V"], top_p: float, temperature: float) -> Float[Array, "b V"]:
+    """Returns logits / temperature with -inf outside the fewest most probable tokens whose mass reaches top_p.
+
+    Tokens exactly as probable as the last one of them stay too; the most probable one always does (Holtzman et al.
+    2020, section 3.1).
+    """
+    logits = logits / temperature
+    ranked = -jnp.sort(-jax.nn.softmax(logits, axis=-1), axis=-1)
+    before = jnp.cumsum(ranked, axis=-1) - ranked  # mass of the more probable ones
+    count = jnp.maximum(jnp.sum(before < top_p, axis=-1, keepdims=True), 1)
+    least = jnp.take_along_axis(ranked, count - 1, axis=-1)
+    return jnp.where(jax.nn.softmax(logits, axis=-1) >= least, logits, -jnp.inf)
+
+
+def _beam(lm, config, stops, params, logits, cache, position, index) -> _State:
+    """ClipCap's beam search (generate_beam in its predict.py), for a batch of images.
+
+    The first step takes the k most probable tokens. From then on candidates compete by the *mean* log-probability of
+    their tokens; a beam that has ended keeps its mean and competes as one candidate. Returns each image's best beam.
+    """
+    b, k = logits.shape[0], min(config.beams, logits.shape[1])
+    prefix = cache.valid.shape[1] - (config.max_tokens - 1)
+    image = jnp.repeat(jnp.arange(b), k)
+    position, cache = position[image], cache.take(image)
+
+    def best(logits: Float[Array, "r V"]) -> tuple[Float[Array, "r k"], Int[Array, "r k"]]:
+        top, token = jax.lax.top_k(logits, k)
+        return top - jax.nn.logsumexp(logits, axis=-1, keepdims=True), token
+
+    def extend(state: _State) -> _State:
+        logits, state = _read(lm, params, state)
+        logprob, token = best(logits)  # no other token of a beam can be among the k best candidates of its image
+        frozen = jnp.where(jnp.arange(k) == 0, 0.0, -jnp.inf)[None]
+        logprob = jnp.where(state.done[:, None], frozen, logprob)
+        token = jnp.where(state.done[:, None], 0, token)
+        length = state.length + ~state.done
+        total = state.total[:, None] + logprob
+        _, chosen = jax.lax.top_k((total / length[:, None]).reshape(b, k * k), k)
+        parent = chosen // k  # within the image
+        row = (jnp.arange(b)[:, None] * k + parent).reshape(-1)
+        last = jnp.take_along_axis(token.reshape(b, k * k), chosen, axis=1).reshape(-1)
+        tokens = jax.lax.dynamic_update_slice(state.tokens[row], last[:, None], (0, state.step))
+        return _State(
+            step=state.step + 1,
+            cache=_follow(state.cache, parent, prefix),
+            last=last,
+            position=state.position[row],
+            tokens=tokens,
+            length=length[row],
+            total=jnp.take_along_axis(total.reshape(b, k * k), chosen, axis=1).reshape(-1),
+            done=state.done[row] | _ends(last, stops) & ~state.done[row],
+        )
+
+    first, token = best(logits)
+    last = token.reshape(-1)
+    tokens = jnp.zeros((b * k, config.max_tokens), jnp.int32).at[:, 0].set(last)
+    one = jnp.ones(b * k, jnp.int32)
+    start = _State(jnp.int32(1), cache, last, position, tokens, one, first.reshape(-1), _ends(last, stops))
+    state = _loop(extend, start, config.max_tokens)
+    winner = jnp.argmax((state.total / state.length).reshape(b, k), axis=1) + jnp.arange(b) * k
+    return state._replace(
+        **{f: getattr(state, f)[winner] for f in ("last", "position", "tokens", "length", "total", "done")}
+    )
+
+
+def _follow(cache: Cache, parent: Int[Array, "b k"], prefix: int) -> Cache:
+    """Gives every beam its parent's generated slots; the prefix's are the same for all beams of an image."""
+    b, k = parent.shape
+
+    def gather(slots: Float[Array, "*l r s h e"]) -> Float[Array, "*l r s h e"]:
+        *layers, r, _, h, e = slots.shape
+        made = slots[..., prefix:, :, :].reshape(*layers, b, k, slots.shape[-3] - prefix, h, e)
+        index = parent.reshape(*(1 for _ in layers), b, k, 1, 1, 1)
+        moved = jnp.take_along_axis(made, index, axis=len(layers) + 1)
+        return slots.at[..., prefix:, :, :].set(moved.reshape(*layers, r, slots.shape[-3] - prefix, h, e))
+
+    return cache._replace(kv=jax.tree.map(gather, cache.kv))
