@@ -1,7 +1,6 @@
 """The semantic-space transformation network (ST) between CLIP and the LM: ClipCap's two mappers and EIM's FFN."""
 
 import dataclasses
-from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -31,7 +30,7 @@ class STConfig:
       activation: None for tanh ("mlp"), relu ("transformer"), gelu ("ffn").
     """
 
-    kind: Literal["mlp", "transformer", "ffn"] = "ffn"
+    kind: str = "ffn"
     width_in: int = 768
     width_out: int = 768
     tokens: int = 10

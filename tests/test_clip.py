@@ -1,0 +1,151 @@
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eim_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig, fold_prompts
+from eim_jax.models.layers import Block, BlockConfig
+from eim_jax.weights import load_clip
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+TINY = CLIPVisionConfig(
+    image_size=16, patch_size=8, width=24, layers=2, heads=4, mlp=48, joint=12, prompts=3, prompt_hidden=7
+)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return {k: jnp.asarray(v) for k, v in np.load(GOLDENS / "clip.npz").items()}
+
+
+def apply(model, params: dict, x: jax.Array, method: str = "__call__"):
+    """model.method(x), compiled as one program: eager, every operation is compiled by itself."""
+    return jax.jit(lambda params, x: apply(model, params, x, method=method))(params, x)
+
+
+def features(clip, params, pixels, tokens) -> dict:
+    vision, text = CLIPVision(clip.vision), CLIPText(clip.text)
+    seen, image = apply(vision, params["visual"], pixels)
+    hidden = apply(text, params["text"], tokens, "hidden")
+    return {"seen": seen, "image": image, "hidden": hidden, "text": apply(text, params["text"], tokens)}
+
+
+def random_params(config: CLIPVisionConfig) -> dict:
+    params = jax.jit(CLIPVision(config).init)(
+        jax.random.key(0), jnp.zeros((1, config.image_size, config.image_size, 3))
+    )
+    leaves, tree = jax.tree.flatten(params["params"])
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return jax.tree.unflatten(
+        tree, [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    )
+
+
+def pixels_of(config: CLIPVisionConfig) -> jax.Array:
+    shape = (2, config.image_size, config.image_size, 3)
+    return jnp.asarray(np.random.default_rng(2).standard_normal(shape, np.float32))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_features_and_every_gradient_equal_transformers(golden, scan):
+    """The checkpoint has quick_gelu and the legacy eos_token_id 2: pooled at the largest id."""
+    clip, gradient = load_clip(GOLDENS / "clip", scan=scan), load_clip(GOLDENS / "clip_gradient", scan=scan)
+
+    def probed(params):
+        values = features(clip, params, golden["pixels"], golden["tokens"])
+        return sum(jnp.sum(golden[f"probe_{k}"] * v) for k, v in values.items()), values
+
+    grads, values = jax.jit(jax.grad(probed, has_aux=True))(clip.params)
+    for k, value in values.items():
+        np.testing.assert_allclose(value, golden[k], atol=1e-5, err_msg=k)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-4), grads, gradient.params)
+
+
+def test_gelu_and_a_real_eos_id_are_honoured(golden, tmp_path):
+    config = json.loads((GOLDENS / "clip" / "config.json").read_text())
+    config["vision_config"]["hidden_act"] = config["text_config"]["hidden_act"] = "gelu"
+    config["text_config"]["eos_token_id"] = 47
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(GOLDENS / "clip" / "model.safetensors", tmp_path)
+    clip = load_clip(tmp_path)
+    for k, value in features(clip, clip.params, golden["pixels"], golden["tokens"]).items():
+        np.testing.assert_allclose(value, golden[f"gelu_{k}"], atol=1e-5, err_msg=k)
+
+
+def test_project_acts_on_every_token_as_on_cls():
+    config = dataclasses.replace(TINY, prompts=0)
+    params, model = random_params(config), CLIPVision(config)
+    seen, image = apply(model, params, pixels_of(config))
+    assert seen.shape == (2, config.tokens, 24)
+    every = apply(model, params, seen, "project")
+    np.testing.assert_allclose(every[:, 0], image, atol=1e-5)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_deep_prompts_equal_tokens_put_in_front_of_every_block_and_cut_off_after_it(scan):
+    params = random_params(TINY)
+    only_pre_ln = {"capture_intermediates": lambda module, _: module.name == "pre_ln"}
+    _, captured = CLIPVision(TINY).apply({"params": params}, pixels_of(TINY), mutable="intermediates", **only_pre_ln)
+    x = captured["intermediates"]["pre_ln"]["__call__"][0]  # what enters the first block
+    p, block = params["prompt"], Block(BlockConfig(24, 4, 48, "quick_gelu"))
+    for i in range(TINY.layers):
+        hidden = np.tanh(p["tokens"][i] @ p["up"]["kernel"][i] + p["up"]["bias"][i][None])
+        tokens = hidden @ p["down"]["kernel"][i] + p["down"]["bias"][i][None]
+        x = jnp.concatenate([jnp.broadcast_to(tokens[None], (2, 3, 24)), x], axis=1)
+        x = jax.jit(lambda w, x: block.apply(w, x, None, False, None, None, None)[0])(
+            {"params": params[f"blocks_{i}"]}, x
+        )
+        x = x[:, 3:]
+    if scan:
+        blocks = [params[f"blocks_{i}"] for i in range(TINY.layers)]
+        params = {k: v for k, v in params.items() if not k.startswith("blocks_")}
+        params["blocks"] = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
+    model = CLIPVision(dataclasses.replace(TINY, scan=scan))
+    seen = apply(model, params, pixels_of(TINY), "see")
+    assert seen.shape == (2, TINY.tokens, 24)
+    np.testing.assert_allclose(seen, x, atol=1e-5)
+
+
+def test_folded_prompts_give_the_same_output():
+    params = random_params(TINY)
+    seen, image = apply(CLIPVision(TINY), params, pixels_of(TINY))
+    folded, config = fold_prompts(params), dataclasses.replace(TINY, prompt_hidden=0)
+    assert list(folded["prompt"]) == ["tokens"]
+    got = apply(CLIPVision(config), folded, pixels_of(TINY))
+    np.testing.assert_allclose(got[0], seen, atol=1e-5)
+    np.testing.assert_allclose(got[1], image, atol=1e-5)
+    assert fold_prompts(folded) is folded
+    with pytest.raises(KeyError, match="no prompts"):
+        fold_prompts({k: v for k, v in params.items() if k != "prompt"})
+
+
+def test_only_the_first_eos_counts_and_later_tokens_change_nothing():
+    config = CLIPTextConfig(vocab=20, context=9, width=12, layers=2, heads=2, mlp=24, joint=8, eos_id=15)
+    tokens = jnp.array([[3, 4, 15, 15, 19, 1, 15]])
+    params = jax.jit(CLIPText(config).init)(jax.random.key(0), tokens)["params"]
+    feature = apply(CLIPText(config), params, tokens)
+    np.testing.assert_allclose(apply(CLIPText(config), params, tokens[:, :3]), feature, atol=1e-6)
+    hidden = apply(CLIPText(config), params, tokens, "hidden")
+    kernel = params["projection"]["kernel"]
+    np.testing.assert_allclose(hidden[:, 2] @ kernel, feature, atol=1e-5)
+
+
+def test_wrong_sizes_are_errors_that_say_the_right_ones():
+    with pytest.raises(ValueError, match="16 x 16"):
+        apply(CLIPVision(TINY), random_params(TINY), jnp.zeros((1, 24, 24, 3)))
+    config = CLIPTextConfig(vocab=20, context=4, width=12, layers=1, heads=2, mlp=24, joint=8, eos_id=15)
+    with pytest.raises(ValueError, match="context of 4"):
+        CLIPText(config).init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32))
+
+
+def test_bfloat16_compute_stays_near_float32():
+    params = random_params(TINY)
+    exact = apply(CLIPVision(TINY), params, pixels_of(TINY))[1]
+    rough = apply(CLIPVision(dataclasses.replace(TINY, dtype=jnp.bfloat16)), params, pixels_of(TINY))[1]
+    assert rough.dtype == jnp.bfloat16
+    np.testing.assert_allclose(rough.astype(jnp.float32), exact, atol=0.05 * float(jnp.abs(exact).max()))

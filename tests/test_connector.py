@@ -1,0 +1,87 @@
+"""The STs against their formulas in float64 NumPy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eim_jax.models.connector import STConfig, make_st
+
+CONFIGS = {
+    "mlp": STConfig(kind="mlp", width_in=6, width_out=8, tokens=3),
+    "transformer": STConfig(kind="transformer", width_in=6, width_out=8, tokens=3, layers=2, heads=2, clip_length=4),
+    "ffn": STConfig(kind="ffn", width_in=6, width_out=8),
+}
+
+
+def setting(kind: str):
+    """An ST with no zero parameter, its parameters in float64, and an input of 5 visual tokens."""
+    config = CONFIGS[kind]
+    st, rng = make_st(config), np.random.default_rng(0)
+    seen = rng.standard_normal((2, 5, 6))
+    params = jax.jit(st.init)(jax.random.key(0), jnp.asarray(seen, jnp.float32))["params"]
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64) + 0.1 * rng.standard_normal(x.shape), params)
+    low = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    out = jax.jit(lambda p, x: st.apply({"params": p}, x))(low, jnp.asarray(seen, jnp.float32))
+    return config, params, seen, np.asarray(out)
+
+
+def dense(p: dict, x: np.ndarray) -> np.ndarray:
+    return x @ p["kernel"] + p.get("bias", 0.0)
+
+
+def layer_norm(p: dict, x: np.ndarray) -> np.ndarray:
+    x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
+
+
+def test_mlp_mapper_is_linear_tanh_linear_of_token_0():
+    _, p, seen, out = setting("mlp")
+    expected = dense(p["down"], np.tanh(dense(p["up"], seen[:, 0]))).reshape(2, 3, 8)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_ffn_is_linear_gelu_linear_of_every_token():
+    _, p, seen, out = setting("ffn")
+    gelu = np.vectorize(lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2))))
+    np.testing.assert_allclose(out, dense(p["down"], gelu(dense(p["up"], seen))), atol=1e-5)
+
+
+def test_transformer_mapper_keeps_the_outputs_of_its_constants():
+    config, p, seen, out = setting("transformer")
+    image = dense(p["linear"], seen[:, 0]).reshape(2, 4, 8)
+    x = np.concatenate([image, np.broadcast_to(p["constant"], (2, 3, 8))], axis=1)
+    for i in range(config.layers):
+        b = p[f"blocks_{i}"]
+        assert "bias" not in b["attn"]["qkv"]
+        q, k, v = np.split(dense(b["attn"]["qkv"], layer_norm(b["ln_1"], x)), 3, axis=-1)
+        mixed = []
+        for head in (slice(0, 4), slice(4, 8)):
+            weights = np.exp(q[..., head] @ k[..., head].transpose(0, 2, 1) / math.sqrt(4))
+            mixed.append(weights / weights.sum(-1, keepdims=True) @ v[..., head])
+        x = x + dense(b["attn"]["out"], np.concatenate(mixed, axis=-1))
+        x = x + dense(b["mlp"]["down"], np.maximum(dense(b["mlp"]["up"], layer_norm(b["ln_2"], x)), 0))
+    np.testing.assert_allclose(out, x[:, 4:], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "transformer", "ffn"])
+def test_configuration_knows_the_number_of_output_tokens(kind):
+    config, _, seen, out = setting(kind)
+    assert out.shape == (2, config.output_tokens(seen.shape[1]), config.width_out)
+
+
+def test_linear_layers_start_as_in_pytorch():
+    st = make_st(STConfig(kind="ffn", width_in=400, width_out=100))
+    kernel = st.init(jax.random.key(0), jnp.zeros((1, 1, 400)))["params"]["up"]["kernel"]
+    bound = 400**-0.5
+    assert bound * 0.99 < float(jnp.abs(kernel).max()) <= bound
+    np.testing.assert_allclose(kernel.std(), bound / math.sqrt(3), rtol=0.01)
+
+
+def test_unknown_kinds_and_activations_are_errors():
+    with pytest.raises(ValueError, match="'conv'"):
+        STConfig(**{"kind": "conv"})
+    with pytest.raises(ValueError, match="'swish'"):
+        STConfig(activation="swish")
