@@ -4,7 +4,6 @@ Everything is read from the work directory's artifacts; the page needs no networ
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -135,13 +134,13 @@ def curves(arm: Arm) -> list[dict]:
             name = key.removeprefix("loss/")
             title = "all losses, weighted" if key == "loss" else LOSSES.get(name, name)
             charts.append(_chart(arm.name, index, rows, key, title, "nats", _colour(name)))
-        for key in keys:
-            match = re.fullmatch(r"queue/(.+)/(.+)", key)
-            if match and match[2] in DIAGNOSTICS:
-                title, unit, log, unit_range = DIAGNOSTICS[match[2]]
-                title = title.format(QUEUE_OF.get(match[1], match[1]))
-                chart = _chart(arm.name, index, rows, key, title, unit, _colour(match[1]), log, unit_range)
-                charts.append(chart)
+        queues = dict.fromkeys(key.split("/")[1] for key in keys if key.startswith("queue/"))
+        for queue in queues:
+            for key, (title, unit, log, unit_range) in DIAGNOSTICS.items():
+                if f"queue/{queue}/{key}" in keys:
+                    title = title.format(QUEUE_OF.get(queue, queue))
+                    place = (arm.name, index, rows, f"queue/{queue}/{key}")
+                    charts.append(_chart(*place, title, unit, _colour(queue), log, unit_range))
         groups.append({"stage": stage, "number": index + 1, "charts": charts})
     return groups
 
@@ -231,7 +230,7 @@ def _environment() -> jinja2.Environment:
         "duration": duration,
         "millions": _millions,
         "count": lambda n: f"{n:,}",
-        "gib": lambda size: f"{size / 2**30:.2f} GiB",
+        "bytes": lambda size: f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB",
         "percent": lambda share: f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1f} %",
     }
     return environment

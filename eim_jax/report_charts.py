@@ -46,7 +46,15 @@ def panel(lines: Sequence[Line], *, unit: str, name: str, log: bool = False, uni
             if len(steps) > 12:
                 axes.plot(steps, values, color=look["color"], linewidth=0.8, alpha=0.35)
                 values = _smooth(values)
-            axes.plot(steps, values, linewidth=1.7, label=line.label, marker="o" if len(steps) == 1 else None, **look)
+            axes.plot(
+                steps,
+                values,
+                linewidth=1.7,
+                label=line.label,
+                marker="o" if len(steps) <= 12 else None,
+                markersize=3,
+                **look,
+            )
         finite = [v for line in lines for v in line.values if v is not None]
         if log and finite and min(finite) > 0:
             axes.set_yscale("log")
@@ -55,6 +63,7 @@ def panel(lines: Sequence[Line], *, unit: str, name: str, log: bool = False, uni
             axes.yaxis.set_minor_locator(NullLocator())
         if unit_range:
             axes.set_ylim(-0.03, 1.03)
+        axes.set_xlim(left=0)
         _dress(axes, unit)
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.6)
