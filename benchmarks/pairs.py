@@ -1,0 +1,51 @@
+"""Interleaved timing of the same work in JAX and in PyTorch, and the table that reports it."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Pair(NamedTuple):
+    """One row of the table: two functions that do the same work and return when it is done."""
+
+    name: str
+    jax: Callable[[], object]
+    torch: Callable[[], object]
+    per: int = 1  # divides the times, e.g. captions in a call
+
+
+def cores() -> int:
+    """Cores that this process may use (`taskset -c 0` pins both sides to one)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def report(title: str, pairs: list[Pair], repeats: int) -> None:
+    """Runs JAX and PyTorch in turn, `repeats` times after one warm-up each, and prints medians.
+
+    The ratio is the median of the pairs' own ratios, which a machine that is busy at times disturbs least.
+    """
+    packages = ("jax", "flax", "optax", "torch", "transformers")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    print(f"## {title}\n")
+    machine = f"{platform.machine()}, {cores()} core(s), Python {platform.python_version()}"
+    print(f"{datetime.date.today()}, {machine}, {versions}")
+    print(f"Command: {' '.join(['python', *sys.argv])}; {repeats} interleaved pairs, medians.\n")
+    print("| work | JAX ms | PyTorch ms | PyTorch / JAX |\n|---|---|---|---|", flush=True)
+    for pair in pairs:
+        pair.jax(), pair.torch()
+        times = [(_seconds(pair.jax), _seconds(pair.torch)) for _ in range(repeats)]
+        jax_ms, torch_ms = (1e3 * statistics.median(column) / pair.per for column in zip(*times, strict=True))
+        ratio = statistics.median(t / j for j, t in times)
+        print(f"| {pair.name} | {jax_ms:.0f} | {torch_ms:.0f} | {ratio:.2f} |", flush=True)
