@@ -1,7 +1,8 @@
 """Captions and scores of a trained arm: generation by every configured method, test NLL, and the files they go to."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -30,7 +31,10 @@ def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Pa
     nats a token over all reference captions, `nll_shuffled` the same with another image's visual tokens (the gap says
     whether the model looks), and on the miniature world the F1 of named objects.
     """
-    visual = visual_tokens(inputs, vlm, params, split)
+    limit = inputs.config.data.eval_limit or len(split.images)
+    split = replace(split, samples=tuple(s for s in split.samples if s.image is not None and s.image < limit))
+    ids = split.images.ids[:limit]
+    visual = visual_tokens(inputs, vlm, params, split, range(len(ids)))
     nll = {
         "nll": _nll(inputs, vlm, params, split, visual),
         "nll_shuffled": _nll(inputs, vlm, params, split, np.roll(visual, 1, axis=0)),
@@ -38,7 +42,7 @@ def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Pa
     scores = {}
     for i, method in enumerate(inputs.config.decode.methods):
         captions = captions_of(inputs, vlm, params, visual, method)
-        results = dict(zip(split.images.ids, captions, strict=True))
+        results = dict(zip(ids, captions, strict=True))
         answer = [{"image_id": _coco_id(id_), "caption": words} for id_, words in results.items()]
         if jax.process_index() == 0:
             write_json(directory / f"predictions_test_{method}.json", answer)
@@ -54,17 +58,17 @@ def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Pa
     return scores
 
 
-def visual_tokens(inputs: Inputs, vlm: VLM, params: Flat, split: Split) -> np.ndarray:
-    """The ST's output for every image of a split, [images m d] in the split's order."""
+def visual_tokens(inputs: Inputs, vlm: VLM, params: Flat, split: Split, rows: Sequence[int]) -> np.ndarray:
+    """The ST's output for these image rows of a split, [rows m d] in their order."""
     tree = partition.unflatten(params)
     connect = jax.jit(lambda images: vlm.connect(tree, vlm.see(tree, images)))
-    rows, batch = [], inputs.config.decode.batch
-    with progress(f"looking at {split.name} images", len(split.images), "images") as advance:
-        for present, images in eval_images(split, batch, vlm.visual.config.image_size):
-            real = int((np.asarray(present) >= 0).sum())
-            rows.append(np.asarray(connect(images))[:real])
+    found, batch, size = [], inputs.config.decode.batch, vlm.visual.config.image_size
+    with progress(f"looking at {split.name} images", len(rows), "images") as advance:
+        for present, images in eval_images(split, batch, size, rows=rows, threads=inputs.config.data.threads):
+            real = int((present >= 0).sum())
+            found.append(np.asarray(connect(images))[:real])
             advance(real)
-    return np.concatenate(rows)
+    return np.concatenate(found)
 
 
 def captions_of(inputs: Inputs, vlm: VLM, params: Flat, visual: np.ndarray, method: str) -> list[str]:

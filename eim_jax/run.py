@@ -64,7 +64,7 @@ def caption(config: Config, workdir: Path, arm: str, images: list[Path], out: Pa
     split = Split("your", (), FileImages(Path(), ids, ids))
     for file in files:
         load_rgb(file)  # every unreadable file is named before any work is done
-    visual = scoring.visual_tokens(inputs, vlm, params, split)
+    visual = scoring.visual_tokens(inputs, vlm, params, split, range(len(files)))
     captions = scoring.captions_of(inputs, vlm, params, visual, config.decode.methods[0])
     for name, words in zip(ids, captions, strict=True):
         console.print(f"{name}: {words}", soft_wrap=True)

@@ -125,7 +125,7 @@ def objective(vlm: VLM, stage: Stage, losses: Losses, counts: dict[str, int], me
                 weights=row_weights,
                 positives=losses.positives,
                 groups=queues[kind].groups,
-                chunk=losses.chunk or None,
+                chunk=losses.chunk,
                 mesh=mesh,
             )
             for field in ("recall1", "rank", "similarity", "effective"):

@@ -172,6 +172,7 @@ def _run_stage(
         image_size=vlm.visual.config.image_size,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        threads=config.data.threads,
     )
     done, seconds = 0, 0.0
     if store.latest_step() is not None:

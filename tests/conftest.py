@@ -12,7 +12,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-_hook = install_import_hook("eim_jax", "typeguard.typechecked")
+_hook = install_import_hook("eim_jax", "beartype.beartype")
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ class VLM:
         visual: Float[Array, "b m d"] | None = None,
         has_image: Bool[Array, "b"] | None = None,
         dropout: Array | None = None,
-    ) -> Float[Array, "b t+m d"]:
+    ) -> Float[Array, "b _ d"]:
         """LM_block's output over [visual tokens ;] text; `dropout` is a key, None = deterministic."""
         embeds = self.embed(params, tokens)
         positions = None

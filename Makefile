@@ -1,0 +1,54 @@
+# make demo    trains baseline and EIM on the embedded miniature world, ends with a score table and report.html
+# make test    runs the tests
+# Both make .venv in this folder and install into it what they need, pinned by constraints.txt.
+# EXTRAS=cuda or EXTRAS=tpu installs JAX for that accelerator too.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+EXTRAS ?=
+BIN := .venv/bin
+DEMO := $(BIN)/python -m eim_jax.main --config=configs/miniature.py --workdir=runs/miniature
+
+comma := ,
+INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e
+
+.PHONY: demo test parity lint clean
+
+demo: .venv/run
+	@echo
+	@echo "$$ $(DEMO)"
+	@$(DEMO)
+
+test: .venv/test
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The live comparison with PyTorch and transformers, full-size towers included.
+parity: .venv/parity
+	$(BIN)/python -m pytest tests/parity
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv runs
+
+.venv/uv:
+	@test -n "$(PYTHON)" || { echo "eim_jax needs Python 3.11, 3.12 or 3.13; none found. Set PYTHON=/path/to/python3"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@touch $@
+
+.venv/run: .venv/uv pyproject.toml constraints.txt
+	@echo "installing eim_jax into .venv (about 1.4 GB, once)"
+	$(INSTALL) '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@touch $@
+
+.venv/test: .venv/run
+	$(INSTALL) '.[test$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	@touch $@
+
+# pip, not uv: it also looks where the machine's own settings point for a CPU build of PyTorch.
+.venv/parity: .venv/test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0'
+	@touch $@

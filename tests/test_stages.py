@@ -1,0 +1,194 @@
+"""A stage's objective and step: the right losses, exact accumulation, gradients for the trained leaves alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from eim_jax import partition, stages
+from eim_jax.config import Losses, LossWeights, Stage
+from eim_jax.train import make_step
+
+COUNTS = {"caption": tiny.SAMPLES, "embed": tiny.SAMPLES, "hidden": tiny.SAMPLES}
+ALL = ("visual/prompt/.*", "st/.*", "lm/.*")
+
+
+def stage(train=ALL, accumulate=1, **weights):
+    return Stage(
+        train=train,
+        losses=LossWeights(**weights),
+        batch=8,
+        accumulate=accumulate,
+        lr=1e-2,
+        warmup_steps=0,
+        schedule="constant",
+    )
+
+
+def run_step(vlm, params, one, batch, train=False, key=0, losses=None):
+    found = partition.groups(one, params)
+    trained, frozen = partition.split(params, found)
+    tx = partition.optimizer(one, found, params, 10)
+    objective = stages.objective(vlm, one, losses or Losses(), COUNTS)
+    step = jax.jit(make_step(vlm, one, objective, tx, train))
+    queues = {k: q._replace(count=0) for k, q in tiny.queues().items() if k in stages.queue_kinds(one)}
+    arguments = (trained, tx.init(params), frozen, batch, queues, jax.random.key(key), jnp.int32(0))
+    return step(*arguments), step.lower(*arguments).compile()
+
+
+def nce(query, keys, index):
+    """Mean queue loss by float64 NumPy."""
+    query = np.asarray(query, np.float64)
+    query /= np.linalg.norm(query, axis=1, keepdims=True)
+    scores = query @ np.asarray(keys, np.float64).T / 0.07
+    peak = scores.max(1, keepdims=True)
+    return (np.log(np.exp(scores - peak).sum(1)) + peak[:, 0] - scores[np.arange(len(query)), index]).mean()
+
+
+@pytest.fixture(scope="module")
+def world():
+    vlm, params = tiny.model()
+    return vlm, params, tiny.batch(), tiny.queues()
+
+
+def test_each_loss_is_the_papers_formula_on_its_own_query(world):
+    vlm, params, batch, queues = world
+    tree = partition.unflatten(params)
+    objective = stages.objective(vlm, stage(base=1.0, ie=2.0, st=3.0, lm=4.0), Losses(), COUNTS)
+    norms = stages.normalisers(stage(base=1.0, ie=2.0, st=3.0, lm=4.0), batch)
+    loss, metrics = objective(tree, batch, queues, norms, None)
+
+    seen = vlm.see(tree, batch.image)
+    visual = vlm.connect(tree, seen)
+    index = np.asarray(batch.index)
+    ie = nce(vlm.visual.apply({"params": tree["visual"]}, seen[:, 0], method="project"), queues["caption"].keys, index)
+    st = nce(np.asarray(visual).mean(1), queues["embed"].keys, index)
+    hidden, last = np.asarray(vlm.read(tree, batch.tokens, batch.valid)), np.asarray(batch.valid).sum(1) - 1
+    lm = nce(hidden[np.arange(8), last], queues["hidden"].keys, index)
+    # loss_base token by token: the whole sequence through the LM, the row before a token predicts it.
+    text = vlm.embed(tree, batch.tokens)
+    out, _ = vlm.lm.apply({"params": tree["lm"]}, jnp.concatenate([visual, text], 1), method="hidden")
+    logits = np.asarray(vlm.logits(tree, out), np.float64)
+    nll = []
+    for b, t in zip(*np.nonzero(np.asarray(batch.supervised)), strict=True):
+        row = logits[b, visual.shape[1] - 1 + t]
+        nll.append(np.log(np.exp(row - row.max()).sum()) + row.max() - row[int(batch.tokens[b, t])])
+    want = {"base": np.mean(nll), "ie": ie, "st": st, "lm": lm}
+    for name, value in want.items():
+        assert float(metrics[f"loss/{name}"]) == pytest.approx(value, rel=2e-5), name
+    assert float(loss) == pytest.approx(want["base"] + 2 * ie + 3 * st + 4 * lm, rel=2e-5)
+
+
+def test_accumulated_micro_batches_are_the_big_batch(world):
+    vlm, params, batch, _ = world
+    batch = tiny.batch(text_only=(1, 4, 5))  # micro-batches with different counts
+    weights = {"base": 1.0, "ie": 1.0, "st": 1.0, "lm": 1.0}
+    whole, _ = run_step(vlm, params, stage(**weights), batch)
+    parts, _ = run_step(vlm, params, stage(accumulate=4, **weights), batch)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        # One Adam step turns rounding of a near-zero gradient into a visible fraction of lr = 1e-2.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("train", "weights"),
+    [(("st/.*",), {"st": 1.0}), (("lm/.*",), {"lm": 1.0}), (ALL, {"base": 1.0, "ie": 1.0})],
+    ids=["st", "lm", "ie"],
+)
+def test_a_step_returns_the_stages_own_leaves_only_and_changes_each_of_them(world, train, weights):
+    vlm, params, batch, _ = world
+    one = stage(train=train, **weights)
+    (trained, opt_state, _), _ = run_step(vlm, params, one, batch)
+    owned = {path for group in partition.groups(one, params) for path in group.paths}
+    assert set(trained) == owned
+    moments = [leaf for leaf in jax.tree.leaves(opt_state) if leaf.ndim]
+    assert sum(leaf.size for leaf in moments) == 2 * sum(params[path].size for path in owned)
+    still = [path for path in owned if np.array_equal(trained[path], params[path])]
+    # Positions past the batch's longest text get no gradient anywhere else either.
+    assert not still
+
+
+def test_the_st_stage_computes_no_language_model_and_the_lm_stage_no_vision(world):
+    vlm, params, batch, _ = world
+    flops = {}
+    for name, train, weights in (
+        ("st", ("st/.*",), {"st": 1.0}),
+        ("lm", ("lm/.*",), {"lm": 1.0}),
+        ("all", ALL, {"base": 1.0, "ie": 1.0, "st": 1.0, "lm": 1.0}),
+    ):
+        _, compiled = run_step(vlm, params, stage(train=train, **weights), batch)
+        flops[name] = compiled.cost_analysis()["flops"]
+    assert flops["st"] + flops["lm"] < 0.6 * flops["all"]
+    needed = stages.fields(stage(st=1.0), Losses())
+    assert needed == {"index", "image", "has_image"}
+    assert stages.fields(stage(lm=1.0), Losses()) == {"index", "tokens", "valid"}
+
+
+def test_frozen_weights_cost_no_gradient(world):
+    vlm, params, batch, _ = world
+    _, alone = run_step(vlm, params, stage(train=("st/.*",), base=1.0), batch)
+    _, whole = run_step(vlm, params, stage(train=("st/.*", "lm/.*"), base=1.0), batch)
+    # Backward through the LM to the ST remains; the LM's weight gradients, a third of its work, do not.
+    assert alone.cost_analysis()["flops"] < 0.8 * whole.cost_analysis()["flops"]
+
+
+def test_rows_without_an_image_leave_loss_ie_and_loss_st_untouched(world):
+    vlm, params, _, queues = world
+    batch = tiny.batch(text_only=(0, 3))
+    one = stage(ie=1.0, st=1.0)
+    objective = stages.objective(vlm, one, Losses(), COUNTS)
+    tree = partition.unflatten(params)
+    _, with_noise = objective(tree, batch, queues, stages.normalisers(one, batch), None)
+    kept = jax.tree.map(lambda x: x[jnp.asarray([1, 2, 4, 5, 6, 7])], batch)
+    _, without = objective(tree, kept, queues, stages.normalisers(one, kept), None)
+    for name in ("loss/ie", "loss/st", "queue/st/rank"):
+        assert float(with_noise[name]) == pytest.approx(float(without[name]), rel=1e-5)
+
+
+def test_a_text_only_row_is_answered_as_by_the_language_model_alone(world):
+    vlm, params, batch, _ = world
+    tree = partition.unflatten(params)
+    visual = vlm.connect(tree, vlm.see(tree, batch.image))
+    nobody = jnp.zeros(8, bool)
+    got = vlm.answer(tree, visual, batch.tokens, batch.valid, has_image=nobody)[:, 1:]
+    want = vlm.logits(tree, vlm.read(tree, batch.tokens, batch.valid))[:, :-1]
+    real = np.asarray(batch.valid)[:, 1:]
+    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=2e-5)
+
+
+def test_lm_loss_starts_at_the_right_key_when_queue_and_query_are_the_same_model(world):
+    vlm, params, batch, _ = world
+    tree = partition.unflatten(params)
+    encode, _ = stages.encoder(vlm, "hidden", Losses())
+    keys = np.array(tiny.queues()["hidden"].keys)
+    own = np.asarray(encode(tree, batch.tokens, batch.valid))
+    keys[np.asarray(batch.index)] = own / np.linalg.norm(own, axis=1, keepdims=True)
+    queues = {"hidden": tiny.queues()["hidden"]._replace(keys=jnp.asarray(keys))}
+    one = stage(lm=1.0)
+    _, metrics = stages.objective(vlm, one, Losses(), COUNTS)(
+        tree, batch, queues, stages.normalisers(one, batch), None
+    )
+    assert float(metrics["queue/lm/similarity"]) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_embed_keys_leave_the_end_of_text_out(world):
+    vlm, params, batch, _ = world
+    tree = partition.unflatten(params)
+    encode, _ = stages.encoder(vlm, "embed", Losses())
+    table = np.asarray(tree["lm"]["token_embedding"]["embedding"], np.float64)
+    for row, tokens, valid in zip(
+        encode(tree, batch.tokens, batch.valid), np.asarray(batch.tokens), np.asarray(batch.valid), strict=True
+    ):
+        np.testing.assert_allclose(row, table[tokens[valid][:-1]].mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_follows_the_key_and_the_step(world):
+    vlm, params = tiny.model(dropout=0.3)
+    batch = tiny.batch()
+    one = stage(train=("st/.*", "lm/.*"), base=1.0)
+    (_, _, a), _ = run_step(vlm, params, one, batch, train=True, key=0)
+    (_, _, again), _ = run_step(vlm, params, one, batch, train=True, key=0)
+    (_, _, other), _ = run_step(vlm, params, one, batch, train=True, key=1)
+    assert float(a["loss"]) == float(again["loss"])
+    assert float(a["loss"]) != float(other["loss"])

@@ -1,0 +1,66 @@
+"""A model of a few thousand parameters and a batch of noise, for tests of the loop and its losses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eim_jax import partition
+from eim_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from eim_jax.models.connector import STConfig, make_st
+from eim_jax.models.gpt2 import GPT2, GPT2Config
+from eim_jax.models.vlm import VLM
+from eim_jax.queues import Queue
+from eim_jax.types import Batch
+
+SAMPLES, TOKENS, WIDTH, JOINT, VOCAB = 24, 7, 12, 8, 31
+
+
+def model(dropout=0.0, **switches) -> tuple[VLM, dict]:
+    """(VLM, flat parameters) with prompts, 5 visual tokens and an FFN."""
+    vision = CLIPVisionConfig(
+        image_size=8, patch_size=4, width=16, layers=2, heads=2, mlp=32, joint=JOINT, prompts=2, prompt_hidden=6
+    )
+    text = CLIPTextConfig(vocab=VOCAB, context=9, width=16, layers=1, heads=2, mlp=32, joint=JOINT, eos_id=VOCAB - 1)
+    language = GPT2Config(vocab=VOCAB, context=32, width=WIDTH, layers=2, heads=2, dropout=dropout)
+    vlm = VLM(
+        CLIPVision(vision),
+        CLIPText(text),
+        make_st(STConfig("ffn", width_in=16, width_out=WIDTH, hidden=20)),
+        GPT2(language),
+        **switches,
+    )
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "visual": vlm.visual.init(keys[0], jnp.zeros((1, 8, 8, 3)))["params"],
+        "text": vlm.text.init(keys[1], jnp.zeros((1, 3), jnp.int32))["params"],
+        "st": vlm.st.init(keys[2], jnp.zeros((1, 5, 16)))["params"],
+        "lm": vlm.lm.init(keys[3], jnp.zeros((1, 3), jnp.int32))["params"],
+    }
+    return vlm, partition.flatten(params)
+
+
+def batch(size=8, seed=0, text_only=()) -> Batch:
+    """Rows with 2 to TOKENS tokens; the last half of each is supervised."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, TOKENS + 1, size)
+    valid = np.arange(TOKENS)[None] < lengths[:, None]
+    supervised = valid & (np.arange(TOKENS)[None] >= lengths[:, None] // 2)
+    return Batch(
+        index=jnp.asarray(rng.permutation(SAMPLES)[:size], jnp.int32),
+        tokens=jnp.asarray(np.where(valid, rng.integers(0, VOCAB, (size, TOKENS)), 0), jnp.int32),
+        valid=jnp.asarray(valid),
+        supervised=jnp.asarray(supervised),
+        image=jnp.asarray(rng.integers(0, 256, (size, 8, 8, 3)), jnp.uint8),
+        has_image=jnp.asarray([i not in text_only for i in range(size)]),
+    )
+
+
+def queues(seed=1) -> dict[str, Queue]:
+    """Unit rows of noise for all three losses."""
+    rng = np.random.default_rng(seed)
+    made = {}
+    for kind, width in (("caption", JOINT), ("embed", WIDTH), ("hidden", WIDTH)):
+        keys = rng.normal(size=(SAMPLES, width))
+        keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+        made[kind] = Queue(jnp.asarray(keys, jnp.float32), jnp.arange(SAMPLES, dtype=jnp.int32), SAMPLES)
+    return made
