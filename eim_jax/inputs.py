@@ -46,7 +46,7 @@ class Inputs:
         """Where features and validation verdicts are kept."""
         return Path(self.config.data.cache) if self.config.data.cache else self.workdir / "cache"
 
-    def queue(self, vlm: VLM, kind: str, params: Flat) -> Queue:
+    def queue(self, vlm: VLM, kind: str) -> Queue:
         """The queue of that kind, loaded, or built from the untouched towers and saved in the workdir.
 
         Raises queues.StaleQueue when the workdir holds one of other weights, data or settings.
@@ -137,7 +137,7 @@ def load_split(config: Config, name: str, workdir: Path) -> Split:
         if not value:
             raise ConfigError(f"config.data.{field} is empty: give the captions file and the folder of its images")
     cache = Path(data.cache) if data.cache else workdir / "cache"
-    loaded = coco.load_coco(annotations, images, name, on_bad=data.on_bad, cache=cache)
+    loaded = coco.load_coco(annotations, images, name, on_bad=data.on_bad, threads=data.threads, cache=cache)
     return loaded.split
 
 
@@ -200,7 +200,13 @@ def features_of(inputs: Inputs, vlm: VLM, split: Split, params: Flat):
     folder = inputs.cache / "features" / f"{split.name}-{manifest['visual'][:12]}"
     see = jax.jit(lambda images: vlm.see(tree, images))
     return cached_features(
-        folder, split, see, manifest, image_size=vlm.visual.config.image_size, dtype=inputs.dtype.name
+        folder,
+        split,
+        see,
+        manifest,
+        image_size=vlm.visual.config.image_size,
+        dtype=inputs.dtype.name,
+        threads=inputs.config.data.threads,
     )
 
 

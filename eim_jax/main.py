@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 import psutil
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from eim_jax import config as settings
@@ -33,6 +33,8 @@ def main(argv: list[str]) -> None:
     """Prepares the process, then runs the mode."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: flags start with --")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # libraries' notes on absent accelerators are no news to a newcomer
     workdir = Path(_WORKDIR.value)
     config = _config(workdir, _MODE.value)
     # Compiled programs are kept in the workdir: a resumed run starts in seconds.

@@ -1,13 +1,14 @@
 """The modes of `main`: train (then score, then write the report), eval, caption, inspect."""
 
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import jax
 
 from eim_jax import evaluate as scoring
 from eim_jax import inputs as loading
-from eim_jax import partition
+from eim_jax import inspection, partition
 from eim_jax.checkpoint import StageCheckpoints, write_json
 from eim_jax.config import Config, ConfigError
 from eim_jax.console import console, print_table
@@ -39,7 +40,7 @@ def train(config: Config, workdir: Path, record: dict) -> None:
             scores = scoring.evaluate(inputs, vlm, params, test, workdir / arm)
         table[arm] = scores
     if jax.process_index() == 0:
-        write_json(workdir / "run.json", record | {"seconds": round(time.monotonic() - begun, 1)})
+        write_json(workdir / "run.json", record | _finished(begun))
         _report(workdir, test, table)
 
 
@@ -72,6 +73,18 @@ def caption(config: Config, workdir: Path, arm: str, images: list[Path], out: Pa
     console.print(f"written to {out}", soft_wrap=True)
 
 
+def inspect(config: Config, workdir: Path, arm: str, samples: int) -> None:
+    """Shows training samples as the losses see them, with the arm as trained, or as training would start."""
+    inputs = loading.load(config, workdir)
+    try:
+        vlm, params = trained(inputs, arm)
+        console.print(f"arm {arm} after training", soft_wrap=True)
+    except ConfigError:
+        vlm, params = loading.start(inputs, config.arm[arm])
+        console.print(f"arm {arm} before training", soft_wrap=True)
+    inspection.inspect(inputs, arm, vlm, params, samples)
+
+
 def trained(inputs: Inputs, arm: str) -> tuple[VLM, Flat]:
     """An arm's model with the parameters its last stage left; raises ConfigError when a stage is not finished."""
     vlm, params = loading.start(inputs, inputs.config.arm[arm])
@@ -84,6 +97,13 @@ def trained(inputs: Inputs, arm: str) -> tuple[VLM, Flat]:
             leaves, _ = partition.split(params, partition.groups(inputs.config.stages[name], params))
             params = {**params, **store.result(leaves)[0]}
     return vlm, params
+
+
+def _finished(begun: float) -> dict:
+    return {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - begun, 1),
+    }
 
 
 def _report(workdir: Path, test: Split, table: dict[str, dict]) -> None:

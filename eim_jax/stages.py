@@ -79,6 +79,26 @@ def encoder(vlm: VLM, kind: str, losses: Losses) -> tuple[Callable, str]:
     return hidden, "LM_block at EOS, text alone"
 
 
+def query(
+    vlm: VLM,
+    losses: Losses,
+    name: str,
+    params: dict,
+    batch: Batch,
+    seen: jax.Array | None,
+    visual: jax.Array | None,
+    dropout: jax.Array | None = None,
+) -> jax.Array:
+    """The query [b D] of loss ie, st or lm, from what `see` and `connect` gave (those that the loss needs)."""
+    if name == "ie":
+        return vlm.project(params, seen)
+    if name == "st":
+        return visual.astype(jnp.float32).mean(axis=1)
+    image = (visual, batch.has_image) if losses.lm_with_image else (None, None)
+    hidden = vlm.read(params, batch.tokens, batch.valid, visual=image[0], has_image=image[1], dropout=dropout)
+    return last_token(hidden[:, -batch.tokens.shape[1] :], batch.valid)
+
+
 def normalisers(stage: Stage, batch: Batch) -> dict[str, jax.Array]:
     """What each loss divides by, over the whole batch: supervised tokens, or rows that take part.
 
@@ -138,22 +158,9 @@ def objective(vlm: VLM, stage: Stage, losses: Losses, counts: dict[str, int], me
                     params, visual, batch.tokens, batch.valid, has_image=batch.has_image, dropout=fold(key, 0)
                 )
                 value, _ = response_xent(logits, batch.tokens, _supervised(batch))
-            elif name == "ie":
-                value = contrast("ie", vlm.project(params, seen), rows)
-            elif name == "st":
-                value = contrast("st", visual.astype(jnp.float32).mean(axis=1), rows)
             else:
-                with_image = visual if losses.lm_with_image else None
-                hidden = vlm.read(
-                    params,
-                    batch.tokens,
-                    batch.valid,
-                    visual=with_image,
-                    has_image=None if with_image is None else batch.has_image,
-                    dropout=fold(key, 1),
-                )
-                text = hidden[:, -batch.tokens.shape[1] :]
-                value = contrast("lm", last_token(text, batch.valid), None)
+                found = query(vlm, losses, name, params, batch, seen, visual, fold(key, 1))
+                value = contrast(name, found, None if name == "lm" else rows)
             metrics[f"loss/{name}"] = value / norms[name]
             total = total + weight * metrics[f"loss/{name}"]
         metrics["loss"] = total

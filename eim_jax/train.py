@@ -154,7 +154,7 @@ def _run_stage(
     features = stage_features(inputs, vlm, stage, params) if "image" in needed else None
     if features is not None:
         needed = (needed - {"image"}) | {"features"}
-    queues = {kind: inputs.queue(vlm, kind, params) for kind in stages.queue_kinds(stage)}
+    queues = {kind: inputs.queue(vlm, kind) for kind in stages.queue_kinds(stage)}
     counts = {kind: queue.count for kind, queue in queues.items()}
     queues = {kind: queue._replace(count=0) for kind, queue in queues.items()}  # arrays only: N is static, in `counts`
 

@@ -59,22 +59,16 @@ def test_rows_are_instruction_then_response_then_eos_by_hand():
     assert not found.tokens[~found.valid].any()
 
 
-def test_without_eos_the_response_alone_is_supervised():
-    found = encode_split(
-        split_of(
-            ("h", "ab!"),
-        ),
-        tiny_gpt2(),
-        10,
-        eos=False,
-    )
-    assert real(found.tokens, found.valid) == [ids("h ab !")] and real(found.tokens, found.supervised) == [ids("ab !")]
+def test_without_eos_the_response_alone_is_supervised_and_the_end_is_still_read():
+    found = encode_split(split_of(("h", "ab!"), ("h", "ab")), tiny_gpt2(), 10, eos=False)
+    assert real(found.tokens, found.valid) == [ids(f"h ab ! {EOS}"), ids(f"h ab {EOS}")]
+    assert real(found.tokens, found.supervised) == [ids("ab !"), ids("ab")]
 
 
 def test_segments_are_never_merged_across_their_border():
     """ "a" + "b" tokenised together is one token, "ab": the response would lose its only supervised token."""
     found = encode_split(split_of(("a", "b")), tiny_gpt2(), 10, eos=False)
-    assert found.tokens.tolist() == [ids("a b")] and found.supervised.tolist() == [[False, True]]
+    assert found.tokens.tolist() == [ids(f"a b {EOS}")] and found.supervised.tolist() == [[False, True, False]]
 
 
 texts = st.text(alphabet="abcdefgh.! ", max_size=12)
@@ -89,11 +83,11 @@ def test_masks_hold_for_any_texts_and_lengths(pairs, max_tokens, eos):
     lengths = found.valid.sum(1)
     for row, (instruction, response) in enumerate(pairs):
         before = tokenizer(instruction)["input_ids"]
-        after = tokenizer(response)["input_ids"][: max_tokens - eos] + [tokenizer.eos_token_id] * eos
+        after = tokenizer(response)["input_ids"][: max_tokens - 1] + [tokenizer.eos_token_id]
         room = max_tokens - len(after)
         before = before[len(before) - room :] if len(before) > room else before
         assert found.tokens[row, : lengths[row]].tolist() == before + after
-        assert found.tokens[row, found.supervised[row]].tolist() == after
+        assert found.tokens[row, found.supervised[row]].tolist() == (after if eos else after[:-1])
         assert found.valid[row].tolist() == sorted(found.valid[row].tolist(), reverse=True)
 
 
@@ -241,7 +235,7 @@ def test_gpt2_ids_are_the_published_ones_and_those_of_a_plain_bpe(shared_data, l
             for match in word.findall(line)
             for piece in plain_bpe("".join(letters[b] for b in match.encode()), ranks)
         ]
-        assert found.tokens[row, found.valid[row]].tolist() == [vocabulary[piece] for piece in pieces], line
+        assert found.tokens[row, found.valid[row]].tolist() == [vocabulary[piece] for piece in [*pieces, EOS]], line
 
 
 def test_clip_ids_are_the_published_ones_and_those_of_a_plain_bpe(shared_data, letters):

@@ -21,7 +21,7 @@ _LONG = 50_000  # texts from which on a progress bar is worth its lines (about t
 class Encoded(NamedTuple):
     """The LM's input of a split; row i is sample i. t is the longest row, at most `max_tokens`."""
 
-    tokens: Int[np.ndarray, "N t"]  # instruction + response (+ EOS), padded on the right with 0
+    tokens: Int[np.ndarray, "N t"]  # instruction + response + EOS, padded on the right with 0
     valid: Bool[np.ndarray, "N t"]  # a real token, not padding
     supervised: Bool[np.ndarray, "N t"]  # response (+ EOS)
     truncated: int = 0  # samples that were longer than max_tokens
@@ -39,7 +39,9 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 
 def encode_split(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int, eos: bool) -> Encoded:
-    """Returns the tokens of every sample: instruction ids, then response ids, then EOS if `eos`.
+    """Returns the tokens of every sample: instruction ids, then response ids, then EOS, which `eos` supervises.
+
+    EOS is there in any case: K_b and loss_LM read the LM at it (eim.md 6.6). ClipCap's loss_base leaves it out.
 
     The two texts are tokenised apart and joined as ids, so the supervised part is exact by construction (no prefix is
     ever tokenised again). A response is cut to `max_tokens` (EOS included and kept); the instruction gets what is left
@@ -48,10 +50,10 @@ def encode_split(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: i
     Errors: ValueError for `max_tokens` too small, for a tokenizer without EOS, and for responses without any token
     (they would teach nothing), listing their ids.
     """
-    if max_tokens < 1 + eos:
-        raise ValueError(f"max_tokens is {max_tokens}: needs room for a response token{' and EOS' if eos else ''}")
-    if eos and tokenizer.eos_token_id is None:
-        raise ValueError("this tokenizer has no EOS token: use eos=False (and decode with stop_at_period)")
+    if max_tokens < 2:
+        raise ValueError(f"max_tokens is {max_tokens}: needs room for a response token and EOS")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("this tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
     responses = _tokenise([sample.response for sample in split.samples], tokenizer, f"tokenising {split.name}")
     empty = [sample.id for sample, ids in zip(split.samples, responses, strict=True) if not ids]
     if empty:
@@ -63,7 +65,7 @@ def encode_split(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: i
     distinct = list(dict.fromkeys(sample.instruction for sample in split.samples))  # often one prompt for all
     instruction_of = dict(zip(distinct, _tokenise(distinct, tokenizer, "tokenising instructions"), strict=True))
 
-    ending = [tokenizer.eos_token_id] if eos else []
+    ending = [tokenizer.eos_token_id]
     rows, before, truncated = [], [], 0
     for sample, response in zip(split.samples, responses, strict=True):
         instruction = instruction_of[sample.instruction]
@@ -78,6 +80,8 @@ def encode_split(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: i
     tokens, valid = _pad(rows, 0)
     columns = np.arange(tokens.shape[1], dtype=np.int32)
     supervised = valid & (columns[None] >= np.asarray(before, np.int32)[:, None])
+    if not eos:
+        supervised &= columns[None] < valid.sum(1, keepdims=True) - 1
     return Encoded(tokens, valid, supervised, truncated)
 
 
