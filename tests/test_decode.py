@@ -165,7 +165,7 @@ def test_texts_that_end_do_not_depend_on_max_tokens():
     assert 0 < len(ended) < 16
     assert short.tokens[ended].tolist() == long.tokens[ended, :6].tolist()
     assert not long.tokens[ended, 6:].any()
-    assert short.logprob[ended].tolist() == long.logprob[ended].tolist()
+    np.testing.assert_allclose(short.logprob[ended], long.logprob[ended], atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["greedy", "beam"])
@@ -210,7 +210,7 @@ def test_eos_is_dropped_and_the_period_is_kept():
 
 def test_nucleus_samples_follow_the_exact_distribution():
     lm, params = tiny()
-    rows, top_p, temperature = 20_000, 0.8, 1.5
+    rows, top_p, temperature = 20_000, 0.8, 6.0
     prefix = jnp.broadcast_to(visual(rows=1), (rows, 3, WIDTH))
     config = DecodeConfig("nucleus", max_tokens=1, top_p=top_p, temperature=temperature, seed=7)
     decoded = generate(lm, params, prefix, None, None, config, eos_id=None)
