@@ -228,9 +228,12 @@ def test_shipped_gpt2_prefers_the_grammar_to_shuffled_words(val):
         scores = jax.nn.log_softmax(GPT2(lm.config).apply({"params": lm.params}, row))[0]
         return -float(np.asarray(scores)[np.arange(len(ids)), ids].mean())
 
-    for sample in val.samples[:50:10]:
+    true, shuffled = [], []
+    for sample in val.samples[:100:10]:
         ids = tok(sample.response, add_special_tokens=False)["input_ids"]
-        assert nll(ids) < 2.2 < nll(list(rng.permutation(ids)))
+        true.append(nll(ids))
+        shuffled.append(nll(list(rng.permutation(ids))))
+    assert np.mean(true) < 2.0 and np.mean(shuffled) > 3.0
 
 
 def test_loading_is_a_pure_function_of_its_arguments():
