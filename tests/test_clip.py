@@ -25,7 +25,7 @@ def golden():
 
 def apply(model, params: dict, x: jax.Array, method: str = "__call__"):
     """model.method(x), compiled as one program: eager, every operation is compiled by itself."""
-    return jax.jit(lambda params, x: apply(model, params, x, method=method))(params, x)
+    return jax.jit(lambda params, x: model.apply({"params": params}, x, method=method))(params, x)
 
 
 def features(clip, params, pixels, tokens) -> dict:
