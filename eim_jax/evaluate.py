@@ -1,7 +1,7 @@
 """Captions and scores of a trained arm: generation by every configured method, test NLL, and the files they go to."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from eim_jax.console import progress
 from eim_jax.data import miniature, text
 from eim_jax.data.pipeline import eval_images
 from eim_jax.data.records import Split
-from eim_jax.decode import DecodeConfig, generate
+from eim_jax.decode import DecodeConfig, generate, texts
 from eim_jax.evals import caption
 from eim_jax.inputs import Inputs
 from eim_jax.losses import response_xent
@@ -74,24 +74,17 @@ def visual_tokens(inputs: Inputs, vlm: VLM, params: Flat, split: Split, rows: Se
 def captions_of(inputs: Inputs, vlm: VLM, params: Flat, visual: np.ndarray, method: str) -> list[str]:
     """One generated caption for each row of visual tokens [images m d]."""
     settings, tree = inputs.config.decode, partition.unflatten(params)
-    tokenizer, lm = inputs.lm_tokenizer, vlm.lm
-    config = decode_config(settings, method, inputs.config.seed, len(visual[0]), lm.config.context)
+    tokenizer = inputs.lm_tokenizer
+    config = decode_config(settings, method, inputs.config.seed, visual.shape[1], vlm.lm.config.context)
+    ends = {"eos_id": tokenizer.eos_token_id, "period_id": _period_id(tokenizer)}
     captions = []
     with progress(f"captions by {method}", len(visual), "images") as advance:
-        for chunk, real in _padded(visual, settings.batch):
-            decoded = generate(
-                lm,
-                tree["lm"],
-                jnp.asarray(chunk),
-                None,
-                None,
-                config,
-                eos_id=tokenizer.eos_token_id,
-                period_id=_period_id(tokenizer),
-            )
-            tokens, lengths = np.asarray(decoded.tokens), np.asarray(decoded.length)
-            for row in range(real):
-                captions.append(tokenizer.decode(tokens[row, : lengths[row]], skip_special_tokens=True).strip())
+        for begin in range(0, len(visual), settings.batch):
+            rows = np.arange(begin, begin + settings.batch)
+            real = int((rows < len(visual)).sum())
+            chunk = jnp.asarray(visual[np.minimum(rows, len(visual) - 1)])  # one shape, so one compilation
+            decoded = generate(vlm.lm, tree["lm"], chunk, None, None, config, **ends, index=jnp.asarray(rows))
+            captions += texts(decoded, tokenizer)[:real]
             advance(real)
     return captions
 
@@ -136,14 +129,6 @@ def _period_id(tokenizer) -> int | None:
     """The id of the token "." (13 in GPT-2's vocabulary)."""
     found = tokenizer.convert_tokens_to_ids(".")
     return None if found == tokenizer.unk_token_id else found
-
-
-def _padded(rows: np.ndarray, batch: int) -> Iterable[tuple[np.ndarray, int]]:
-    """(batch rows, how many are real): the last batch repeats its first row, so that one shape is compiled."""
-    for begin in range(0, len(rows), batch):
-        part = rows[begin : begin + batch]
-        fill = np.repeat(part[:1], batch - len(part), axis=0)
-        yield np.concatenate([part, fill]), len(part)
 
 
 def _coco_id(image_id: str) -> int | str:

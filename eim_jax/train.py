@@ -181,7 +181,13 @@ def _run_stage(
         console.print(f"resuming {info.name} after step {done} of {info.steps}", soft_wrap=True)
 
     objective = stages.objective(vlm, stage, config.losses, counts, mesh)
-    step = jax.jit(make_step(vlm, stage, objective, tx, config.towers.dropout > 0), donate_argnums=(0, 1))
+    # Parameters and moments come out as they went in; else XLA may choose another layout for the next step.
+    kept = jax.tree.map(lambda leaf: leaf.sharding, (trained, opt_state))
+    step = jax.jit(
+        make_step(vlm, stage, objective, tx, config.towers.dropout > 0),
+        donate_argnums=(0, 1),
+        out_shardings=(*kept, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
+    )
     compiled = None
     meter = _Meter(info, inputs.train, iterator_rows=stage.batch)
     rates = {group.name: group.factor for group in found}

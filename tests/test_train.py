@@ -1,0 +1,100 @@
+"""The loop on the miniature world, on eight devices: what it leaves behind, what it refuses."""
+
+import dataclasses
+import importlib
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from eim_jax import config as settings
+from eim_jax import inputs as loading
+from eim_jax import partition, stages, train
+
+
+@pytest.fixture(scope="module")
+def config():
+    values = importlib.import_module("configs.miniature").get_config()
+    values.arms = ("eim",)
+    values.data.scenes = 16
+    values.log_every = 2
+    for name in ("st", "lm", "ie"):
+        values.stages[name].update({"steps": 4, "warmup_steps": 1, "batch": 16})
+    return settings.from_config_dict(values)
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """(inputs, parameters at the start, at the end, calls of each stage's objective while it trained)."""
+    inputs = loading.load(config, tmp_path_factory.mktemp("run"))
+    traced = []
+    make = stages.objective
+
+    def counting(vlm, stage, *rest):
+        inner = make(vlm, stage, *rest)
+        return lambda *arguments: (traced.append(stage.train), inner(*arguments))[1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "objective", counting)
+        _, end = train.run_arm(inputs, "eim")
+    _, begin = loading.start(inputs, config.arm["eim"])
+    return inputs, begin, end, traced
+
+
+def test_each_stage_is_traced_once(finished, config):
+    assert finished[3] == [config.stages[name].train for name in ("st", "lm", "ie")]
+
+
+def test_the_sequence_changes_its_own_leaves_and_no_bit_of_any_other(finished, config):
+    _, begin, end, _ = finished
+    owned = {p for name in ("st", "lm", "ie") for g in partition.groups(config.stages[name], begin) for p in g.paths}
+    for path in begin:
+        same = np.array_equal(np.asarray(begin[path]).view(np.uint32), np.asarray(end[path]).view(np.uint32))
+        assert same != (path in owned), path
+
+
+def test_parameters_and_moments_lie_on_all_devices_by_the_rules(finished):
+    inputs, _, end, _ = finished
+    kernel = end["lm/blocks_0/attn/qkv/kernel"]
+    assert len(kernel.sharding.device_set) == 8 and kernel.sharding.shard_shape(kernel.shape)[0] * 8 == kernel.shape[0]
+
+
+def test_the_arms_record_tells_what_each_stage_did(finished, config):
+    inputs = finished[0]
+    record = json.loads((inputs.workdir / "eim" / "run.json").read_text())
+    assert [stage["name"] for stage in record["stages"]] == ["st", "lm", "ie"]
+    for stage in record["stages"]:
+        assert stage["steps"] == 4 and stage["frozen_unchanged"] and stage["peak_memory_bytes"] > 0
+        assert 0 < stage["trained_params"] < stage["total_params"] == record["total_params"]
+    lines = [json.loads(line) for line in open(inputs.workdir / "eim" / "metrics.jsonl")]
+    assert [(line["stage"], line["step"]) for line in lines] == [(s, n) for s in ("st", "lm", "ie") for n in (2, 4)]
+    assert {"loss/base", "loss/ie", "queue/ie/recall1", "queue/ie/effective", "lr/visual/prompt"} <= lines[-1].keys()
+
+
+def test_a_second_start_restores_the_results_without_training(finished, monkeypatch):
+    inputs, _, end, _ = finished
+    monkeypatch.setattr(train, "_run_stage", None)  # training again would fail
+    _, again = train.run_arm(inputs, "eim")
+    assert all(np.array_equal(end[path], again[path]) for path in end)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_naming_term_step_and_samples(finished, config, tmp_path):
+    stage = dataclasses.replace(config.stages["st"], lr=1e38, schedule="constant")
+    wild = dataclasses.replace(config, stages=config.stages | {"st": stage})
+    inputs = dataclasses.replace(finished[0], config=wild, workdir=tmp_path)
+    with pytest.raises(train.NonFinite, match=r"stage st, step \d: .*loss/st = .*Samples of this batch: .*train-0-"):
+        train.run_arm(inputs, "eim")
+    assert not (tmp_path / "eim" / "checkpoints" / "0-st" / "result").exists()
+
+
+def test_one_device_gives_the_eight_devices_losses(finished, config, tmp_path):
+    """Sharding changes where numbers lie, not what they are."""
+    from eim_jax.sharding import make_mesh, shard_params
+
+    inputs = finished[0]
+    mesh = make_mesh((1, 1, 1), devices=jax.devices()[:1])
+    alone = dataclasses.replace(inputs, mesh=mesh, workdir=tmp_path, towers=shard_params(inputs.towers, mesh))
+    train.run_arm(alone, "eim")
+    for a, b in zip(open(inputs.workdir / "eim/metrics.jsonl"), open(tmp_path / "eim/metrics.jsonl"), strict=True):
+        assert json.loads(a)["loss"] == pytest.approx(json.loads(b)["loss"], rel=2e-4)
