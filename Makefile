@@ -20,7 +20,7 @@ demo: .venv/run
 	@$(DEMO)
 
 test: .venv/test
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/parity
 
 # The live comparison with PyTorch and transformers, full-size towers included.
 parity: .venv/parity

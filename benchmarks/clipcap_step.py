@@ -48,7 +48,7 @@ def jax_step(st_config: STConfig, seen: np.ndarray, tokens: np.ndarray, dropout:
         updates, moments = optimizer.update(gradients, moments, params)
         return (optax.apply_updates(params, updates), moments), loss
 
-    state, key = (params, optimizer.init(params)), jax.random.key(2)
+    state, key = (params, optimizer.init(params)), jax.random.key(2, impl="rbg")  # as eim_jax.train draws it
 
     def run():
         nonlocal state

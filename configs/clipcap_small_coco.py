@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
             "lm": Stage(train=(lm,), losses=LossWeights(lm=1.0), **recipe),
             "st_lm": Stage(train=(st, lm), losses=LossWeights(st=1.0, lm=1.0), **recipe),
             "ie": Stage(train=(prompts, st, lm), losses=LossWeights(base=1.0, ie=1.0), **recipe),
-            "joint": Stage(train=(prompts, st, lm), losses=LossWeights(base=1, ie=1, st=1, lm=1), **recipe),
+            "joint": Stage(train=(prompts, st, lm), losses=LossWeights(base=1.0, ie=1.0, st=1.0, lm=1.0), **recipe),
         },
         checkpoint=Checkpoint(every_steps=2000),
     )

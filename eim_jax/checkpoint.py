@@ -23,9 +23,8 @@ from eim_jax.partition import Flat
 class StageCheckpoints:
     """The checkpoints of one stage under `directory`; use as a context manager."""
 
-    def __init__(self, directory: Path, keep: int = 1):
+    def __init__(self, directory: Path):
         self._directory = directory.absolute()
-        self._keep = keep
         self._steps: ocp.CheckpointManager | None = None
 
     def __enter__(self) -> "StageCheckpoints":
@@ -36,6 +35,11 @@ class StageCheckpoints:
         """Waits for a save in flight."""
         if self._steps is not None:
             self._steps.close()
+
+    def wait(self) -> None:
+        """Returns when a save in flight is whole."""
+        if self._steps is not None:
+            self._steps.wait_until_finished()
 
     @property
     def finished(self) -> bool:
@@ -81,8 +85,7 @@ class StageCheckpoints:
 
     def finish(self, trained: Flat, summary: dict) -> None:
         """Saves the stage's result and drops its step checkpoints."""
-        if self._steps is not None:
-            self._steps.wait_until_finished()
+        self.wait()
         with ocp.Checkpointer(
             ocp.CompositeCheckpointHandler("trained", summary=ocp.JsonCheckpointHandler())
         ) as checkpointer:
@@ -117,7 +120,7 @@ class StageCheckpoints:
         if self._steps is None:
             self._steps = ocp.CheckpointManager(
                 self._directory / "steps",
-                options=ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True),
+                options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True),
                 item_names=("state", "record", "data"),
             )
         return self._steps

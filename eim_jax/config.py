@@ -7,6 +7,7 @@ it into these dataclasses at the door, and nothing behind the door sees a Config
 import dataclasses
 import difflib
 import json
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,10 +126,9 @@ class Decode:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """When the training state is saved; a finished stage always is."""
+    """When the training state is saved; a finished stage always is. The newest one is kept."""
 
     every_steps: int = 1000
-    keep: int = 1
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,31 @@ class Config:
     log_every: int = 50  # steps
 
 
-# Fields that may differ when a run resumes: none of them touches the trained parameters.
-FREE_ON_RESUME = ("decode.", "checkpoint.", "log_every", "mesh", "data.cache", "data.threads", "data.eval_limit")
+# Fields that may differ when a run resumes. The mesh changes the order of sums, so parameters to rounding only.
+FREE_ON_RESUME = {"arms", "log_every", "mesh", "data.cache", "data.threads", "data.eval_limit"}
+FREE_GROUPS = ("decode.", "checkpoint.")
+
+_RANGES = {
+    "data.max_tokens": (2, 1 << 20),
+    "data.threads": (0, 1024),
+    "data.eval_limit": (0, 1 << 40),
+    "towers.dropout": (0.0, 0.99),
+    "losses.tau": (1e-6, 1e6),
+    "losses.chunk": (0, 1 << 30),
+    "decode.beams": (1, 1000),
+    "decode.max_tokens": (1, 1 << 20),
+    "decode.top_p": (0.0, 1.0),
+    "decode.temperature": (1e-6, 1e6),
+    "decode.batch": (1, 1 << 20),
+    "checkpoint.every_steps": (1, 1 << 40),
+    "log_every": (1, 1 << 40),
+    "arm.*.prompts": (0, 1 << 20),
+    "stages.*.batch": (1, 1 << 30),
+    "stages.*.lr": (0.0, 1e30),
+    "stages.*.warmup_steps": (0, 1 << 40),
+    "stages.*.clip_norm": (0.0, 1e30),
+    "stages.*.weight_decay": (0.0, 1e30),
+}
 
 _CHOICES = {
     "towers.remat": ("none", "dots", "full"),
@@ -194,6 +217,22 @@ def flatten(config: Config) -> dict[str, Any]:
     return flat
 
 
+def explain_unknown(values: Any, field: str) -> str | None:
+    """Why the dotted `field` is not in a ConfigDict, with the nearest valid name; None if it is there."""
+    path = []
+    for name in field.split("."):
+        known = list(values.keys()) if hasattr(values, "keys") else []
+        if name not in known:
+            where = ".".join(["config", *path])
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            return f"{where} has no field {name!r}" + (
+                f"; did you mean {where}.{near[0]}?" if near else f"; it has {', '.join(known) or 'no fields'}"
+            )
+        path.append(name)
+        values = values[name]
+    return None
+
+
 def as_dict(config: Config) -> dict[str, Any]:
     """The config as nested plain values, for run.json."""
     return dataclasses.asdict(config)
@@ -207,12 +246,27 @@ def read_saved(workdir: Path) -> Config | None:
 
 def differences(old: Config, new: Config) -> list[str]:
     """The fields, one line each, whose change would make a resumed run another run."""
-    before, after = flatten(old), flatten(new)
-    lines = []
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name) and not name.startswith(FREE_ON_RESUME):
-            lines.append(f"{name}: {before.get(name)!r} in the workdir, {after.get(name)!r} asked for")
-    return lines
+    common = [name for name in new.arms if name in old.arms]
+    before, after = _deciding(old, common), _deciding(new, common)
+    return [
+        f"{name}: {before.get(name)!r} in the workdir, {after.get(name)!r} asked for"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+def _deciding(config: Config, arms: list[str]) -> dict[str, Any]:
+    """The flat fields that decide the parameters of these arms."""
+    reached = {stage for name in arms for stage in config.arm[name].sequence}
+    kept = {}
+    for name, value in flatten(config).items():
+        group, _, rest = name.partition(".")
+        entry = rest.partition(".")[0]
+        unreached = (group == "arm" and entry not in arms) or (group == "stages" and entry not in reached)
+        free = name in FREE_ON_RESUME or name.startswith(FREE_GROUPS) or rest.endswith(".description")
+        if not unreached and not free:
+            kept[name] = value
+    return kept
 
 
 def _build(kind, values, where):
@@ -249,6 +303,16 @@ def _check(config: Config):
             hit = name == pattern if not tail else name.startswith(head + ".") and name.endswith("." + tail)
             if hit and value not in allowed:
                 raise ConfigError(f"config.{name}: {value!r} is none of {', '.join(allowed)}")
+    for pattern, (low, high) in _RANGES.items():
+        head, _, tail = pattern.partition(".*.")
+        for name, value in flat.items():
+            hit = name == pattern if not tail else name.startswith(head + ".") and name.endswith("." + tail)
+            if hit and not low <= value <= high:
+                raise ConfigError(f"config.{name}: {value} is not in {low} .. {high}")
+    if len(config.mesh) != 3 or list(config.mesh).count(-1) > 1 or any(n == 0 or n < -1 for n in config.mesh):
+        raise ConfigError(f"config.mesh: {config.mesh} is not (data, fsdp, tensor) with at most one -1")
+    if not config.arms or not config.decode.methods:
+        raise ConfigError("config.arms and config.decode.methods need at least one entry")
     for method in config.decode.methods:
         if method not in ("greedy", "beam", "nucleus"):
             raise ConfigError(f"config.decode.methods: {method!r} is none of greedy, beam, nucleus")
@@ -266,10 +330,39 @@ def _check(config: Config):
                     f"config.arm.{name}.sequence: no stage {stage!r}; config.stages has {', '.join(config.stages)}"
                 )
             _check_stage(stage, config.stages[stage])
+        trained = [p for stage in arm.sequence for p, _ in patterns(config.stages[stage])]
+        if arm.prompts and not any(re.fullmatch(p, "visual/prompt/tokens") for p in trained):
+            raise ConfigError(
+                f"config.arm.{name}.prompts={arm.prompts}, but no stage of its sequence trains them: they would stay "
+                f"random. Set config.arm.{name}.prompts=0, or add a stage that trains 'visual/prompt/.*'"
+            )
+
+
+def patterns(stage: Stage) -> list[tuple[str, float]]:
+    """The stage's (pattern, factor) entries; raises ConfigError for an entry of another form."""
+    found = []
+    for entry in stage.train:
+        pair = (entry, 1.0) if isinstance(entry, str) else entry
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and _positive(pair[1])):
+            raise ConfigError(
+                f"train entry {entry!r} is neither a pattern nor a (pattern, learning-rate factor > 0) pair: "
+                "write train=\"('st/.*', ('lm/.*', 0.1))\""
+            )
+        try:
+            re.compile(pair[0])
+        except re.error as error:
+            raise ConfigError(f"train pattern {pair[0]!r} is no regular expression: {error}") from error
+        found.append((pair[0], float(pair[1])))
+    return found
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _check_stage(name: str, stage: Stage):
     where = f"config.stages.{name}"
+    patterns(stage)
     weights = dataclasses.asdict(stage.losses)
     if not any(weights.values()):
         raise ConfigError(f"{where}.losses: every weight is 0; a stage needs at least one loss")

@@ -1,5 +1,6 @@
 """Captions and scores of a trained arm: generation by every configured method, test NLL, and the files they go to."""
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,9 +32,10 @@ def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Pa
     nats a token over all reference captions, `nll_shuffled` the same with another image's visual tokens (the gap says
     whether the model looks), and on the miniature world the F1 of named objects.
     """
-    limit = inputs.config.data.eval_limit or len(split.images)
-    split = replace(split, samples=tuple(s for s in split.samples if s.image is not None and s.image < limit))
+    test, limit = split, inputs.config.data.eval_limit or len(split.images)
+    split = replace(test, samples=tuple(s for s in test.samples if s.image is not None and s.image < limit))
     ids = split.images.ids[:limit]
+    references = {id_: split.references[id_] for id_ in ids}
     visual = visual_tokens(inputs, vlm, params, split, range(len(ids)))
     nll = {
         "nll": _nll(inputs, vlm, params, split, visual),
@@ -49,7 +51,8 @@ def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Pa
             if i == 0:
                 write_json(directory / "predictions_test.json", answer)
         with progress(f"scores of {method}", 1) as advance:
-            scores[method] = {**caption.score(results, split.references), **nll}
+            scores[method] = {**caption.score(results, references), **nll}
+            scores[method]["notes"] = {**scores[method].get("notes", {}), "decoding": settings_of(inputs, method, test)}
             if inputs.config.data.kind == "miniature":
                 scores[method] |= miniature.attribute_f1(results, split.scenes)
             advance(1)
@@ -60,13 +63,12 @@ def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Pa
 
 def visual_tokens(inputs: Inputs, vlm: VLM, params: Flat, split: Split, rows: Sequence[int]) -> np.ndarray:
     """The ST's output for these image rows of a split, [rows m d] in their order."""
-    tree = partition.unflatten(params)
-    connect = jax.jit(lambda images: vlm.connect(tree, vlm.see(tree, images)))
+    tree = partition.unflatten({path: leaf for path, leaf in params.items() if path.startswith(("visual/", "st/"))})
     found, batch, size = [], inputs.config.decode.batch, vlm.visual.config.image_size
     with progress(f"looking at {split.name} images", len(rows), "images") as advance:
         for present, images in eval_images(split, batch, size, rows=rows, threads=inputs.config.data.threads):
             real = int((present >= 0).sum())
-            found.append(np.asarray(connect(images))[:real])
+            found.append(np.asarray(_connect(vlm, tree, images))[:real])
             advance(real)
     return np.concatenate(found)
 
@@ -104,13 +106,9 @@ def decode_config(settings: Decode, method: str, seed: int, visual: int, context
 
 def _nll(inputs: Inputs, vlm: VLM, params: Flat, split: Split, visual: np.ndarray) -> float:
     """Mean negative log-likelihood in nats a supervised token, over all samples of the split."""
-    tree = partition.unflatten(params)
+    tree = partition.unflatten({path: leaf for path, leaf in params.items() if path.startswith("lm/")})
     encoded = text.encode_split(split, inputs.lm_tokenizer, inputs.config.data.max_tokens, eos=inputs.config.data.eos)
     rows = np.array([sample.image for sample in split.samples])
-
-    @jax.jit
-    def total(seen, tokens, valid, supervised):
-        return response_xent(vlm.answer(tree, seen, tokens, valid), tokens, supervised)
 
     batch, summed, count = inputs.config.decode.batch * 2, 0.0, 0.0
     with progress(f"likelihood of {split.name} captions", len(rows), "captions") as advance:
@@ -119,10 +117,21 @@ def _nll(inputs: Inputs, vlm: VLM, params: Flat, split: Split, visual: np.ndarra
             real = part < len(rows)
             part = np.minimum(part, len(rows) - 1)
             supervised = encoded.supervised[part] & real[:, None]
-            loss, n = total(visual[rows[part]], encoded.tokens[part], encoded.valid[part], supervised)
+            loss, n = _xent(vlm, tree, visual[rows[part]], encoded.tokens[part], encoded.valid[part], supervised)
             summed, count = summed + float(loss), count + float(n)
             advance(int(real.sum()))
     return summed / max(count, 1.0)
+
+
+# Parameters are arguments: closed over, they would be compiled into the program as constants.
+@functools.partial(jax.jit, static_argnums=0)
+def _connect(vlm, params, images):
+    return vlm.connect(params, vlm.see(params, images))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _xent(vlm, params, visual, tokens, valid, supervised):
+    return response_xent(vlm.answer(params, visual, tokens, valid), tokens, supervised)
 
 
 def _period_id(tokenizer) -> int | None:
@@ -133,10 +142,28 @@ def _period_id(tokenizer) -> int | None:
 
 def _coco_id(image_id: str) -> int | str:
     """COCO's own result files hold numbers."""
-    return int(image_id) if image_id.isdigit() else image_id
+    return int(image_id) if image_id.isdecimal() and str(int(image_id)) == image_id else image_id
 
 
-def read_scores(directory: Path) -> dict[str, dict] | None:
-    """An arm's scores, None when they have not been computed."""
+def settings_of(inputs: Inputs, method: str, test: Split) -> str:
+    """What a score depends on besides the parameters; stored with it."""
+    decode, limit = inputs.config.decode, inputs.config.data.eval_limit
+    words = {
+        "greedy": "greedy",
+        "beam": f"{decode.beams} beams ranked by mean log-probability",
+        "nucleus": f"nucleus sampling, top_p {decode.top_p:g}, temperature {decode.temperature:g}",
+    }[method]
+    images = min(limit or len(test.images), len(test.images))
+    stop = ", stops at a period" if decode.stop_at_period else ""
+    return f"{words}, at most {decode.max_tokens} tokens{stop}; {images:,} images {test.fingerprint()[:8]}"
+
+
+def read_scores(inputs: Inputs, directory: Path, test: Split) -> dict[str, dict] | None:
+    """An arm's scores if they were computed with these settings on this test split, else None."""
     path = directory / "scores_test.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    scores = json.loads(path.read_text())
+    wanted = {method: settings_of(inputs, method, test) for method in inputs.config.decode.methods}
+    found = {method: found.get("notes", {}).get("decoding") for method, found in scores.items()}
+    return scores if list(wanted.items()) == list(found.items()) else None

@@ -1,6 +1,7 @@
 """What a run reads before it trains: towers, tokenisers, splits, queues and cached features."""
 
-import re
+import functools
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +27,10 @@ from eim_jax.sharding import make_mesh, param_shardings, shard_params
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that all arms of a run share; `towers` holds the untouched pretrained parameters."""
+    """Everything that all arms of a run share; `towers` holds the untouched pretrained parameters.
+
+    `train` and `encoded` are None where only trained arms are used (`load(..., data=False)`).
+    """
 
     config: Config
     workdir: Path
@@ -37,9 +41,14 @@ class Inputs:
     towers: Flat
     lm_tokenizer: object
     clip_tokenizer: object
-    train: Split
-    encoded: text.Encoded
+    train: Split | None
+    encoded: text.Encoded | None
     fingerprints: dict[str, str]
+
+    def identity(self) -> dict[str, str]:
+        """What a workdir's results depend on besides its config: fingerprints of towers, tokenisers and data."""
+        data = {} if self.train is None else {"training data": self.train.fingerprint()}
+        return {**self.fingerprints, **data}
 
     @property
     def cache(self) -> Path:
@@ -54,18 +63,12 @@ class Inputs:
         settings = self.config.losses
         dtype = _resolve(settings.queue_dtype)
         encode, pooling = stages.encoder(vlm, kind, settings)
-        if kind == "caption":
-            captions = [sample.response for sample in self.train.samples]
-            tokens = text.encode_clip(captions, self.clip_tokenizer, self.clip.text.context)
-            valid = np.ones(tokens.shape, bool)
-        else:
-            tokens, valid = self.encoded.tokens, self.encoded.valid
-        tower = "clip" if kind == "caption" else "lm"
+        tower, longest = ("clip", self.clip.text.context) if kind == "caption" else ("lm", self.config.data.max_tokens)
         manifest = queues.manifest(
             kind,
             weights=self.fingerprints[tower],
             data=self.train.fingerprint(),
-            tokenizer=f"{self.fingerprints[f'{tower}_tokenizer']}, at most {tokens.shape[1]} tokens",
+            tokenizer=f"{self.fingerprints[f'{tower}_tokenizer']}, at most {longest} tokens",
             pooling=f"{pooling}, in {self.dtype.name}",
             similarity=settings.similarity,
             dtype=dtype.name,
@@ -74,6 +77,12 @@ class Inputs:
         folder = self.workdir / "queues" / kind
         if (folder / "manifest.json").exists():
             return queues.load(folder, manifest, self.mesh)
+        if kind == "caption":
+            captions = [sample.response for sample in self.train.samples]
+            tokens = text.encode_clip(captions, self.clip_tokenizer, longest)
+            valid = np.ones(tokens.shape, bool)
+        else:
+            tokens, valid = self.encoded.tokens, self.encoded.valid
         params = partition.unflatten({p: leaf for p, leaf in self.towers.items() if p.startswith(("text/", "lm/"))})
         queue = queues.build(
             kind,
@@ -93,8 +102,8 @@ class Inputs:
         return queue
 
 
-def load(config: Config, workdir: Path) -> Inputs:
-    """Loads what the config names; every error says which field or file is wrong."""
+def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
+    """Loads what the config names, without `data` the towers alone; an error says which field or file is wrong."""
     mesh = make_mesh(config.mesh)
     dtype = _resolve(config.towers.dtype)
     form = {"scan": config.towers.scan, "remat": config.towers.remat, "dtype": dtype}
@@ -106,12 +115,15 @@ def load(config: Config, workdir: Path) -> Inputs:
     lm = lm._replace(config=replace(lm.config, dropout=config.towers.dropout))
     clip_dir, lm_dir = weights.resolve(config.towers.clip), weights.resolve(config.towers.lm)
     lm_tokenizer, clip_tokenizer = text.load_tokenizer(lm_dir), text.load_tokenizer(clip_dir)
-    train = load_split(config, "train", workdir)
-    encoded = text.encode_split(train, lm_tokenizer, config.data.max_tokens, eos=config.data.eos)
+    train = encoded = None
+    if data:
+        train = load_split(config, "train", workdir)
+        encoded = text.encode_split(train, lm_tokenizer, config.data.max_tokens, eos=config.data.eos)
+        console.print(f"{len(train):,} training samples ({len(train.images):,} images)", soft_wrap=True)
     towers = partition.flatten({**clip.params, "lm": lm.params})
     console.print(
-        f"{len(train):,} training samples ({len(train.images):,} images), towers {config.towers.clip} and "
-        f"{config.towers.lm}, {jax.device_count()} {jax.default_backend()} device(s), {dtype.name}",
+        f"towers {config.towers.clip} and {config.towers.lm}, {jax.device_count()} {jax.default_backend()} "
+        f"device(s), {dtype.name}",
         soft_wrap=True,
     )
     fingerprints = {
@@ -141,8 +153,8 @@ def load_split(config: Config, name: str, workdir: Path) -> Split:
     return loaded.split
 
 
-def start(inputs: Inputs, arm: Arm) -> tuple[VLM, Flat]:
-    """The arm's model and its parameters before the first stage: pretrained towers, ST and prompts from the seed."""
+def model(inputs: Inputs, arm: Arm) -> VLM:
+    """The arm's modules; no parameters."""
     vision = replace(inputs.clip.vision, prompts=arm.prompts, prompt_hidden=arm.prompt_hidden if arm.prompts else 0)
     width = vision.joint if arm.output_layer else vision.width
     hidden = arm.st_hidden if arm.st == "ffn" else 0
@@ -156,7 +168,7 @@ def start(inputs: Inputs, arm: Arm) -> tuple[VLM, Flat]:
         heads=arm.st_heads,
         dtype=inputs.dtype,
     )
-    vlm = VLM(
+    return VLM(
         visual=CLIPVision(vision),
         text=CLIPText(inputs.clip.text),
         st=make_st(st),
@@ -164,15 +176,30 @@ def start(inputs: Inputs, arm: Arm) -> tuple[VLM, Flat]:
         features=arm.features,
         output_layer=arm.output_layer,
     )
-    key = jax.random.key(inputs.config.seed)
-    fresh = {"st": _init(vlm.st, jax.random.fold_in(key, 1), (1, 1, width))}
-    if arm.prompts:
-        # Only the prompts are drawn; the tower around them is shape alone (XLA drops what is not returned).
-        draw = jax.jit(
-            lambda k: vlm.visual.init(k, jnp.zeros((1, vision.image_size, vision.image_size, 3)))["params"]["prompt"]
-        )
-        fresh["visual"] = {"prompt": draw(jax.random.fold_in(key, 2))}
-    params = {**inputs.towers, **partition.flatten(fresh)}
+
+
+def fresh(vlm: VLM, key: jax.Array) -> Flat:
+    """The parameters that no checkpoint holds, drawn from the key: the ST's and the prompts'."""
+    drawn = {"st": vlm.st.init(jax.random.fold_in(key, 1), jnp.zeros((1, 1, vlm.st.config.width_in)))["params"]}
+    size = vlm.visual.config.image_size
+    if vlm.visual.config.prompts:  # the tower around them is shape alone: under jit XLA drops what is not returned
+        tower = vlm.visual.init(jax.random.fold_in(key, 2), jnp.zeros((1, size, size, 3)))["params"]
+        drawn["visual"] = {"prompt": tower["prompt"]}
+    return partition.flatten(drawn)
+
+
+def shapes(inputs: Inputs, vlm: VLM) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter of an arm, nothing allocated."""
+    drawn = jax.eval_shape(lambda key: fresh(vlm, key), jax.random.key(0))
+    towers = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in inputs.towers.items()}
+    return {**towers, **drawn}
+
+
+def start(inputs: Inputs, arm: Arm) -> tuple[VLM, Flat]:
+    """The arm's model and its parameters before the first stage: pretrained towers, ST and prompts from the seed."""
+    vlm = model(inputs, arm)
+    drawn = jax.jit(lambda key: fresh(vlm, key))(jax.random.key(inputs.config.seed))
+    params = {**inputs.towers, **drawn}
     ever = {path for s in arm.sequence for g in partition.groups(inputs.config.stages[s], params) for path in g.paths}
     # Leaves that some stage trains stay in float32, all others are held in the compute dtype.
     params = {p: leaf if p in ever else leaf.astype(inputs.dtype) for p, leaf in params.items()}
@@ -181,8 +208,8 @@ def start(inputs: Inputs, arm: Arm) -> tuple[VLM, Flat]:
 
 def stage_features(inputs: Inputs, vlm: VLM, stage: Stage, params: Flat):
     """Cached features [images n v] where the stage leaves CLIP.visual alone, else None (images are decoded)."""
-    patterns = [entry if isinstance(entry, str) else entry[0] for entry in stage.train]
-    trains_visual = any(re.fullmatch(p, path) for p in patterns for path in params if path.startswith("visual/"))
+    trained = [path for group in partition.groups(stage, params) for path in group.paths]
+    trains_visual = any(path.startswith("visual/") for path in trained)
     if trains_visual or not inputs.config.data.cache_features:
         return None
     return features_of(inputs, vlm, inputs.train, params)
@@ -193,12 +220,13 @@ def features_of(inputs: Inputs, vlm: VLM, split: Split, params: Flat):
     visual = {path: leaf for path, leaf in params.items() if path.startswith("visual/")}
     manifest = {
         "visual": weights.fingerprint(partition.unflatten(visual)),
-        "compute": inputs.dtype.name,
-        "prompts": vlm.visual.config.prompts,
+        "tower": str(vlm.visual.config),
+        "tokens": vlm.features,
     }
-    tree = partition.unflatten(visual)
-    folder = inputs.cache / "features" / f"{split.name}-{manifest['visual'][:12]}"
-    see = jax.jit(lambda images: vlm.see(tree, images))
+    # One folder for each content: data sets and arms may share data.cache.
+    name = hashlib.sha256(f"{manifest} {split.images.fingerprint()}".encode()).hexdigest()[:12]
+    folder = inputs.cache / "features" / f"{split.name}-{name}"
+    see = functools.partial(_see, vlm, partition.unflatten(visual))
     return cached_features(
         folder,
         split,
@@ -210,8 +238,10 @@ def features_of(inputs: Inputs, vlm: VLM, split: Split, params: Flat):
     )
 
 
-def _init(module, key, shape):
-    return jax.jit(lambda k: module.init(k, jnp.zeros(shape)))(key)["params"]
+# Parameters are arguments: closed over, they would be compiled into the program as constants.
+@functools.partial(jax.jit, static_argnums=0)
+def _see(vlm: VLM, params: dict, images: jax.Array) -> jax.Array:
+    return vlm.see(params, images)
 
 
 def _resolve(name: str) -> jnp.dtype:

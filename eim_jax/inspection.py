@@ -1,5 +1,7 @@
 """`--mode=inspect`: a few training samples as the losses see them, before or after training."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,15 +91,15 @@ def _nearest(inputs: Inputs, vlm: VLM, params: Flat, batch: Batch, name: str) ->
     """(similarity of each sample's query to every row [b N], the NEAREST rows in order [b 3])."""
     losses = inputs.config.losses
     queue = inputs.queue(vlm, stages.LOSSES[name].queue)
-    tree = partition.unflatten(params)
-
-    @jax.jit
-    def similarity(batch, keys):
-        seen = vlm.see(tree, batch.image)
-        query = stages.query(vlm, losses, name, tree, batch, seen, vlm.connect(tree, seen)).astype(jnp.float32)
-        if losses.similarity == "cosine":
-            query = query / jnp.linalg.norm(query, axis=1, keepdims=True)
-        return query @ keys.T.astype(jnp.float32)
-
-    similar = np.asarray(similarity(batch, queue.keys))[:, : queue.count]
+    similar = _similarity(vlm, losses, name, partition.unflatten(params), batch, queue.keys)
+    similar = np.asarray(similar)[:, : queue.count]
     return similar, np.argsort(-similar, axis=1)[:, :NEAREST]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _similarity(vlm, losses, name, params, batch, keys):
+    seen = vlm.see(params, batch.image)
+    query = stages.query(vlm, losses, name, params, batch, seen, vlm.connect(params, seen)).astype(jnp.float32)
+    if losses.similarity == "cosine":
+        query = query / jnp.linalg.norm(query, axis=1, keepdims=True)
+    return query @ keys.T.astype(jnp.float32)

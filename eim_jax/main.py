@@ -19,7 +19,6 @@ from eim_jax.console import console, duration
 
 MODES = ("train", "eval", "caption", "inspect")
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; any field: --config.data.max_tokens=30.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes.", required=True)
 _MODE = flags.DEFINE_enum("mode", "train", MODES, "train (and score and report) | eval | caption | inspect.")
 _IMAGES = flags.DEFINE_list("images", [], "--mode=caption: image files or folders, separated by commas.")
@@ -40,10 +39,11 @@ def main(argv: list[str]) -> None:
     # Compiled programs are kept in the workdir: a resumed run starts in seconds.
     jax.config.update("jax_compilation_cache_dir", str((workdir / "cache" / "xla").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    # Modes import what they need only now: distributed initialisation and cache settings come before any device.
+    # Imported only now: the settings above come before anything that touches a device.
     from eim_jax import run
 
-    started = time.monotonic()
+    if jax.process_count() > 1:
+        raise settings.ConfigError("several processes are not supported yet: run one, over all devices of one host")
     if _MODE.value == "train":
         record = {
             "command": shlex.join(["python", "-m", "eim_jax.main", *sys.argv[1:]]),
@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
             "machine": machine(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        started = time.monotonic()
         run.train(config, workdir, record)
         console.print(f"done in {duration(time.monotonic() - started)}", soft_wrap=True)
     elif _MODE.value == "eval":
@@ -87,15 +88,11 @@ def machine() -> dict[str, str | int]:
 
 def _config(workdir: Path, mode: str) -> settings.Config:
     """The config asked for; for a finished workdir without --config, the one it was trained with."""
-    saved = settings.read_saved(workdir)
-    if _CONFIG.value is not None:
-        config = settings.from_config_dict(_CONFIG.value)
-    elif saved is not None:
-        config = saved
-    elif mode == "train":
-        raise app.UsageError("--config is missing: --config=configs/miniature.py trains the embedded example")
-    else:
-        raise app.UsageError(f"{workdir} holds no run: --mode={mode} needs the workdir of a trained one")
+    if flags.FLAGS.config is None:
+        if mode == "train":
+            raise app.UsageError("--config is missing: --config=configs/miniature.py trains the embedded example")
+        raise app.UsageError(f"{workdir} holds no run: --mode={mode} needs the workdir of a trained one, or --config")
+    config, saved = settings.from_config_dict(flags.FLAGS.config), settings.read_saved(workdir)
     if saved is not None:
         changed = settings.differences(saved, config)
         if changed:
@@ -114,14 +111,33 @@ def _arm(config: settings.Config) -> str:
     return name
 
 
+def _define_config(argv: list[str]) -> None:
+    """--config is a file; without it, the config of the workdir's run, whose fields can be overridden all the same."""
+    given = [a for a in argv if a.split("=")[0] in ("--config", "-config")]
+    workdir = next((a.partition("=")[2] for a in argv if a.startswith(("--workdir=", "-workdir="))), None)
+    saved = settings.read_saved(Path(workdir)) if workdir and not given else None
+    if saved is not None:
+        config_flags.DEFINE_config_dict("config", settings.to_config_dict(saved))
+    else:
+        config_flags.DEFINE_config_file("config", None, "A file of configs/; any field: --config.data.max_tokens=30.")
+
+
 def _parse(argv: list[str]) -> list[str]:
     """Flags; a misspelt config field is one line that names the nearest valid one."""
+    _define_config(argv)
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
-        message = str(error.args[0]).strip("'\"").replace("\\n", "\n").replace("'\n", "'. ")
-        fields = [a.split("=")[0] for a in argv if a.startswith("--config.")]
-        sys.exit(f"error: among {', '.join(fields)}: no such field: {message}")
+        file = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), None)
+        if file is not None:
+            alone = flags.FlagValues()  # the file as it stands, without what the command line changes
+            holder = config_flags.DEFINE_config_file("config", file, "", alone)
+            alone(argv[:1])
+            for field in (a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")):
+                message = settings.explain_unknown(holder.value, field)
+                if message:
+                    sys.exit(f"error: {message}")
+        raise error
 
 
 def cli() -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import traverse_util
 
-from eim_jax.config import Stage
+from eim_jax.config import Stage, patterns
 
 FROZEN = "frozen"
 Flat = dict[str, jax.Array]
@@ -50,8 +50,7 @@ def unflatten(flat: Flat) -> dict:
 def groups(stage: Stage, paths) -> tuple[Group, ...]:
     """The stage's groups over these leaf paths; raises PartitionError for a dead pattern or a doubly claimed leaf."""
     found, owner = [], {}
-    for entry in stage.train:
-        pattern, factor = (entry, 1.0) if isinstance(entry, str) else entry
+    for pattern, factor in patterns(stage):
         matched = tuple(sorted(path for path in paths if re.fullmatch(pattern, path)))
         if not matched:
             near = difflib.get_close_matches(pattern.replace(".*", ""), sorted(paths), n=1, cutoff=0.3)
@@ -61,7 +60,7 @@ def groups(stage: Stage, paths) -> tuple[Group, ...]:
             if path in owner:
                 raise PartitionError(f"{path} is matched by both {owner[path]!r} and {pattern!r}: a leaf has one label")
             owner[path] = pattern
-        found.append(Group(pattern, float(factor), matched))
+        found.append(Group(pattern, factor, matched))
     return tuple(found)
 
 
@@ -109,7 +108,7 @@ def optimizer(stage: Stage, stage_groups: tuple[Group, ...], paths, total_steps:
             b2=stage.b2,
             eps=stage.eps,
             weight_decay=stage.weight_decay,
-            mask=lambda tree: jax.tree.map(lambda leaf: jnp.ndim(leaf) >= 2, tree),
+            mask=lambda tree: jax.tree_util.tree_map_with_path(_is_matrix, tree),
         )
 
     transforms = {group.pattern: adamw(group.factor) for group in stage_groups}
@@ -117,3 +116,10 @@ def optimizer(stage: Stage, stage_groups: tuple[Group, ...], paths, total_steps:
     if stage.clip_norm > 0:
         return optax.chain(optax.clip_by_global_norm(stage.clip_norm), partition)
     return partition
+
+
+def _is_matrix(where, leaf) -> bool:
+    """Whether weight decay applies: two dimensions besides the layer axis of scanned blocks and of deep prompts."""
+    path = where[-1].key
+    stacked = "/blocks/" in path or path.startswith("visual/prompt/")
+    return jnp.ndim(leaf) - stacked >= 2

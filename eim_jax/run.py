@@ -1,10 +1,9 @@
 """The modes of `main`: train (then score, then write the report), eval, caption, inspect."""
 
+import json
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-
-import jax
 
 from eim_jax import evaluate as scoring
 from eim_jax import inputs as loading
@@ -12,13 +11,13 @@ from eim_jax import inspection, partition
 from eim_jax.checkpoint import StageCheckpoints, write_json
 from eim_jax.config import Config, ConfigError
 from eim_jax.console import console, print_table
-from eim_jax.data.image import load_rgb
+from eim_jax.data.checks import file_problem
 from eim_jax.data.records import FileImages, Split
 from eim_jax.inputs import Inputs
 from eim_jax.models.vlm import VLM
 from eim_jax.partition import Flat
 from eim_jax.report import write_report
-from eim_jax.train import run_arm
+from eim_jax.train import plan_arm, run_arm
 
 SCORES = ("Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE", "nll", "shape_colour_f1")
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -28,43 +27,59 @@ def train(config: Config, workdir: Path, record: dict) -> None:
     """Trains every arm in turn, scores it on the test split, and writes workdir/report.html."""
     begun = time.monotonic()
     inputs = loading.load(config, workdir)
-    if jax.process_index() == 0:
-        write_json(workdir / "run.json", record)
+    check_identity(inputs)
     test = loading.load_split(config, "test", workdir)
-    table = {}
+    for arm in config.arms:
+        plan_arm(inputs, arm)  # what cannot run is said before anything has
+    saved = read_record(workdir)
+    spent = saved.get("seconds", 0.0)
+    kept = {key: saved[key] for key in ("started", "finished", "seconds") if key in saved}
+    record = {**record, "identity": inputs.identity(), **kept}
+    write_json(workdir / "run.json", record)
+    news, table = False, {}
     for arm in config.arms:
         console.rule(f"{arm}: {config.arm[arm].description or ' -> '.join(config.arm[arm].sequence)}")
-        vlm, params = run_arm(inputs, arm)
-        scores = scoring.read_scores(workdir / arm)
-        if scores is None or set(scores) != set(config.decode.methods):
+        try:
+            vlm, params = run_arm(inputs, arm)
+        except BaseException:
+            write_json(workdir / "run.json", record | {"seconds": spent + time.monotonic() - begun})
+            raise
+        scores = scoring.read_scores(inputs, workdir / arm, test)
+        if scores is None:
+            news = True
             scores = scoring.evaluate(inputs, vlm, params, test, workdir / arm)
         table[arm] = scores
-    if jax.process_index() == 0:
-        write_json(workdir / "run.json", record | _finished(begun))
-        _report(workdir, test, table)
+    if news:
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        record |= {"finished": finished, "seconds": round(spent + time.monotonic() - begun, 1)}
+        write_json(workdir / "run.json", record)
+    _report(workdir, test, table)
 
 
 def evaluate(config: Config, workdir: Path) -> None:
     """Scores the trained arms again, with the decoding settings given now, and renews the report."""
-    inputs = loading.load(config, workdir)
+    inputs = loading.load(config, workdir, data=False)
+    check_identity(inputs)
     test = loading.load_split(config, "test", workdir)
     table = {}
     for arm in config.arms:
         vlm, params = trained(inputs, arm)
         table[arm] = scoring.evaluate(inputs, vlm, params, test, workdir / arm)
-    if jax.process_index() == 0:
-        _report(workdir, test, table)
+    _report(workdir, test, table)
 
 
 def caption(config: Config, workdir: Path, arm: str, images: list[Path], out: Path) -> None:
     """Captions image files, or all images in folders, with a trained arm; prints them and writes JSON."""
     files = _pictures(images)
-    inputs = loading.load(config, workdir)
+    problems = {file: file_problem(file) for file in files}
+    bad = [f"{file}: {problem}" for file, problem in problems.items() if problem]
+    if bad:
+        raise ConfigError("--images: these cannot be captioned:\n  " + "\n  ".join(bad))
+    inputs = loading.load(config, workdir, data=False)
+    check_identity(inputs)
     vlm, params = trained(inputs, arm)
     ids = [str(file) for file in files]
     split = Split("your", (), FileImages(Path(), ids, ids))
-    for file in files:
-        load_rgb(file)  # every unreadable file is named before any work is done
     visual = scoring.visual_tokens(inputs, vlm, params, split, range(len(files)))
     captions = scoring.captions_of(inputs, vlm, params, visual, config.decode.methods[0])
     for name, words in zip(ids, captions, strict=True):
@@ -76,12 +91,13 @@ def caption(config: Config, workdir: Path, arm: str, images: list[Path], out: Pa
 def inspect(config: Config, workdir: Path, arm: str, samples: int) -> None:
     """Shows training samples as the losses see them, with the arm as trained, or as training would start."""
     inputs = loading.load(config, workdir)
+    check_identity(inputs)
     try:
         vlm, params = trained(inputs, arm)
         console.print(f"arm {arm} after training", soft_wrap=True)
     except ConfigError:
         vlm, params = loading.start(inputs, config.arm[arm])
-        console.print(f"arm {arm} before training", soft_wrap=True)
+        console.print(f"arm {arm} as it starts to train (not all its stages are finished)", soft_wrap=True)
     inspection.inspect(inputs, arm, vlm, params, samples)
 
 
@@ -99,11 +115,21 @@ def trained(inputs: Inputs, arm: str) -> tuple[VLM, Flat]:
     return vlm, params
 
 
-def _finished(begun: float) -> dict:
-    return {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - begun, 1),
-    }
+def check_identity(inputs: Inputs) -> None:
+    """Refuses a workdir whose results were trained from other weights, tokenisers or data, naming which."""
+    saved, found = read_record(inputs.workdir).get("identity", {}), inputs.identity()
+    changed = [name for name in found if name in saved and saved[name] != found[name]]
+    if changed:
+        what = " and another ".join(name.replace("_", " ") for name in changed)
+        raise ConfigError(
+            f"{inputs.workdir} was trained with another {what}: put the old files back, or choose another --workdir"
+        )
+
+
+def read_record(workdir: Path) -> dict:
+    """The workdir's run.json, {} for a fresh one."""
+    path = workdir / "run.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def _report(workdir: Path, test: Split, table: dict[str, dict]) -> None:
@@ -113,7 +139,12 @@ def _report(workdir: Path, test: Split, table: dict[str, dict]) -> None:
             values = [scores.get(k) for k in present]
             rows.append([arm, method, *("-" if v is None else f"{v:.3f}" for v in values)])
     names = [k.replace("Bleu_4", "BLEU-4").replace("shape_colour_f1", "object F1") for k in present]
-    print_table(f"scores on {len(test.images):,} test images", ["arm", "decoding", *names], rows)
+    notes = [s.get("notes", {}).get("decoding", "") for m in table.values() for s in m.values()]
+    print_table(
+        f"scores on the test split ({notes[0].rpartition('; ')[2].split(' images')[0]} images)",
+        ["arm", "decoding", *names],
+        rows,
+    )
     where = {id_: row for row, id_ in enumerate(test.images.ids)}
     path = write_report(workdir, lambda id_: test.images[where[str(id_)]], test.references)
     console.print(f"report: {path}", soft_wrap=True)

@@ -4,6 +4,7 @@ A stage differentiates with respect to its own parameters only ("gradient trunca
 the previous stage left, with a new optimizer, and holds only the queues its losses read.
 """
 
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -19,14 +20,14 @@ import optax
 
 from eim_jax import partition, stages
 from eim_jax.checkpoint import StageCheckpoints, write_json
-from eim_jax.config import Stage
+from eim_jax.config import ConfigError, Stage
 from eim_jax.console import console
 from eim_jax.data import pipeline
-from eim_jax.inputs import Inputs, stage_features, start
+from eim_jax.inputs import Inputs, model, shapes, stage_features, start
 from eim_jax.logs import RunLog, StageInfo, Trained
 from eim_jax.models.vlm import VLM
 from eim_jax.partition import Flat
-from eim_jax.sharding import batch_sharding, param_shardings
+from eim_jax.sharding import ROWS, batch_sharding, param_shardings
 from eim_jax.types import Batch
 
 
@@ -42,8 +43,8 @@ def make_step(vlm: VLM, stage: Stage, objective: Callable, tx: optax.GradientTra
     """The stage's update as a pure function.
 
     (trained, opt_state, frozen, batch, queues, key, step) -> (trained, opt_state, metrics). The micro-batches of
-    `stage.accumulate` take every accumulate-th row and divide by the whole batch's counts: the gradient is the big
-    batch's. `train=False` switches dropout off.
+    `stage.accumulate` divide by the whole batch's counts: the gradient is the big batch's. `train=False` switches
+    dropout off.
     """
 
     def loss_of(trained, frozen, batch, queues, norms, key):
@@ -55,7 +56,7 @@ def make_step(vlm: VLM, stage: Stage, objective: Callable, tx: optax.GradientTra
         differentiate = jax.grad(loss_of, has_aux=True)
         if stage.accumulate == 1:
             return differentiate(trained, frozen, batch, queues, norms, key)
-        # Every accumulate-th row, so that a batch sharded by rows stays on its devices.
+        # Every accumulate-th row: where each device's rows divide by accumulate, they stay on it.
         micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, stage.accumulate, *x.shape[1:]), 1, 0), batch)
 
         def add(total, part):
@@ -69,6 +70,7 @@ def make_step(vlm: VLM, stage: Stage, objective: Callable, tx: optax.GradientTra
 
     def step(trained, opt_state, frozen, batch, queues, key, number):
         grads, metrics = gradients(trained, frozen, batch, queues, jax.random.fold_in(key, number))
+        metrics["grad_norm"] = optax.tree.norm(grads)  # of the trained leaves, the only ones there are
         # optax sees the whole tree, frozen leaves with zero gradients that no state depends on. Their updates are
         # dropped here and not added: adding 0.0 would turn a frozen -0.0 into 0.0.
         zeros = {path: jnp.zeros_like(leaf) for path, leaf in frozen.items()}
@@ -83,15 +85,15 @@ def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
     """Trains one arm through its sequence of stages, resuming where an earlier run stopped; writes its run.json."""
     config, directory = inputs.config, inputs.workdir / name
     arm = config.arm[name]
+    plan = plan_arm(inputs, name)
     vlm, params = start(inputs, arm)
-    plan = [stage_info(inputs, config.stages[s], s, params) for s in arm.sequence]
     checkpoints = [directory / "checkpoints" / f"{i}-{s}" for i, s in enumerate(arm.sequence)]
     summaries = []
     resume = _resume_point(checkpoints)
-    with RunLog.open(directory, plan, resume, enabled=jax.process_index() == 0) as log, _signals() as asked_to_stop:
+    with RunLog.open(directory, plan, resume, enabled=jax.process_index() == 0) as log, _Signals() as signals:
         for i, (stage_name, folder) in enumerate(zip(arm.sequence, checkpoints, strict=True)):
             stage = config.stages[stage_name]
-            with StageCheckpoints(folder, config.checkpoint.keep) as store:
+            with StageCheckpoints(folder) as store:
                 if store.finished:
                     trained, _ = partition.split(params, partition.groups(stage, params))
                     trained, summary = store.result(trained)
@@ -99,7 +101,7 @@ def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
                     params = {**params, **trained}
                     console.print(f"{name} {stage_name}: already trained, its result is restored", soft_wrap=True)
                 else:
-                    params, summary = _run_stage(inputs, vlm, i, plan[i], params, store, log, asked_to_stop)
+                    params, summary = _run_stage(inputs, vlm, i, plan[i], params, store, log, signals)
             summaries.append(summary)
             if jax.process_index() == 0:
                 total = sum(int(leaf.size) for leaf in params.values())
@@ -108,11 +110,36 @@ def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
     return vlm, params
 
 
-def stage_info(inputs: Inputs, stage: Stage, name: str, params: Flat) -> StageInfo:
+def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
+    """What an arm's stages will do, checked before any of them runs: patterns, steps, schedule, batch against devices.
+
+    Allocates nothing. Raises PartitionError, ConfigError or ValueError naming the stage's field.
+    """
+    config = inputs.config
+    arm = config.arm[name]
+    params = shapes(inputs, model(inputs, arm))
+    plan = []
+    for stage_name in arm.sequence:
+        stage, where = config.stages[stage_name], f"config.stages.{stage_name}"
+        rows = math.prod(inputs.mesh.shape[axis] for axis in ROWS)
+        if stage.batch // stage.accumulate % rows:
+            raise ConfigError(
+                f"{where}: a batch of {stage.batch} in {stage.accumulate} parts does not divide over {rows} devices"
+            )
+        info = stage_info(inputs, stage, stage_name, params)
+        try:
+            partition.learning_rate(stage, info.steps)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        plan.append(info)
+    return plan
+
+
+def stage_info(inputs: Inputs, stage: Stage, name: str, params: Flat | dict[str, jax.ShapeDtypeStruct]) -> StageInfo:
     """What the stage trains and for how many steps."""
     found = partition.groups(stage, params)
     trained = tuple(Trained(g.pattern, len(g.paths), sum(int(params[p].size) for p in g.paths)) for g in found)
-    per_epoch = len(inputs.train) // stage.batch
+    per_epoch = pipeline.steps_per_epoch(inputs.train, stage.batch)
     steps = stage.steps or stage.epochs * per_epoch
     return StageInfo(
         name=name,
@@ -120,7 +147,7 @@ def stage_info(inputs: Inputs, stage: Stage, name: str, params: Flat) -> StageIn
         trained=trained,
         total_params=sum(int(leaf.size) for leaf in params.values()),
         steps=steps,
-        epochs=round(steps / max(per_epoch, 1), 3),
+        epochs=round(steps / per_epoch, 3),
         batch=stage.batch,
     )
 
@@ -139,8 +166,9 @@ def _run_stage(
     params: Flat,
     store: StageCheckpoints,
     log: RunLog,
-    asked_to_stop: Callable[[], bool],
+    signals: "_Signals",
 ) -> tuple[Flat, dict]:
+    prepared = time.monotonic()
     config, mesh = inputs.config, inputs.mesh
     stage = config.stages[info.name]
     found = partition.groups(stage, params)
@@ -167,7 +195,7 @@ def _run_stage(
         fields=needed,
         batch_size=stage.batch,
         seed=config.seed * 1000 + index,
-        epochs=-(-info.steps // max(len(inputs.train) // stage.batch, 1)),
+        epochs=-(-info.steps // (len(inputs.train) // stage.batch)),
         features=features,
         image_size=vlm.visual.config.image_size,
         process_index=jax.process_index(),
@@ -189,15 +217,18 @@ def _run_stage(
         out_shardings=(*kept, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
     )
     compiled = None
-    meter = _Meter(info, inputs.train, iterator_rows=stage.batch)
+    meter = _Meter(info, inputs.train)
     rates = {group.name: group.factor for group in found}
     schedule = partition.learning_rate(stage, info.steps)
+    prepare_seconds = time.monotonic() - prepared
     begun = time.monotonic()
 
     def save(number):
         meter.check()
+        _check_finite(trained, info.name, number)
         store.save(number, trained, opt_state, iterator, {"seconds": seconds + time.monotonic() - begun})
 
+    signals.stepping = True
     for number in range(done, info.steps):
         with meter.waiting():
             batch = next(iterator)
@@ -205,6 +236,7 @@ def _run_stage(
         placed = place_batch(batch, mesh)
         arguments = (trained, opt_state, frozen, placed, queues, key, jnp.int32(number))
         if compiled is None:  # compiled ahead of time: a second shape is an error, not a silent second compilation
+            console.print(f"compiling {info.name}", soft_wrap=True)
             compiled = step.lower(*arguments).compile()
             meter.restart()
         trained, opt_state, metrics = compiled(*arguments)
@@ -215,15 +247,15 @@ def _run_stage(
             lr = {f"lr/{name}": factor * float(schedule(number)) for name, factor in rates.items()}
             place = {"stage": info.name, "stage_index": index, "step": reached}
             log.write({**place, "epoch": round(reached * stage.batch / len(inputs.train), 4), **means, **lr})
-        if asked_to_stop():
+        if signals.arrived and not last:
             save(reached)
-            store.__exit__()
+            store.wait()
             raise Interrupted(f"stopped after step {reached} of {info.name}, saved: the same command continues")
         if reached % config.checkpoint.every_steps == 0 and not last:
             save(reached)
     meter.check()
-    if hasattr(iterator, "close"):
-        iterator.close()
+    _check_finite(trained, info.name, info.steps)
+    iterator.close()
     if _digest(frozen) != proof:
         raise RuntimeError(
             f"stage {info.name} changed a frozen parameter: this is a defect of eim_jax, please report it"
@@ -233,24 +265,26 @@ def _run_stage(
         **asdict(info),
         "trained_params": info.trained_params,
         "seconds": seconds,
+        "prepare_seconds": prepare_seconds,
         "examples_per_second": info.steps * stage.batch / seconds,
         "peak_memory_bytes": _peak_memory(compiled),
         "data_wait": meter.wait_share(),
         "frozen_unchanged": True,
     }
     store.finish(trained, summary)
+    signals.stepping = False
+    signals.check()
     return {**params, **trained}, summary
 
 
 class _Meter:
     """Means of the metrics since the last read, the finite check, and the share of time spent waiting for data."""
 
-    def __init__(self, info: StageInfo, split, iterator_rows: int):
-        self._info, self._split, self._batch = info, split, iterator_rows
+    def __init__(self, info: StageInfo, split):
+        self._info, self._split = info, split
         self._pending: list[tuple[int, np.ndarray, dict]] = []
         self._latest: tuple[int, np.ndarray] = (0, np.zeros(0, np.int32))
         self._wait = self._total_wait = 0.0
-        self._steps = 0
         self._start = self._first = time.monotonic()
 
     def restart(self):
@@ -259,6 +293,8 @@ class _Meter:
 
     @contextmanager
     def waiting(self):
+        if len(self._pending) > 1:  # at most two steps in flight: while the device is busy, nothing waits for data
+            jax.block_until_ready(self._pending[-2][-1])
         begun = time.monotonic()
         yield
         self._wait += time.monotonic() - begun
@@ -273,13 +309,14 @@ class _Meter:
         """Waits for the pending steps; raises NonFinite for the first one with a loss that is not a number."""
         fetched = jax.device_get([metrics for *_, metrics in self._pending])
         for (number, rows, _), metrics in zip(self._pending, fetched, strict=True):
-            bad = [name for name, value in metrics.items() if name.startswith("loss") and not np.isfinite(value)]
+            watched = {name: value for name, value in metrics.items() if name.startswith("loss") or name == "grad_norm"}
+            bad = [name for name, value in watched.items() if not np.isfinite(value)]
             if bad:
                 ids = ", ".join(self._split.samples[row].id for row in rows)
                 terms = ", ".join(f"{name} = {metrics[name]}" for name in bad)
                 raise NonFinite(
-                    f"stage {self._info.name}, step {number + 1}: {terms}. Samples of this batch: {ids}. The last "
-                    "checkpoint is from before; try a lower lr, clip_norm, or towers.dtype=float32."
+                    f"stage {self._info.name}, step {number + 1}: {terms}. Samples of this batch: {ids}. Nothing "
+                    "was saved since. Try a lower lr, clip_norm or towers.dtype=float32, in a new --workdir."
                 )
         return fetched
 
@@ -289,7 +326,7 @@ class _Meter:
         elapsed = max(now - self._start, 1e-9)
         means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
         ordered = {"loss": means.pop("loss"), **means}
-        ordered["examples_per_second"] = len(fetched) * self._batch / elapsed
+        ordered["examples_per_second"] = len(fetched) * self._info.batch / elapsed
         ordered["data_wait"] = min(self._wait / elapsed, 1.0)
         self._total_wait += self._wait
         self._pending, self._wait, self._start = [], 0.0, now
@@ -313,21 +350,42 @@ def _place_like(opt_state: Any, params: Flat, mesh) -> Any:
 
 
 @jax.jit
-def _bits(leaf: jax.Array) -> jax.Array:
-    """A 32-bit sum over the leaf's bits that any single changed or moved bit changes."""
-    kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32).reshape(-1)
-    place = jax.lax.iota(jnp.uint32, bits.size)
-    return jnp.sum((bits ^ (bits >> 15)) * (2 * place + 1), dtype=jnp.uint32)
+def _bits(flat: Flat) -> dict[str, jax.Array]:
+    """For each leaf a 32-bit sum over its bits, each weighted by its place: a changed element changes it."""
+
+    def one(leaf):
+        kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis, size in enumerate(leaf.shape):  # without a reshape, which would gather a sharded leaf
+            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        return jnp.sum((bits ^ (bits >> 15)) * (2 * place + 1), dtype=jnp.uint32)
+
+    return {path: one(leaf) for path, leaf in flat.items()}
+
+
+@jax.jit
+def _all_finite(flat: Flat) -> dict[str, jax.Array]:
+    return {path: jnp.isfinite(leaf).all() for path, leaf in flat.items()}
+
+
+def _check_finite(trained: Flat, name: str, step: int):
+    """No checkpoint holds a parameter that is not a number."""
+    bad = [path for path, fine in jax.device_get(_all_finite(trained)).items() if not fine]
+    if bad:
+        raise NonFinite(
+            f"stage {name}, step {step}: the update made {', '.join(bad[:5])} not finite. Nothing was saved since. Try "
+            "a lower lr, clip_norm or towers.dtype=float32, in a new --workdir."
+        )
 
 
 def _digest(flat: Flat) -> dict[str, int]:
     """Each leaf's digest, computed where it lies."""
-    return {path: int(value) for path, value in jax.device_get({p: _bits(leaf) for p, leaf in flat.items()}).items()}
+    return {path: int(value) for path, value in jax.device_get(_bits(flat)).items()}
 
 
 def _peak_memory(compiled) -> int | None:
-    """Bytes the compiled step holds at its peak, per device: arguments + temporaries + outputs not aliased."""
+    """Bytes that the compiled step holds on each device: arguments + temporaries + outputs not aliased."""
     analysis = compiled.memory_analysis() if compiled is not None else None
     if analysis is None:
         return None
@@ -346,20 +404,28 @@ def _resume_point(folders: list[Path]) -> tuple[int, int] | None:
     return (len(folders), 0)
 
 
-@contextmanager
-def _signals():
-    """Yields a function that says whether SIGTERM or SIGINT has arrived; the second SIGINT interrupts at once."""
-    arrived = []
+class _Signals:
+    """SIGTERM and SIGINT: between steps the run stops at once, in a step after it; a second SIGINT always at once."""
 
-    def note(number, _):
-        if arrived and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        arrived.append(number)
-        console.print("stopping after this step; the state will be saved", soft_wrap=True)
+    def __init__(self):
+        self.stepping = self.arrived = False
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(arrived)
-    finally:
-        for number, handler in before.items():
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def check(self):
+        if self.arrived:
+            raise Interrupted("stopped between two stages: the same command continues")
+
+    def _note(self, number, _):
+        if self.arrived and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.arrived = True
+        if not self.stepping:
+            self.check()
+        console.print("stopping after this step; the state will be saved", soft_wrap=True)

@@ -9,6 +9,8 @@ from jaxtyping import install_import_hook
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Eight devices on two cores: programs in flight together can starve each other's collectives until XLA aborts.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

@@ -12,6 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from eim_jax.logs import read_metrics
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STAGES = ("0-st", "1-lm", "2-ie")
 STEPS = 8
@@ -56,9 +58,7 @@ def wait_until(process, condition):
 
 
 def steps_done(workdir):
-    path = workdir / "eim" / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [(r["stage_index"], r["step"]) for r in map(json.loads, filter(lambda line: line.endswith("}"), lines))]
+    return [(r["stage_index"], r["step"]) for r in read_metrics(workdir / "eim" / "metrics.jsonl")]
 
 
 def saving(workdir, stage):
@@ -98,6 +98,7 @@ def test_runs_killed_in_every_stage_and_in_mid_save_end_bit_identical(tmp_path):
     wait_until(second, lambda: saving(broken, "1-lm"))
     second.kill()
     second.wait()
+    assert saving(broken, "1-lm")  # the kill came before the save was whole
     assert (broken / "eim/checkpoints/0-st/result").exists()
 
     third = start(broken)  # SIGTERM in the last stage: saved at once, and says so
@@ -111,11 +112,16 @@ def test_runs_killed_in_every_stage_and_in_mid_save_end_bit_identical(tmp_path):
     assert "st: already trained" in output and "lm: already trained" in output
     want, got = results(whole), results(broken)
     assert want.keys() == got.keys()
+    owned = {"0-st": {"st"}, "1-lm": {"lm"}, "2-ie": {"visual.prompt", "st", "lm"}}
+    for stage, towers in owned.items():  # checkpoints hold the stage's trained leaves and nothing else
+        stored = [path.removeprefix(f"{stage}/") for path in want if path.startswith(stage)]
+        assert {t for t in towers for path in stored if path.startswith(t + ".")} == towers
+        assert all(path.startswith(tuple(t + "." for t in towers)) for path in stored)
     different = [path for path in want if not np.array_equal(want[path], got[path])]
     assert not different
     # Every step stands once in the log, with the losses of the uninterrupted run.
     losses = [
-        [(r["stage_index"], r["step"], r["loss"]) for r in map(json.loads, open(w / "eim/metrics.jsonl"))]
+        [(r["stage_index"], r["step"], r["loss"]) for r in read_metrics(w / "eim" / "metrics.jsonl")]
         for w in (whole, broken)
     ]
     assert losses[0] == losses[1]
@@ -125,4 +131,13 @@ def test_runs_killed_in_every_stage_and_in_mid_save_end_bit_identical(tmp_path):
     refused = start(broken, "--config.stages.ie.lr=0.5")
     output, _ = refused.communicate(timeout=200)
     assert refused.returncode != 0 and "stages.ie.lr: 0.001 in the workdir, 0.5 asked for" in output.replace("\n", " ")
-    assert "captions by greedy" in finish(broken, "--mode=eval", "--config.decode.max_tokens=4")
+    again = subprocess.run(
+        [sys.executable, "-m", "eim_jax.main", f"--workdir={broken}", "--mode=eval", "--config.decode.max_tokens=4"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "captions by greedy" in again.stdout, again.stdout[-2000:] + again.stderr[-2000:]
+    scores = json.loads((broken / "eim" / "scores_test.json").read_text())
+    assert "at most 4 tokens" in scores["greedy"]["notes"]["decoding"]

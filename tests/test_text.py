@@ -83,7 +83,7 @@ def test_masks_hold_for_any_texts_and_lengths(pairs, max_tokens, eos):
     lengths = found.valid.sum(1)
     for row, (instruction, response) in enumerate(pairs):
         before = tokenizer(instruction)["input_ids"]
-        after = tokenizer(response)["input_ids"][: max_tokens - 1] + [tokenizer.eos_token_id]
+        after = [*tokenizer(response)["input_ids"][: max_tokens - 1], tokenizer.eos_token_id]
         room = max_tokens - len(after)
         before = before[len(before) - room :] if len(before) > room else before
         assert found.tokens[row, : lengths[row]].tolist() == before + after

@@ -11,6 +11,8 @@ import pytest
 from eim_jax import config as settings
 from eim_jax import inputs as loading
 from eim_jax import partition, stages, train
+from eim_jax.logs import read_metrics
+from eim_jax.sharding import make_mesh, shard_params
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def test_the_sequence_changes_its_own_leaves_and_no_bit_of_any_other(finished, c
 
 
 def test_parameters_and_moments_lie_on_all_devices_by_the_rules(finished):
-    inputs, _, end, _ = finished
+    _, _, end, _ = finished
     kernel = end["lm/blocks_0/attn/qkv/kernel"]
     assert len(kernel.sharding.device_set) == 8 and kernel.sharding.shard_shape(kernel.shape)[0] * 8 == kernel.shape[0]
 
@@ -67,7 +69,7 @@ def test_the_arms_record_tells_what_each_stage_did(finished, config):
     for stage in record["stages"]:
         assert stage["steps"] == 4 and stage["frozen_unchanged"] and stage["peak_memory_bytes"] > 0
         assert 0 < stage["trained_params"] < stage["total_params"] == record["total_params"]
-    lines = [json.loads(line) for line in open(inputs.workdir / "eim" / "metrics.jsonl")]
+    lines = read_metrics(inputs.workdir / "eim" / "metrics.jsonl")
     assert [(line["stage"], line["step"]) for line in lines] == [(s, n) for s in ("st", "lm", "ie") for n in (2, 4)]
     assert {"loss/base", "loss/ie", "queue/ie/recall1", "queue/ie/effective", "lr/visual/prompt"} <= lines[-1].keys()
 
@@ -79,22 +81,30 @@ def test_a_second_start_restores_the_results_without_training(finished, monkeypa
     assert all(np.array_equal(end[path], again[path]) for path in end)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_naming_term_step_and_samples(finished, config, tmp_path):
-    stage = dataclasses.replace(config.stages["st"], lr=1e38, schedule="constant")
-    wild = dataclasses.replace(config, stages=config.stages | {"st": stage})
-    inputs = dataclasses.replace(finished[0], config=wild, workdir=tmp_path)
-    with pytest.raises(train.NonFinite, match=r"stage st, step \d: .*loss/st = .*Samples of this batch: .*train-0-"):
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("ie", r"stage ie, step \d: .*loss/base = .*Samples of this batch: .*train-0-"),
+        ("st", r"stage st, step \d.*not finite|stage st, step \d: "),
+    ],
+)
+def test_a_run_that_diverges_stops_naming_term_step_and_samples_and_saves_nothing(
+    finished, config, tmp_path, stage, message
+):
+    wild = dataclasses.replace(config.stages[stage], lr=1e38, schedule="constant")
+    arm = dataclasses.replace(config.arm["eim"], sequence=(stage,), prompts=0 if stage == "st" else 4)
+    changed = dataclasses.replace(config, stages={stage: wild}, arm={"eim": arm})
+    inputs = dataclasses.replace(finished[0], config=changed, workdir=tmp_path)
+    with pytest.raises(train.NonFinite, match=message):
         train.run_arm(inputs, "eim")
-    assert not (tmp_path / "eim" / "checkpoints" / "0-st" / "result").exists()
+    assert not (tmp_path / "eim" / "checkpoints" / f"0-{stage}" / "result").exists()
 
 
 def test_one_device_gives_the_eight_devices_losses(finished, config, tmp_path):
     """Sharding changes where numbers lie, not what they are."""
-    from eim_jax.sharding import make_mesh, shard_params
-
     inputs = finished[0]
     mesh = make_mesh((1, 1, 1), devices=jax.devices()[:1])
     alone = dataclasses.replace(inputs, mesh=mesh, workdir=tmp_path, towers=shard_params(inputs.towers, mesh))
     train.run_arm(alone, "eim")
-    for a, b in zip(open(inputs.workdir / "eim/metrics.jsonl"), open(tmp_path / "eim/metrics.jsonl"), strict=True):
-        assert json.loads(a)["loss"] == pytest.approx(json.loads(b)["loss"], rel=2e-4)
+    eight, one = (read_metrics(folder / "eim" / "metrics.jsonl") for folder in (inputs.workdir, tmp_path))
+    assert [line["loss"] for line in eight] == pytest.approx([line["loss"] for line in one], rel=2e-4)

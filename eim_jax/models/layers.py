@@ -90,12 +90,20 @@ class Attention(nn.Module):
             k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), at)
             v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), at)
             kv = (k, v)
-        logits = jnp.einsum("bthe,bshe->bhts", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+        q = q * q.shape[-1] ** -0.5
+        one = kv is not None and q.shape[1] == 1  # decoding: too little work a head for a matrix product
+        if one:
+            logits = jnp.sum(q * k, axis=-1, dtype=jnp.float32).transpose(0, 2, 1)[:, :, None]
+        else:
+            logits = jnp.einsum("bthe,bshe->bhts", q, k, preferred_element_type=jnp.float32)
         if mask is not None:  # finite, so that a row that may see nothing gives no NaN
             logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
         weights = self.drop(weights, deterministic=not train)
-        mixed = jnp.einsum("bhts,bshe->bthe", weights, v)
+        if one:
+            mixed = jnp.sum(weights[:, :, 0].transpose(0, 2, 1)[..., None] * v, 1, dtype=jnp.float32, keepdims=True)
+        else:
+            mixed = jnp.einsum("bhts,bshe->bthe", weights, v)
         return self.out(mixed.reshape(x.shape).astype(x.dtype)), kv
 
 

@@ -28,10 +28,11 @@ class VLM:
     output_layer: bool = False  # apply ln_post and the projection before the ST (stock ClipCap does, EIM does not)
 
     def see(self, params: dict, images: UInt8[Array, "b h w 3"]) -> Float[Array, "b n v"]:
-        """[CLS] and patch tokens before CLIP's output layer."""
+        """[CLS] and patch tokens before CLIP's output layer; with features="cls" [CLS] alone (n = 1)."""
         config = self.visual.config
         pixels = normalise(images, config.mean, config.std)
-        return self.visual.apply({"params": params["visual"]}, pixels, method="see")
+        seen = self.visual.apply({"params": params["visual"]}, pixels, method="see")
+        return seen[:, :1] if self.features == "cls" else seen
 
     def project(self, params: dict, seen: Float[Array, "b n v"]) -> Float[Array, "b j"]:
         """[CLS] through CLIP's frozen output layer into the joint space: loss_IE's query (eim.md 6.3)."""
@@ -39,8 +40,6 @@ class VLM:
 
     def connect(self, params: dict, seen: Float[Array, "b n v"]) -> Float[Array, "b m d"]:
         """The ST's output tokens, in the LM's embedding space (Table 9's two switches choose its input)."""
-        if self.features == "cls":
-            seen = seen[:, :1]
         if self.output_layer:
             seen = self.visual.apply({"params": params["visual"]}, seen, method="project")
         return self.st.apply({"params": params["st"]}, seen)

@@ -1,0 +1,121 @@
+"""Configs: every shipped one builds, overrides arrive, mistakes are named, a workdir knows its own."""
+
+import dataclasses
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eim_jax import config as settings
+from eim_jax.config import Arm, Config, ConfigError, LossWeights, Stage
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("base", "__init__"))
+
+
+def built(name="miniature"):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def tiny(**fields):
+    stage = Stage(train=("st/.*",), losses=LossWeights(st=1.0), warmup_steps=0)
+    values = {"arms": ("a",), "arm": {"a": Arm(sequence=("s",))}, "stages": {"s": stage}, **fields}
+    return dataclasses.asdict(Config(**values))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_shipped_config_is_valid_and_survives_the_round_trip(name):
+    config = settings.from_config_dict(built(name))
+    assert settings.from_config_dict(settings.to_config_dict(config)) == config
+    assert not settings.differences(config, config)
+
+
+def test_the_papers_coco_settings():
+    stage = settings.from_config_dict(built("clipcap_eim_coco")).stages["ie"]
+    assert (stage.epochs, stage.batch, stage.lr, stage.warmup_steps) == (10, 40, 2e-5, 5000)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("losses.similarity", "cosin", "config.losses.similarity: 'cosin' is none of cosine, dot"),
+        ("decode.beams", 0, "config.decode.beams: 0 is not in 1 .."),
+        ("log_every", 0, "config.log_every: 0 is not in 1 .."),
+        ("arms", (), "config.arms and config.decode.methods need at least one entry"),
+        ("mesh", (1, -1), r"config.mesh: \(1, -1\) is not \(data, fsdp, tensor\)"),
+        ("arm.a.st", "mlp", "config.arm.a.st: 'mlp' maps one token: set config.arm.a.features='cls'"),
+        ("arm.a.sequence", ("x",), "config.arm.a.sequence: no stage 'x'; config.stages has s"),
+        ("arm.a.prompts", 4, "no stage of its sequence trains them"),
+        ("stages.s.train", ("st/.*", 0.1), r"train entry 0.1 is neither a pattern nor"),
+        ("stages.s.train", ("st/(",), "is no regular expression"),
+        ("stages.s.accumulate", 3, "accumulate=3 does not divide config.stages.s.batch=40"),
+        ("stages.s.losses.st", 0.0, "every weight is 0"),
+        ("data.max_tokens", "many", "config.data.max_tokens: 'many' is not a int"),
+        ("data.max_tokn", 3, "config.data.max_tokn: no such field; did you mean 'max_tokens'?"),
+    ],
+)
+def test_a_wrong_value_is_an_error_naming_the_field(field, value, message):
+    values = tiny()
+    *path, name = field.split(".")
+    place = values
+    for step in path:
+        place = place[step]
+    place[name] = value
+    with pytest.raises(ConfigError, match=message):
+        settings.from_config_dict(values)
+
+
+def test_only_fields_that_decide_the_parameters_make_another_run():
+    base = settings.from_config_dict(built())
+
+    def changed(**overrides):
+        values = built()
+        values.update_from_flattened_dict({key.replace("__", "."): value for key, value in overrides.items()})
+        return settings.differences(base, settings.from_config_dict(values))
+
+    assert changed(decode__beams=9) == changed(log_every=7) == changed(data__cache="elsewhere") == []
+    assert changed(arms=("eim",), stages__base__lr=0.5) == []  # the arm that is not asked for
+    assert changed(data__cache_features=False) == ["data.cache_features: True in the workdir, False asked for"]
+    assert changed(stages__ie__lr=0.5) == ["stages.ie.lr: 0.001 in the workdir, 0.5 asked for"]
+
+
+def run_main(*flags):
+    command = [sys.executable, "-m", "eim_jax.main", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("data.max_tokns=3", "config.data has no field 'max_tokns'; did you mean config.data.max_tokens?"),
+        ("stages.ei.lr=1", "config.stages has no field 'ei'; did you mean config.stages.ie?"),
+        ("stages.ie.learning=1", "config.stages.ie has no field 'learning'; "),
+        ("arm.eim.sequence=('st','xx')", "config.arm.eim.sequence: no stage 'xx'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path, flag, message):
+    found = run_main("--config=configs/miniature.py", f"--workdir={tmp_path}", f"--config.{flag}")
+    assert found.returncode != 0 and message in found.stderr and "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mode=eval"], "holds no run"),
+        (["--config=configs/miniature.py", "--mode=caption"], "needs --images"),
+        (
+            [
+                "--config=configs/photos.py",
+                "--config.data.annotations=",
+                "--config.towers.clip=miniature/clip",
+                "--config.towers.lm=miniature/gpt2",
+            ],
+            "config.data.annotations is empty",
+        ),
+    ],
+)
+def test_what_a_mode_lacks_is_said(tmp_path, flags, message):
+    found = run_main(f"--workdir={tmp_path}", *flags)
+    assert found.returncode != 0 and message in found.stderr
