@@ -132,7 +132,7 @@ def _parse(argv: list[str]) -> list[str]:
         if file is not None:
             alone = flags.FlagValues()  # the file as it stands, without what the command line changes
             holder = config_flags.DEFINE_config_file("config", file, "", alone)
-            alone(argv[:1])
+            alone([argv[0], f"--config={file}"])
             for field in (a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")):
                 message = settings.explain_unknown(holder.value, field)
                 if message:
