@@ -131,8 +131,9 @@ def _parse(argv: list[str]) -> list[str]:
         file = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), None)
         if file is not None:
             alone = flags.FlagValues()  # the file as it stands, without what the command line changes
-            holder = config_flags.DEFINE_config_file("config", file, "", alone)
-            alone([argv[0], f"--config={file}"])
+            command = [argv[0], f"--config={file}"]
+            holder = config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=command)
+            alone(command)
             for field in (a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")):
                 message = settings.explain_unknown(holder.value, field)
                 if message:
