@@ -25,6 +25,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def machine(*packages: str) -> str:
+    """The date, the machine and the packages' versions, for the head of a table."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    place = f"{platform.machine()}, {cores()} core(s), Python {platform.python_version()}"
+    return f"{datetime.date.today()}, {place}, {versions}"
+
+
 def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
@@ -36,11 +43,8 @@ def report(title: str, pairs: list[Pair], repeats: int) -> None:
 
     The ratio is the median of the pairs' own ratios, which a machine that is busy at times disturbs least.
     """
-    packages = ("jax", "flax", "optax", "torch", "transformers")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     print(f"## {title}\n")
-    machine = f"{platform.machine()}, {cores()} core(s), Python {platform.python_version()}"
-    print(f"{datetime.date.today()}, {machine}, {versions}")
+    print(machine("jax", "flax", "optax", "torch", "transformers"))
     print(f"Command: {' '.join(['python', *sys.argv])}; {repeats} interleaved pairs, medians.\n")
     print("| work | JAX ms | PyTorch ms | PyTorch / JAX |\n|---|---|---|---|", flush=True)
     for pair in pairs:

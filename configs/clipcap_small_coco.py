@@ -4,11 +4,10 @@
 linear to 0, eps 1e-6, no weight decay (ClipCap's recipe). Trained 155.91M of 307.19M. The paper: 23 min an epoch on an
 RTX-3090, BLEU-4 31.2.
 
-The stages of every experiment are defined here; an arm's `sequence` chooses. By override alone, for example:
-  one stage for all losses    --config.arm.eim.sequence="('joint',)"
-  LM before ST                --config.arm.eim.sequence="('lm','st','ie')"
-  IE without its loss         --config.stages.ie.losses.ie=0
-  loss_ST alone (Table 3)     --config.arm.eim.sequence="('st','base')"
+The stages of every experiment are defined here; an arm's `sequence` chooses. Single losses (Table 3), by override:
+  --config.arm.baseline.sequence="('st','base')"
+  --config.arm.baseline.sequence="('lm','base')"
+  --config.arm.baseline.sequence="('ie',)" --config.arm.baseline.prompts=10
 """
 
 import ml_collections

@@ -32,9 +32,15 @@ def get_config() -> ml_collections.ConfigDict:
             "base": Stage(train=("st/.*", "lm/.*"), losses=LossWeights(base=1.0), **short),
             "st": Stage(train=("st/.*",), losses=LossWeights(st=1.0), **short),
             "lm": Stage(train=("lm/.*",), losses=LossWeights(lm=1.0), **{**short, "lr": 1e-4, "epochs": 1}),
+            "st_lm": Stage(train=("st/.*", "lm/.*"), losses=LossWeights(st=1.0, lm=1.0), **{**short, "lr": 1e-4}),
+            "joint": Stage(
+                train=("visual/prompt/.*", "st/.*", "lm/.*"),
+                losses=LossWeights(base=1.0, ie=1.0, st=1.0, lm=1.0),
+                **short,
+            ),
             "ie": Stage(train=("visual/prompt/.*", "st/.*", "lm/.*"), losses=LossWeights(base=1.0, ie=1.0), **short),
         },
         decode=Decode(max_tokens=28),  # one caption in a hundred is longer
-        log_every=50,
+        log_every=25,
     )
     return to_config_dict(config)

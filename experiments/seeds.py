@@ -1,0 +1,60 @@
+"""Mean and spread over seeds of finished runs of one config, and the paired difference of their first two arms.
+
+python experiments/seeds.py runs/seed0 runs/seed1 runs/seed2
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+SCORES = {  # key in scores_test.json: (title, factor, decimals)
+    "Bleu_4": ("BLEU-4", 100, 1),
+    "METEOR": ("METEOR", 100, 1),
+    "ROUGE_L": ("ROUGE-L", 100, 1),
+    "CIDEr": ("CIDEr", 100, 1),
+    "nll": ("NLL, nats a token", 1, 3),
+    "shape_colour_f1": ("object F1", 100, 1),
+    "shape_colour_f1_held_out": ("object F1, held-out pairs", 100, 1),
+}
+
+
+def main() -> None:
+    """Prints one markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workdirs", type=Path, nargs="+")
+    workdirs = parser.parse_args().workdirs
+    records = [json.loads((folder / "run.json").read_text()) for folder in workdirs]
+    configs = {json.dumps({**r["config"], "seed": None}, sort_keys=True) for r in records}
+    if len(configs) > 1:
+        raise SystemExit("error: these runs differ in more than their seed")
+    seeds = [r["config"]["seed"] for r in records]
+    if len(set(seeds)) != len(seeds):
+        raise SystemExit(f"error: the same seed twice: {seeds}")
+    arms = records[0]["config"]["arms"]
+    scores = {arm: [json.loads((folder / arm / "scores_test.json").read_text()) for folder in workdirs] for arm in arms}
+    method = next(iter(scores[arms[0]][0]))
+    print(f"seeds {', '.join(map(str, seeds))}; {method} decoding; mean ± standard deviation over seeds\n")
+    print("|  |", " | ".join([*arms, f"{arms[1]} - {arms[0]}"] if len(arms) > 1 else arms), "|")
+    print("|---|" + "---|" * (len(arms) + (len(arms) > 1)))
+    for key, (title, factor, decimals) in SCORES.items():
+        values = {
+            arm: [factor * run[method][key] for run in runs if run[method].get(key) is not None]
+            for arm, runs in scores.items()
+        }
+        if any(len(found) != len(workdirs) for found in values.values()):
+            continue
+        cells = [_cell(values[arm], decimals) for arm in arms]
+        if len(arms) > 1:
+            differences = [b - a for a, b in zip(values[arms[0]], values[arms[1]], strict=True)]
+            cells.append(_cell(differences, decimals, sign="+"))
+        print("|", " | ".join([title, *cells]), "|")
+
+
+def _cell(values: list[float], decimals: int, sign: str = "") -> str:
+    mean = f"{statistics.fmean(values):{sign}.{decimals}f}"
+    return f"{mean} ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else mean
+
+
+if __name__ == "__main__":
+    main()
