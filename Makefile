@@ -14,19 +14,19 @@ INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.tx
 
 .PHONY: demo test parity lint clean
 
-demo: .venv/run
+demo: .venv/run$(EXTRAS)
 	@echo
 	@echo "$$ $(DEMO)"
 	@$(DEMO)
 
-test: .venv/test
+test: .venv/test$(EXTRAS)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/parity
 
 # The live comparison with PyTorch and transformers, full-size towers included.
-parity: .venv/parity
+parity: .venv/parity$(EXTRAS)
 	$(BIN)/python -m pytest tests/parity
 
-lint: .venv/test
+lint: .venv/test$(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
@@ -39,16 +39,16 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@touch $@
 
-.venv/run: .venv/uv pyproject.toml constraints.txt
+.venv/run$(EXTRAS): .venv/uv pyproject.toml constraints.txt
 	@echo "installing eim_jax into .venv (about 1.4 GB, once)"
 	$(INSTALL) '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $@
 
-.venv/test: .venv/run
+.venv/test$(EXTRAS): .venv/run$(EXTRAS)
 	$(INSTALL) '.[test$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	@touch $@
 
 # pip, not uv: it also looks where the machine's own settings point for a CPU build of PyTorch.
-.venv/parity: .venv/test
+.venv/parity$(EXTRAS): .venv/test$(EXTRAS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0'
 	@touch $@
