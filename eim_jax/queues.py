@@ -23,8 +23,8 @@ from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from eim_jax.console import progress as shown
 from eim_jax.sharding import ROWS, queue_sharding
 
 QUEUES = ("caption", "embed", "hidden")
@@ -128,8 +128,7 @@ def build(
 
     starts = [min(i * rows, held - rows) for i in range(-(-held // rows))]  # the last step overlaps the one before
     pending, keys = None, None
-    with _progress(progress) as bar:
-        task = bar.add_task(f"queue {name}", total=count) if bar else None
+    with shown(f"queue {name}", count, "keys") if progress else nullcontext(lambda _: None) as advance:
         for done, start in enumerate(starts, 1):
             row = np.arange(shards, dtype=np.int32)[:, None] * held + np.arange(start, start + rows, dtype=np.int32)
             source = np.minimum(row, count - 1)  # padding rows encode some real text, and are then set to zero
@@ -142,8 +141,7 @@ def build(
             keys, bad = step(keys, params, *inputs, start)
             _check(name, pending, count, ids, similarity)  # one step behind, so that the devices never wait
             pending = bad
-            if bar:
-                bar.update(task, completed=min(count, done * rows * shards))
+            advance(min(count, done * rows * shards) - min(count, (done - 1) * rows * shards))
         _check(name, pending, count, ids, similarity)
     keys = jax.jit(lambda x: x.reshape(-1, x.shape[-1]), donate_argnums=0, out_shardings=by_row)(keys)
     return Queue(keys, _place_rows(np.asarray(groups, np.int32), len(keys), mesh, fill=-1), count)
@@ -256,11 +254,3 @@ def _check(name: str, bad: jax.Array | None, count: int, ids: Sequence[str] | No
 def _barrier(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def _progress(show: bool):
-    if not show or jax.process_index() != 0:
-        return nullcontext()
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )
