@@ -123,3 +123,23 @@ def _is_matrix(where, leaf) -> bool:
     path = where[-1].key
     stacked = "/blocks/" in path or path.startswith("visual/prompt/")
     return jnp.ndim(leaf) - stacked >= 2
+
+
+def digest(flat: Flat) -> dict[str, int]:
+    """A 32-bit digest of each leaf's bits, computed where it lies: the proof that frozen leaves stayed as they were."""
+    return {path: int(value) for path, value in jax.device_get(_bits(flat)).items()}
+
+
+@jax.jit
+def _bits(flat: Flat) -> dict[str, jax.Array]:
+    """For each leaf a 32-bit sum over its bits, each weighted by its place: a changed element changes it."""
+
+    def one(leaf):
+        kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis, size in enumerate(leaf.shape):  # without a reshape, which would gather a sharded leaf
+            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        return jnp.sum((bits ^ (bits >> 15)) * (2 * place + 1), dtype=jnp.uint32)
+
+    return {path: one(leaf) for path, leaf in flat.items()}

@@ -5,10 +5,8 @@ the previous stage left, with a new optimizer, and holds only the queues its los
 """
 
 import math
-import signal
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,19 +22,13 @@ from eim_jax.config import ConfigError, Stage
 from eim_jax.console import console
 from eim_jax.data import pipeline
 from eim_jax.inputs import Inputs, model, shapes, stage_features, start
+from eim_jax.interrupt import Interrupted, Signals
 from eim_jax.logs import RunLog, StageInfo, Trained
+from eim_jax.meter import Meter, check_finite
 from eim_jax.models.vlm import VLM
 from eim_jax.partition import Flat
 from eim_jax.sharding import ROWS, batch_sharding, param_shardings
 from eim_jax.types import Batch
-
-
-class Interrupted(SystemExit):
-    """SIGTERM or SIGINT arrived; the state is saved and the same command continues."""
-
-
-class NonFinite(FloatingPointError):
-    """A loss became NaN or infinite; names the term, the step and the samples."""
 
 
 def make_step(vlm: VLM, stage: Stage, objective: Callable, tx: optax.GradientTransformation, train: bool) -> Callable:
@@ -90,7 +82,7 @@ def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
     checkpoints = [directory / "checkpoints" / f"{i}-{s}" for i, s in enumerate(arm.sequence)]
     summaries = []
     resume = _resume_point(checkpoints)
-    with RunLog.open(directory, plan, resume, enabled=jax.process_index() == 0) as log, _Signals() as signals:
+    with RunLog.open(directory, plan, resume, enabled=jax.process_index() == 0) as log, Signals() as signals:
         for i, (stage_name, folder) in enumerate(zip(arm.sequence, checkpoints, strict=True)):
             stage = config.stages[stage_name]
             with StageCheckpoints(folder) as store:
@@ -166,7 +158,7 @@ def _run_stage(
     params: Flat,
     store: StageCheckpoints,
     log: RunLog,
-    signals: "_Signals",
+    signals: "Signals",
 ) -> tuple[Flat, dict]:
     prepared = time.monotonic()
     config, mesh = inputs.config, inputs.mesh
@@ -175,7 +167,7 @@ def _run_stage(
     trained, frozen = partition.split(params, found)
     # A stage donates its trained leaves' buffers; the copies keep `params` whole for whoever still holds it.
     trained = jax.tree.map(jnp.copy, trained)
-    proof = _digest(frozen)
+    proof = partition.digest(frozen)
     log.start_stage(index)
 
     needed = stages.fields(stage, config.losses)
@@ -217,7 +209,7 @@ def _run_stage(
         out_shardings=(*kept, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
     )
     compiled = None
-    meter = _Meter(info, inputs.train)
+    meter = Meter(info, inputs.train)
     rates = {group.name: group.factor for group in found}
     schedule = partition.learning_rate(stage, info.steps)
     prepare_seconds = time.monotonic() - prepared
@@ -225,7 +217,7 @@ def _run_stage(
 
     def save(number):
         meter.check()
-        _check_finite(trained, info.name, number)
+        check_finite(trained, info.name, number)
         store.save(number, trained, opt_state, iterator, {"seconds": seconds + time.monotonic() - begun})
 
     signals.stepping = True
@@ -254,9 +246,9 @@ def _run_stage(
         if reached % config.checkpoint.every_steps == 0 and not last:
             save(reached)
     meter.check()
-    _check_finite(trained, info.name, info.steps)
+    check_finite(trained, info.name, info.steps)
     iterator.close()
-    if _digest(frozen) != proof:
+    if partition.digest(frozen) != proof:
         raise RuntimeError(
             f"stage {info.name} changed a frozen parameter: this is a defect of eim_jax, please report it"
         )
@@ -277,65 +269,6 @@ def _run_stage(
     return {**params, **trained}, summary
 
 
-class _Meter:
-    """Means of the metrics since the last read, the finite check, and the share of time spent waiting for data."""
-
-    def __init__(self, info: StageInfo, split):
-        self._info, self._split = info, split
-        self._pending: list[tuple[int, np.ndarray, dict]] = []
-        self._latest: tuple[int, np.ndarray] = (0, np.zeros(0, np.int32))
-        self._wait = self._total_wait = 0.0
-        self._start = self._first = time.monotonic()
-
-    def restart(self):
-        """Leaves the compilation out of the speed."""
-        self._wait, self._start, self._first = 0.0, time.monotonic(), time.monotonic()
-
-    @contextmanager
-    def waiting(self):
-        if len(self._pending) > 1:  # at most two steps in flight: while the device is busy, nothing waits for data
-            jax.block_until_ready(self._pending[-2][-1])
-        begun = time.monotonic()
-        yield
-        self._wait += time.monotonic() - begun
-
-    def rows(self, number: int, index: np.ndarray):
-        self._latest = (number, np.asarray(index))
-
-    def add(self, metrics: dict):
-        self._pending.append((*self._latest, metrics))
-
-    def check(self) -> list[dict]:
-        """Waits for the pending steps; raises NonFinite for the first one with a loss that is not a number."""
-        fetched = jax.device_get([metrics for *_, metrics in self._pending])
-        for (number, rows, _), metrics in zip(self._pending, fetched, strict=True):
-            watched = {name: value for name, value in metrics.items() if name.startswith("loss") or name == "grad_norm"}
-            bad = [name for name, value in watched.items() if not np.isfinite(value)]
-            if bad:
-                ids = ", ".join(self._split.samples[row].id for row in rows)
-                terms = ", ".join(f"{name} = {metrics[name]}" for name in bad)
-                raise NonFinite(
-                    f"stage {self._info.name}, step {number + 1}: {terms}. Samples of this batch: {ids}. Nothing "
-                    "was saved since. Try a lower lr, clip_norm or towers.dtype=float32, in a new --workdir."
-                )
-        return fetched
-
-    def read(self) -> dict[str, Any]:
-        fetched = self.check()
-        now = time.monotonic()
-        elapsed = max(now - self._start, 1e-9)
-        means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
-        ordered = {"loss": means.pop("loss"), **means}
-        ordered["examples_per_second"] = len(fetched) * self._info.batch / elapsed
-        ordered["data_wait"] = min(self._wait / elapsed, 1.0)
-        self._total_wait += self._wait
-        self._pending, self._wait, self._start = [], 0.0, now
-        return ordered
-
-    def wait_share(self) -> float:
-        return min(self._total_wait / max(time.monotonic() - self._first, 1e-9), 1.0)
-
-
 def _place_like(opt_state: Any, params: Flat, mesh) -> Any:
     """Optimizer moments lie where their parameter lies; counters are replicated."""
     shardings = param_shardings(params, mesh)
@@ -347,41 +280,6 @@ def _place_like(opt_state: Any, params: Flat, mesh) -> Any:
         return jax.device_put(leaf, shardings[path] if same else whole)
 
     return jax.tree_util.tree_map_with_path(place, opt_state)
-
-
-@jax.jit
-def _bits(flat: Flat) -> dict[str, jax.Array]:
-    """For each leaf a 32-bit sum over its bits, each weighted by its place: a changed element changes it."""
-
-    def one(leaf):
-        kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
-        place = jnp.zeros(leaf.shape, jnp.uint32)
-        for axis, size in enumerate(leaf.shape):  # without a reshape, which would gather a sharded leaf
-            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-        return jnp.sum((bits ^ (bits >> 15)) * (2 * place + 1), dtype=jnp.uint32)
-
-    return {path: one(leaf) for path, leaf in flat.items()}
-
-
-@jax.jit
-def _all_finite(flat: Flat) -> dict[str, jax.Array]:
-    return {path: jnp.isfinite(leaf).all() for path, leaf in flat.items()}
-
-
-def _check_finite(trained: Flat, name: str, step: int):
-    """No checkpoint holds a parameter that is not a number."""
-    bad = [path for path, fine in jax.device_get(_all_finite(trained)).items() if not fine]
-    if bad:
-        raise NonFinite(
-            f"stage {name}, step {step}: the update made {', '.join(bad[:5])} not finite. Nothing was saved since. Try "
-            "a lower lr, clip_norm or towers.dtype=float32, in a new --workdir."
-        )
-
-
-def _digest(flat: Flat) -> dict[str, int]:
-    """Each leaf's digest, computed where it lies."""
-    return {path: int(value) for path, value in jax.device_get(_bits(flat)).items()}
 
 
 def _peak_memory(compiled) -> int | None:
@@ -402,30 +300,3 @@ def _resume_point(folders: list[Path]) -> tuple[int, int] | None:
                 # Records carry the number of steps done: those up to the checkpoint stay.
                 return (i, step + 1) if step is not None else ((i, 0) if i else None)
     return (len(folders), 0)
-
-
-class _Signals:
-    """SIGTERM and SIGINT: between steps the run stops at once, in a step after it; a second SIGINT always at once."""
-
-    def __init__(self):
-        self.stepping = self.arrived = False
-
-    def __enter__(self):
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def check(self):
-        if self.arrived:
-            raise Interrupted("stopped between two stages: the same command continues")
-
-    def _note(self, number, _):
-        if self.arrived and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.arrived = True
-        if not self.stepping:
-            self.check()
-        console.print("stopping after this step; the state will be saved", soft_wrap=True)

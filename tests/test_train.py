@@ -12,6 +12,7 @@ from eim_jax import config as settings
 from eim_jax import inputs as loading
 from eim_jax import partition, stages, train
 from eim_jax.logs import read_metrics
+from eim_jax.meter import NonFinite
 from eim_jax.sharding import make_mesh, shard_params
 
 
@@ -95,7 +96,7 @@ def test_a_run_that_diverges_stops_naming_term_step_and_samples_and_saves_nothin
     arm = dataclasses.replace(config.arm["eim"], sequence=(stage,), prompts=0 if stage == "st" else 4)
     changed = dataclasses.replace(config, stages={stage: wild}, arm={"eim": arm})
     inputs = dataclasses.replace(finished[0], config=changed, workdir=tmp_path)
-    with pytest.raises(train.NonFinite, match=message):
+    with pytest.raises(NonFinite, match=message):
         train.run_arm(inputs, "eim")
     assert not (tmp_path / "eim" / "checkpoints" / f"0-{stage}" / "result").exists()
 
