@@ -6,7 +6,10 @@ python experiments/seeds.py runs/seed0 runs/seed1 runs/seed2
 import argparse
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
+
+from eim_jax.config import differences, from_config_dict
 
 SCORES = {  # key in scores_test.json: (title, factor, decimals)
     "Bleu_4": ("BLEU-4", 100, 1),
@@ -25,9 +28,10 @@ def main() -> None:
     parser.add_argument("workdirs", type=Path, nargs="+")
     workdirs = parser.parse_args().workdirs
     records = [json.loads((folder / "run.json").read_text()) for folder in workdirs]
-    configs = {json.dumps({**r["config"], "seed": None}, sort_keys=True) for r in records}
-    if len(configs) > 1:
-        raise SystemExit("error: these runs differ in more than their seed")
+    configs = [replace(from_config_dict(record["config"]), seed=0) for record in records]
+    for folder, config in zip(workdirs, configs, strict=True):
+        if different := differences(configs[0], config):
+            raise SystemExit(f"error: {folder} differs from {workdirs[0]} in more than its seed: {different}")
     seeds = [r["config"]["seed"] for r in records]
     if len(set(seeds)) != len(seeds):
         raise SystemExit(f"error: the same seed twice: {seeds}")
