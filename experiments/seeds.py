@@ -50,8 +50,8 @@ def main() -> None:
             continue
         cells = [_cell(values[arm], decimals) for arm in arms]
         if len(arms) > 1:
-            differences = [b - a for a, b in zip(values[arms[0]], values[arms[1]], strict=True)]
-            cells.append(_cell(differences, decimals, sign="+"))
+            paired = [b - a for a, b in zip(values[arms[0]], values[arms[1]], strict=True)]
+            cells.append(_cell(paired, decimals, sign="+"))
         print("|", " | ".join([title, *cells]), "|")
 
 
