@@ -54,7 +54,7 @@ def _cell(value: object) -> str:
 
 @contextmanager
 def progress(description: str, total: int, unit: str = "") -> Iterator[Callable[[int], None]]:
-    """Shows the progress of anything longer than two seconds; yields `advance(count)`.
+    """Shows the progress of anything longer than two seconds; yields `advance(count)`; no count without a `unit`.
 
     On a terminal a live bar with the time left; elsewhere a line at the start, every ten seconds and at the end.
     """
@@ -80,7 +80,7 @@ def progress(description: str, total: int, unit: str = "") -> Iterator[Callable[
 
             yield advance
     else:
-        console.print(f"{description}: {of}", soft_wrap=True)
+        console.print(f"{description}: {of}" if unit else description, soft_wrap=True)
 
         def advance(count: int = 1) -> None:
             nonlocal done, last
@@ -93,5 +93,9 @@ def progress(description: str, total: int, unit: str = "") -> Iterator[Callable[
 
         yield advance
     seconds = time.monotonic() - start
-    rate = f" ({done / seconds:,.0f}/s)" if seconds >= 1 else ""
-    console.print(f"{description}: {done:,} {unit}".rstrip() + f" in {duration(seconds)}{rate}", soft_wrap=True)
+    if unit:
+        rate = f" ({done / seconds:,.0f}/s)" if seconds >= 1 else ""
+        description = f"{description}: {done:,} {unit}"
+    else:
+        rate = ""
+    console.print(f"{description} in {duration(seconds)}{rate}", soft_wrap=True)

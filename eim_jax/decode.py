@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -27,7 +27,7 @@ class DecodeConfig:
       seed: of the sampling.
     """
 
-    method: Literal["greedy", "beam", "nucleus"] = "greedy"
+    method: str = "greedy"
     beams: int = 5
     max_tokens: int = 67
     stop_at_period: bool = False

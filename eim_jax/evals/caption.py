@@ -144,7 +144,7 @@ def spice(references: Tokenised, results: Tokenised, java: str) -> float:
     return math.fsum(float("nan") if s is None else float(s) for s in scores) / len(scores)
 
 
-def _check(results: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]]) -> None:
+def _check(results: Mapping[Hashable, Any], references: Mapping[Hashable, Sequence[str]]) -> None:
     if not results:
         raise ValueError("no results to score")
     unknown = [key for key in results if key not in references]
@@ -169,7 +169,7 @@ def _tokenise(captions: dict[Hashable, list[str]], java: str | None) -> Tokenise
 
 
 def score(
-    results: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]], *, java: bool = True
+    results: Mapping[Hashable, Any], references: Mapping[Hashable, Sequence[str]], *, java: bool = True
 ) -> dict[str, Any]:
     """Returns the COCO caption scores of one caption an image, as fractions (CIDEr: x10), by pycocoevalcap's scorers.
 
