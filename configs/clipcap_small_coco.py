@@ -14,6 +14,14 @@ import ml_collections
 
 from eim_jax.config import Arm, Checkpoint, Config, Data, LossWeights, Stage, Towers, to_config_dict
 
+BASELINE = Arm(
+    description="ClipCap: projected [CLS] -> MLP -> LM, trained end to end on loss_base",
+    features="cls",
+    output_layer=True,
+    st="mlp",
+    sequence=("base",),
+)
+
 
 def get_config() -> ml_collections.ConfigDict:
     recipe = {"epochs": 10, "batch": 40, "lr": 2e-5, "warmup_steps": 5000}
@@ -22,15 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
         towers=Towers(clip="openai/clip-vit-base-patch32", lm="gpt2"),
         data=Data(annotations="data/coco/dataset_coco.json", images="data/coco/images"),
         arms=("baseline",),
-        arm={
-            "baseline": Arm(
-                description="ClipCap: projected [CLS] -> MLP -> LM, trained end to end on loss_base",
-                features="cls",
-                output_layer=True,
-                st="mlp",
-                sequence=("base",),
-            )
-        },
+        arm={"baseline": BASELINE},
         stages={
             "base": Stage(train=(st, lm), losses=LossWeights(base=1.0), **recipe),
             "st": Stage(train=(st,), losses=LossWeights(st=1.0), **recipe),

@@ -2,6 +2,7 @@
 
 import ml_collections
 
+from configs.clipcap_small_coco import BASELINE
 from eim_jax.config import Arm, Config, Data, Decode, LossWeights, Stage, Towers, to_config_dict
 
 
@@ -13,13 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
         data=Data(kind="miniature", scenes=1200, max_tokens=28),  # one caption in a hundred is longer
         arms=("baseline", "eim"),
         arm={
-            "baseline": Arm(
-                description="ClipCap: projected [CLS] -> MLP -> LM, trained end to end on loss_base",
-                features="cls",
-                output_layer=True,
-                st="mlp",
-                sequence=("base",),
-            ),
+            "baseline": BASELINE,
             "eim": Arm(
                 description="EIM: full features -> FFN -> LM, trained in stages ST -> LM -> IE",
                 st_hidden=512,

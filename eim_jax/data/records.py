@@ -1,5 +1,6 @@
 """Samples, the images they point to, and the split of both: what every data set becomes first."""
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -28,7 +29,7 @@ class Sample:
     response: str
 
 
-class ImageSource:
+class ImageSource(abc.ABC):
     """Random access to the images of a split: `source[i]` is the i-th image as a PIL image in mode RGB.
 
     `ids` are the data set's image ids, `names` what an error message shows (a file name, or the id). Subclasses give
@@ -57,12 +58,13 @@ class ImageSource:
                 "Repair or remove it, or load the data with on_bad='drop'."
             ) from error
 
+    @abc.abstractmethod
     def _load(self, row: int) -> Image.Image:
-        raise NotImplementedError(f"{type(self).__name__} has no _load")
+        """Returns image `row` in mode RGB."""
 
+    @abc.abstractmethod
     def identity(self, row: int) -> str:
         """Returns a short string that differs when image `row` differs."""
-        raise NotImplementedError(f"{type(self).__name__} has no identity")
 
     @functools.cached_property
     def _digest(self) -> str:
