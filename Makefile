@@ -1,5 +1,6 @@
 # make demo    trains baseline and EIM on the embedded miniature world, ends with a score table and report.html
 # make test    runs the tests
+# make install installs alone, e.g. on the hosts of a cluster
 # Both make .venv in this folder and install into it what they need, pinned by constraints.txt.
 # EXTRAS=cuda or EXTRAS=tpu installs JAX for that accelerator too.
 
@@ -12,7 +13,9 @@ DEMO := $(BIN)/python -m eim_jax.main --config=configs/miniature.py --workdir=ru
 comma := ,
 INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e
 
-.PHONY: demo test parity lint clean
+.PHONY: install demo test parity topology lint clean
+
+install: .venv/run$(EXTRAS)
 
 demo: .venv/run$(EXTRAS)
 	@echo
@@ -20,11 +23,17 @@ demo: .venv/run$(EXTRAS)
 	@$(DEMO)
 
 test: .venv/test$(EXTRAS)
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/parity
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/parity -m "not topology"
 
 # The live comparison with PyTorch and transformers, full-size towers included.
 parity: .venv/parity$(EXTRAS)
 	$(BIN)/python -m pytest tests/parity
+
+# Full-size stages compiled for TPUs that are not here: one config a recipe; FITS=topology takes all.
+FITS ?= topology and not slow
+topology: .venv/test$(EXTRAS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check libtpu==0.0.51
+	$(BIN)/python -m pytest -n 0 -m "$(FITS)"
 
 lint: .venv/test$(EXTRAS)
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     }
     config = Config(
         towers=Towers(clip="miniature/clip", lm="miniature/llama", dropout=0.0),
-        data=Data(kind="miniature_qa", scenes=4800, form="QCM-A", max_tokens=96),
+        data=Data(kind="miniature_qa", scenes=4800, form="QCM-A", max_tokens=96, buckets=1),
         arms=("baseline", "eim"),
         arm={"baseline": baseline, "eim": eim},
         stages=stages,

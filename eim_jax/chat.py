@@ -8,8 +8,8 @@ from eim_jax.config import ConfigError
 from eim_jax.console import console
 from eim_jax.data import instruct
 from eim_jax.data.checks import file_problem
-from eim_jax.data.records import FileImages, Sample, Split
-from eim_jax.evaluate_answers import respond
+from eim_jax.data.records import FileImages, Split
+from eim_jax.generate import look, respond
 from eim_jax.inputs import Inputs
 from eim_jax.models.vlm import VLM
 from eim_jax.partition import Flat
@@ -48,10 +48,11 @@ def chat(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None) -> None:
 
 def answer(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None, question: str, earlier=()) -> str:
     """The model's answer to one question, after (question, answer) turns."""
-    names = [] if image is None else [str(image)]
-    sample = Sample("0", None if image is None else 0, instruct.prompt(question, earlier), "")
-    split = Split("chat", (sample,), FileImages(Path(), names, names))
-    return respond(inputs, vlm, params, split, inputs.config.decode.methods[0], quiet=True)[0]
+    names, shown = ([], [None]) if image is None else ([str(image)], [0])
+    split = Split("chat", (), FileImages(Path(), names, names))
+    seen = look(inputs, vlm, params, split, shown, quiet=True)
+    prompts, method = [instruct.prompt(question, earlier)], inputs.config.decode.methods[0]
+    return respond(inputs, vlm, params, seen, shown, prompts, method, "answer", quiet=True)[0]
 
 
 def check(image: Path | None) -> None:

@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
@@ -57,15 +56,15 @@ class StageCheckpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state),
-                record=ocp.args.JsonSave(record),
-                data=grain.checkpoint.CheckpointSave(iterator),
+                record=ocp.args.JsonSave({**record, "data": iterator.get_state()}),
             ),
         )
 
     def restore(self, trained: Flat, opt_state: Any, iterator: Any) -> tuple[int, Flat, Any, dict]:
         """(step, trained, opt_state, record) of the newest checkpoint, in the shapes and shardings of the arguments.
 
-        The iterator continues where it stood. Raises ValueError when the saved tree is another one.
+        The iterator continues where it stood, on any number of processes: its state counts global batches, so one
+        process's serves all. Raises ValueError when the saved tree is another one.
         """
         manager = self._manager()
         step = manager.latest_step()
@@ -75,9 +74,9 @@ class StageCheckpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(_abstract(like)),
                 record=ocp.args.JsonRestore(),
-                data=grain.checkpoint.CheckpointRestore(iterator),
             ),
         )
+        iterator.set_state(restored["record"].pop("data"))
         state = restored["state"]
         leaves = [state["optimizer"][name] for name in like["optimizer"]]
         opt_state = jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
@@ -121,13 +120,15 @@ class StageCheckpoints:
             self._steps = ocp.CheckpointManager(
                 self._directory / "steps",
                 options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True),
-                item_names=("state", "record", "data"),
+                item_names=("state", "record"),
             )
         return self._steps
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file by an atomic rename."""
+    """Writes a JSON file by an atomic rename; of several processes, the first one does."""
+    if jax.process_index() != 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".partial")
     fresh.write_text(json.dumps(value, indent=2) + "\n")

@@ -10,15 +10,16 @@ import json
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import ml_collections
+from typing import TYPE_CHECKING, Any
 
 from eim_jax.config_checks import ConfigError, check, patterns
 
+if TYPE_CHECKING:
+    import ml_collections
+
 __all__ = [
     "Arm", "Checkpoint", "Config", "ConfigError", "Data", "Decode", "LossWeights", "Losses", "Stage", "Towers",
-    "as_dict", "differences", "explain_unknown", "flatten", "from_config_dict", "patterns", "read_saved",
+    "as_dict", "deciding", "differences", "explain_unknown", "flatten", "from_config_dict", "patterns", "read_saved",
     "to_config_dict",
 ]  # fmt: skip
 
@@ -34,6 +35,8 @@ class Towers:
     image_stats: str = "clip"  # by which images are normalised: clip (its own) | imagenet (LaVIN's)
     scan: bool = False  # layers as one scanned stack: compiles faster when there are many; unrolled runs faster on CPU
     remat: str = "none"  # what the backward pass recomputes: none | dots | full
+    # softmax (ours, its weights in float32) | xla | cudnn (flash attention; NVIDIA GPUs, bfloat16) | auto
+    attention: str = "auto"
     dtype: str = "auto"  # of computation: float32 | bfloat16 | auto (float32 on CPU, bfloat16 elsewhere)
 
 
@@ -55,14 +58,19 @@ class Data:
     sources: tuple = ()  # instruct: files, each alone or as (file, share of its rows)
     multi_turn: bool = False  # instruct: a turn's instruction holds the turns before it
     mme: str = ""  # instruct: the MME folder that is the test; "" = none
+    prepared: str = ""  # coco, scienceqa, instruct: read this folder, written by --mode=prepare, in place of the files
     fit: str = "crop"  # how an image becomes square: crop (CLIP) | stretch (LaVIN)
     on_bad: str = "error"  # a bad item stops the run (error) or leaves data and queues, counted in the log (drop)
     max_tokens: int = 40  # instruction + response + EOS, what precedes them not counted; ClipCap's length on COCO
+    # Texts of a batch are cut to the smallest of so many lengths that holds them; the step is compiled once for each.
+    buckets: int = 4  # 1: every batch is as long as the longest text
+    length_window: int = 1  # batches whose samples are put together by length (then take 8 buckets); 1: none
     eos: bool = True  # supervise an end-of-text token (ClipCap itself does not: then decode with stop_at_period)
     cache_features: bool = True  # keep a frozen CLIP's features on disk instead of recomputing them every epoch
-    cache: str = ""  # folder for feature and validation caches; "" = <workdir>/cache
+    cache: str = ""  # folder for features, validation verdicts, compiled programs; "" = <workdir>/cache
     threads: int = 4  # that decode images
     scenes: int = 1600  # miniature only: training scenes (five captions each), or questions
+    scored: str = "test"  # the split that is scored: test | val (to choose settings on)
     eval_limit: int = 0  # score at most so many test images; 0 = all
 
 
@@ -73,9 +81,10 @@ class Losses:
     tau: float = 0.07
     similarity: str = "cosine"  # cosine | dot
     positives: str = "self"  # self (the paper) | group (all captions of the image) | mask (siblings not in denominator)
+    lm_distil: bool = False  # loss_LM draws to the own key alone, (1 - cosine) / tau, instead of against all keys
     lm_with_image: bool = False  # loss_LM's query after the visual tokens, instead of text alone
     chunk: int = 0  # keys an online-softmax step reads; 0 = 1024 on CPU, 32768 elsewhere
-    queue_dtype: str = "auto"  # float32 | bfloat16 | auto (float32 on CPU, bfloat16 elsewhere)
+    queue_dtype: str = "auto"  # float32 | bfloat16 | int8 (a scale a row) | auto (float32 on CPU, bfloat16 elsewhere)
 
 
 @dataclass(frozen=True)
@@ -151,6 +160,7 @@ class Decode:
     batch: int = 40
     answers: str = "generated"  # questions with options: read in the generated text | likelihood (each option's)
     unparsed: str = "wrong"  # an answer that cannot be read: wrong | random (an option drawn by the seed)
+    java: bool = True  # METEOR and SPICE of captions by the reference's jars, where Java is installed
 
 
 @dataclass(frozen=True)
@@ -175,21 +185,33 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     mesh: tuple = (1, -1, 1)  # devices along data, fsdp, tensor; -1 = all that remain
     log_every: int = 50  # steps
+    profile: str = ""  # "10:15": a trace of steps 10 to 14 of each stage, in <workdir>/<arm>/profile
 
 
 # Fields that may differ when a run resumes. The mesh changes the order of sums, so parameters to rounding only.
-FREE_ON_RESUME = {"arms", "log_every", "mesh", "data.cache", "data.threads", "data.eval_limit"}
+FREE_ON_RESUME = {
+    "arms",
+    "log_every",
+    "mesh",
+    "profile",
+    "data.cache",
+    "data.prepared",
+    "data.threads",
+    "data.eval_limit",
+}
 FREE_GROUPS = ("decode.", "checkpoint.")
 
 
-def to_config_dict(config: Config) -> ml_collections.ConfigDict:
+def to_config_dict(config: Config) -> "ml_collections.ConfigDict":
     """The same fields as a ConfigDict, for `configs/*.py` and the command line."""
+    import ml_collections  # here, because a step that is built from the dataclasses alone does without it
+
     return ml_collections.ConfigDict(dataclasses.asdict(config))
 
 
 def from_config_dict(values: Any) -> Config:
     """Turns a ConfigDict or nested dict into a checked `Config`; raises ConfigError naming the field."""
-    if isinstance(values, ml_collections.ConfigDict):
+    if hasattr(values, "to_dict"):
         values = values.to_dict()
     config = _build(Config, values, "config")
     check(config, flatten(config))
@@ -241,7 +263,7 @@ def read_saved(workdir: Path) -> Config | None:
 def differences(old: Config, new: Config) -> list[str]:
     """The fields, one line each, whose change would make a resumed run another run."""
     common = [name for name in new.arms if name in old.arms]
-    before, after = _deciding(old, common), _deciding(new, common)
+    before, after = deciding(old, common), deciding(new, common)
     return [
         f"{name}: {before.get(name)!r} in the workdir, {after.get(name)!r} asked for"
         for name in sorted(before.keys() | after.keys())
@@ -249,7 +271,7 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
-def _deciding(config: Config, arms: list[str]) -> dict[str, Any]:
+def deciding(config: Config, arms: list[str]) -> dict[str, Any]:
     """The flat fields that decide the parameters of these arms."""
     reached = {stage for name in arms for stage in config.arm[name].sequence}
     kept = {}

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from eim_jax.models.cache import Cache, init_cache
@@ -58,8 +59,11 @@ class Decoded(NamedTuple):
     logprob: Float[Array, "b"]
 
 
-class _State(NamedTuple):
-    """What a step of any method needs; r rows = b, or b * beams with the beams of an image side by side."""
+class State(NamedTuple):
+    """What a step of any method needs; r rows = b, or b * beams with the beams of an image side by side.
+
+    The cache has b rows in any case.
+    """
 
     step: Int[Array, ""]  # tokens generated so far
     cache: Cache
@@ -69,6 +73,7 @@ class _State(NamedTuple):
     length: Int[Array, "r"]  # of the text that scores: with EOS
     total: Float[Array, "r"]  # sum of log-probabilities
     done: Bool[Array, "r"]
+    sees: Bool[Array, "b k slots"] | None = None  # beam search: the slots of each beam's past
 
 
 def generate(
@@ -118,16 +123,23 @@ def continue_text(
     eos_id: int | None,
     period_id: int | None = None,
     index: Int[Array, "b"] | None = None,
+    mesh: Mesh | None = None,
 ) -> Decoded:
-    """As `generate`, after anything that `VLM.lm_input` gives: any LM, any way in which the image enters."""
+    """As `generate`, after anything that `VLM.lm_input` gives: any LM, any way in which the image enters.
+
+    With `mesh` the cache is laid out over it: rows over "data" and "fsdp", heads over "tensor".
+    """
+    check(lm, config, read.embeds.shape[1], period_id)
+    return _generate(lm, config, eos_id, period_id, mesh, params, read, index)
+
+
+def check(lm: nn.Module, config: DecodeConfig, prefix: int, period_id: int | None) -> None:
+    """Raises ValueError where `prefix` tokens and the new ones exceed the LM's context, or the period is unknown."""
     if config.stop_at_period and period_id is None:
         raise ValueError("stop_at_period needs period_id, the token of '.'")
-    prefix = read.embeds.shape[1]
     if prefix + config.max_tokens > lm.config.context:
         room = f"{prefix} tokens and max_tokens {config.max_tokens}"
         raise ValueError(f"{room} do not fit the LM's context of {lm.config.context}")
-    period = period_id if config.stop_at_period else None
-    return _generate(lm, config, eos_id, period, params, read, index)
 
 
 def texts(decoded: Decoded, tokenizer) -> list[str]:
@@ -136,17 +148,27 @@ def texts(decoded: Decoded, tokenizer) -> list[str]:
     return [tokenizer.decode(tokens[:length].tolist(), skip_special_tokens=True).strip() for tokens, length in rows]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _generate(lm, config, eos_id, period_id, params, read: LMInput, index) -> Decoded:
-    logits, cache = _prefill(lm, params, read, config.max_tokens)
-    position = read.positions[:, -1]
-    stops = tuple(stop for stop in (eos_id, period_id) if stop is not None)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _generate(lm, config, eos_id, period_id, mesh, params, read: LMInput, index) -> Decoded:
+    each = _beams(lm, config) if config.method == "beam" else 1
+    # The last token is never read; a step is traced, if not run, also where there is but one token.
+    logits, cache = prefill(lm, params, read, each * max(config.max_tokens - 1, 1), mesh)
     search = _beam if config.method == "beam" else _single
-    state = search(lm, config, stops, params, logits, cache, position, read.steer, index)
-    # EOS took part in the score but is no text.
-    newest = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
+    state = search(lm, config, stops(config, eos_id, period_id), mesh, params, logits, cache, read, index)
+    return decoded(state, eos_id)
+
+
+def stops(config: DecodeConfig, eos_id: int | None, period_id: int | None) -> tuple[int, ...]:
+    """The tokens that end a text."""
+    ends = (eos_id, period_id if config.stop_at_period else None)
+    return tuple(token for token in ends if token is not None)
+
+
+def decoded(state: State, eos_id: int | None) -> Decoded:
+    """The texts of finished rows: EOS took part in the score but is no text."""
+    newest = jnp.take_along_axis(state.tokens, jnp.maximum(state.length[:, None] - 1, 0), axis=1)[:, 0]
     length = state.length if eos_id is None else state.length - (newest == eos_id)
-    tokens = jnp.where(jnp.arange(config.max_tokens)[None] < length[:, None], state.tokens, 0)
+    tokens = jnp.where(jnp.arange(state.tokens.shape[1])[None] < length[:, None], state.tokens, 0)
     return Decoded(tokens, length, state.total / state.length)
 
 
@@ -173,62 +195,75 @@ def _hidden(lm, params, embeds, positions, cache, steer, **valid):
     return lm.apply({"params": params}, embeds, **options)
 
 
-def _prefill(lm, params, read: LMInput, max_tokens: int) -> tuple[Float[Array, "b V"], Cache]:
-    """Reads the prefix once: the next token's logits, the cache with room for the rest."""
+def prefill(lm, params, read: LMInput, room: int, mesh: Mesh | None) -> tuple[Float[Array, "b V"], Cache]:
+    """Reads the prefix once: the next token's logits, and the cache with `room` free slots."""
     b, slots = read.valid.shape
-    cache = init_cache(lm.config, b, slots + max_tokens - 1)  # the last token is never read
+    cache = init_cache(lm.config, b, slots + room).place(mesh)
     hidden, cache = _hidden(lm, params, read.embeds, read.positions, cache, read.steer, valid=read.valid)
     last = slots - 1 - jnp.argmax(read.valid[:, ::-1], axis=1)  # the slot of each row's last real token
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-    return lm.apply({"params": params}, hidden, method="logits")[:, 0], cache
+    return lm.apply({"params": params}, hidden, method="logits")[:, 0], cache.place(mesh)
 
 
-def _read(lm, params, state: _State, steer: Steer | None) -> tuple[Float[Array, "r V"], _State]:
+def advance(lm, params, state: State, steer: Steer | None, mesh: Mesh | None) -> tuple[Float[Array, "r V"], State]:
     """Feeds each row's newest token: the next token's logits, and the state with the grown cache."""
     embeds = lm.apply({"params": params}, state.last[:, None], method="embed")
     position = state.position + 1
     hidden, cache = _hidden(lm, params, embeds, position[:, None], state.cache, steer)
     logits = lm.apply({"params": params}, hidden, method="logits")[:, 0]
-    return logits, state._replace(cache=cache, position=position)
+    return logits, state._replace(cache=cache.place(mesh), position=position)
 
 
 def _ends(token: Int[Array, "r"], stops: Sequence[int]) -> Bool[Array, "r"]:
     return functools.reduce(jnp.logical_or, [token == stop for stop in stops], jnp.zeros(token.shape, bool))
 
 
-def _loop(step, state: _State, max_tokens: int) -> _State:
+def _loop(step, state: State, max_tokens: int) -> State:
     """Repeats `step` until all rows have ended or are full."""
     return jax.lax.while_loop(lambda s: (s.step < max_tokens) & ~jnp.all(s.done), step, state)
 
 
-def _single(lm, config, stops, params, logits, cache, position, steer, index) -> _State:
+def begin(cache: Cache, position: Int[Array, "r"], max_tokens: int) -> State:
+    """The state before the first token."""
+    r, zero = len(position), jnp.zeros(len(position), jnp.int32)
+    empty = jnp.zeros((r, max_tokens), jnp.int32)
+    return State(jnp.int32(0), cache, zero, position, empty, zero, jnp.zeros(r), jnp.zeros(r, bool))
+
+
+def extend(
+    config: DecodeConfig, ends: Sequence[int], state: State, logits: Float[Array, "r V"], index: Int[Array, "r"]
+) -> State:
+    """Adds each unfinished row's next token, the most probable one or a sample; rows may be at different steps."""
+    if config.method == "greedy":
+        token = jax.lax.top_k(logits, 1)[1][:, 0]  # XLA's argmax over a vocabulary is ten times slower on CPU
+    else:
+        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        keys = jax.vmap(jax.random.fold_in)(fold(jax.random.key(config.seed), index), state.length)
+        token = jax.vmap(jax.random.categorical)(keys, nucleus(logits, config.top_p, config.temperature))
+    logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    kept = jnp.where(state.done, 0, token).astype(jnp.int32)
+    here = (jnp.arange(config.max_tokens)[None] == state.length[:, None]) & ~state.done[:, None]
+    length = state.length + ~state.done
+    return state._replace(
+        step=state.step + 1,
+        last=kept,
+        tokens=jnp.where(here, kept[:, None], state.tokens),
+        length=length,
+        total=state.total + jnp.where(state.done, 0.0, logprob),
+        done=state.done | _ends(token, ends) | (length == config.max_tokens),
+    )
+
+
+def _single(lm, config, ends, mesh, params, logits, cache, read, index) -> State:
     """Greedy decoding, or sampling: one hypothesis a row."""
-    b = logits.shape[0]
-    if config.method == "nucleus":
-        rows = jnp.arange(b) if index is None else index
-        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(config.seed)))(rows)
+    index = jnp.arange(logits.shape[0]) if index is None else index
 
-    def extend(logits: Float[Array, "b V"], state: _State) -> _State:
-        if config.method == "greedy":
-            token = jax.lax.top_k(logits, 1)[1][:, 0]  # XLA's argmax over a vocabulary is ten times slower on CPU
-        else:
-            step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, state.step)
-            token = jax.vmap(jax.random.categorical)(step_keys, nucleus(logits, config.top_p, config.temperature))
-        logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
-        kept = jnp.where(state.done, 0, token).astype(jnp.int32)
-        return state._replace(
-            step=state.step + 1,
-            last=kept,
-            tokens=jax.lax.dynamic_update_slice(state.tokens, kept[:, None], (0, state.step)),
-            length=state.length + ~state.done,
-            total=state.total + jnp.where(state.done, 0.0, logprob),
-            done=state.done | _ends(token, stops),
-        )
+    def step(state: State) -> State:
+        logits, state = advance(lm, params, state, read.steer, mesh)
+        return extend(config, ends, state, logits, index)
 
-    zero = jnp.zeros(b, jnp.int32)
-    empty = jnp.zeros((b, config.max_tokens), jnp.int32)
-    start = _State(jnp.int32(0), cache, zero, position, empty, zero, jnp.zeros(b), jnp.zeros(b, bool))
-    return _loop(lambda s: extend(*_read(lm, params, s, steer)), extend(logits, start), config.max_tokens)
+    start = extend(config, ends, begin(cache, read.positions[:, -1], config.max_tokens), logits, index)
+    return _loop(step, start, config.max_tokens)
 
 
 def nucleus(logits: Float[Array, "b V"], top_p: float, temperature: float) -> Float[Array, "b V"]:
@@ -254,24 +289,34 @@ def nucleus(logits: Float[Array, "b V"], top_p: float, temperature: float) -> Fl
     return jnp.where(bits >= jnp.minimum(least, highest), logits, -jnp.inf)
 
 
-def _beam(lm, config, stops, params, logits, cache, position, steer, index) -> _State:
+def _beam(lm, config, ends, mesh, params, logits, cache, read, index) -> State:
     """ClipCap's beam search (generate_beam in its predict.py), for a batch of images.
 
     The first step takes the k most probable tokens. From then on candidates compete by the *mean* log-probability of
     their tokens; a beam that has ended keeps its mean and competes as one candidate. Returns each image's best beam.
+
+    An image's beams are k tokens of one row, so that the prefix is held once: each sees the prefix and the slots of its
+    own past. A beam that follows another takes over what that one sees; no key or value ever moves.
     """
-    b, k = logits.shape[0], min(config.beams, logits.shape[1])
-    prefix = cache.valid.shape[1] - (config.max_tokens - 1)
-    image = jnp.repeat(jnp.arange(b), k)
-    position, cache = position[image], cache.take(image)
-    steer = None if steer is None else steer.take(image)
+    b, k = logits.shape[0], _beams(lm, config)
+    prefix, slots = read.valid.shape[1], cache.valid.shape[1]
 
     def best(logits: Float[Array, "r V"]) -> tuple[Float[Array, "r k"], Int[Array, "r k"]]:
         top, token = jax.lax.top_k(logits, k)
         return top - jax.nn.logsumexp(logits, axis=-1, keepdims=True), token
 
-    def extend(state: _State) -> _State:
-        logits, state = _read(lm, params, state, steer)
+    def next_logits(state: State) -> tuple[Float[Array, "r V"], State]:
+        own = prefix + (state.step - 1) * k + jnp.arange(k)
+        sees = state.sees | (jnp.arange(slots)[None] == own[:, None])[None]
+        embeds = lm.apply({"params": params}, state.last.reshape(b, k), method="embed")
+        position = state.position + 1
+        past = state.cache._replace(mask=sees[:, None])
+        hidden, cache = _hidden(lm, params, embeds, position.reshape(b, k), past, read.steer)
+        logits = lm.apply({"params": params}, hidden, method="logits").reshape(b * k, -1)
+        return logits, state._replace(cache=cache.place(mesh), position=position, sees=sees)
+
+    def grow(state: State) -> State:
+        logits, state = next_logits(state)
         logprob, token = best(logits)  # no other token of a beam can be among the k best candidates of its image
         frozen = jnp.where(jnp.arange(k) == 0, 0.0, -jnp.inf)[None]
         logprob = jnp.where(state.done[:, None], frozen, logprob)
@@ -283,38 +328,32 @@ def _beam(lm, config, stops, params, logits, cache, position, steer, index) -> _
         row = (jnp.arange(b)[:, None] * k + parent).reshape(-1)
         last = jnp.take_along_axis(token.reshape(b, k * k), chosen, axis=1).reshape(-1)
         tokens = jax.lax.dynamic_update_slice(state.tokens[row], last[:, None], (0, state.step))
-        return _State(
+        return State(
             step=state.step + 1,
-            cache=_follow(state.cache, parent, prefix),
+            cache=state.cache,
             last=last,
             position=state.position[row],
             tokens=tokens,
             length=length[row],
             total=jnp.take_along_axis(total.reshape(b, k * k), chosen, axis=1).reshape(-1),
-            done=state.done[row] | _ends(last, stops) & ~state.done[row],
+            done=state.done[row] | _ends(last, ends) & ~state.done[row],
+            sees=jnp.take_along_axis(state.sees, parent[:, :, None], axis=1),
         )
 
     first, token = best(logits)
     last = token.reshape(-1)
     tokens = jnp.zeros((b * k, config.max_tokens), jnp.int32).at[:, 0].set(last)
     one = jnp.ones(b * k, jnp.int32)
-    start = _State(jnp.int32(1), cache, last, position, tokens, one, first.reshape(-1), _ends(last, stops))
-    state = _loop(extend, start, config.max_tokens)
+    sees = jnp.broadcast_to(cache.valid[:, None], (b, k, slots))
+    position = jnp.repeat(read.positions[:, -1], k)
+    start = State(jnp.int32(1), cache, last, position, tokens, one, first.reshape(-1), _ends(last, ends), sees)
+    state = _loop(grow, start, config.max_tokens)
     winner = jnp.argmax((state.total / state.length).reshape(b, k), axis=1) + jnp.arange(b) * k
     return state._replace(
         **{f: getattr(state, f)[winner] for f in ("last", "position", "tokens", "length", "total", "done")}
     )
 
 
-def _follow(cache: Cache, parent: Int[Array, "b k"], prefix: int) -> Cache:
-    """Gives every beam its parent's generated slots; the prefix's are the same for all beams of an image."""
-    b, k = parent.shape
-
-    def gather(slots: Float[Array, "*l r s h e"]) -> Float[Array, "*l r s h e"]:
-        *layers, r, _, h, e = slots.shape
-        made = slots[..., prefix:, :, :].reshape(*layers, b, k, slots.shape[-3] - prefix, h, e)
-        index = parent.reshape(*(1 for _ in layers), b, k, 1, 1, 1)
-        moved = jnp.take_along_axis(made, index, axis=len(layers) + 1)
-        return slots.at[..., prefix:, :, :].set(moved.reshape(*layers, r, slots.shape[-3] - prefix, h, e))
-
-    return cache._replace(kv=jax.tree.map(gather, cache.kv))
+def _beams(lm, config: DecodeConfig) -> int:
+    """Beams of an image: no more than there are tokens."""
+    return min(config.beams, lm.config.vocab)

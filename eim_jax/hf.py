@@ -36,10 +36,13 @@ class Layout(NamedTuple):
 
 SAME = Layout(lambda a: a[0], lambda x: [x])
 TRANSPOSE = Layout(lambda a: a[0].T, lambda x: [x.T])  # torch.nn.Linear is [out, in]
-FUSE_KERNEL = Layout(
-    lambda a: np.concatenate([x.T for x in a], axis=1), lambda x: [y.T for y in np.split(x, 3, axis=1)]
+# Query, key and value maps as one kernel [in, 3, out] and bias [3, out]: from three layers, or from one of 3 x out.
+FUSE_KERNEL = Layout(lambda a: np.stack([x.T for x in a], axis=1), lambda x: [x[:, i].T for i in range(3)])
+FUSE_BIAS = Layout(np.stack, list)
+FUSED = Layout(
+    lambda a: a[0].reshape(*a[0].shape[:-1], 3, a[0].shape[-1] // 3),
+    lambda x: [x.reshape(*x.shape[:-2], 3 * x.shape[-1])],
 )
-FUSE_BIAS = Layout(np.concatenate, lambda x: np.split(x, 3))
 PATCHES = Layout(lambda a: a[0].transpose(2, 3, 1, 0), lambda x: [x.transpose(3, 2, 0, 1)])  # [out, 3, p, p]
 
 
@@ -99,7 +102,8 @@ GPT2_TABLE = (
     Row("lm/token_embedding/embedding", ("wte.weight",)),
     Row("lm/position_embedding", ("wpe.weight",)),
     *_norm("lm/blocks_{i}/ln_1", "h.{i}.ln_1"),
-    *_dense("lm/blocks_{i}/attn/qkv", "h.{i}.attn.c_attn", SAME),
+    Row("lm/blocks_{i}/attn/qkv/kernel", ("h.{i}.attn.c_attn.weight",), FUSED),
+    Row("lm/blocks_{i}/attn/qkv/bias", ("h.{i}.attn.c_attn.bias",), FUSED),
     *_dense("lm/blocks_{i}/attn/out", "h.{i}.attn.c_proj", SAME),
     *_norm("lm/blocks_{i}/ln_2", "h.{i}.ln_2"),
     *_dense("lm/blocks_{i}/mlp/up", "h.{i}.mlp.c_fc", SAME),
@@ -240,20 +244,30 @@ def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Arra
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def kind_of(dtype: DTypeLike | Mapping[str, DTypeLike], path: str) -> DTypeLike:
+    """Returns a leaf's dtype: the one of all leaves, or its own in a mapping from our paths."""
+    return dtype[path] if isinstance(dtype, Mapping) else dtype
+
+
 def read_leaves(
-    tensors: Tensors, leaves: dict[str, Leaf], *, dtype: DTypeLike, shardings: Callable | None
+    tensors: Tensors,
+    leaves: dict[str, Leaf],
+    *,
+    dtype: DTypeLike | Mapping[str, DTypeLike],
+    shardings: Callable | None,
 ) -> dict[str, jax.Array]:
     """Returns our paths -> arrays of `dtype`, each placed where shardings(path) says, one leaf after the other."""
     flat = {}
     for path, leaf in leaves.items():
+        kind = kind_of(dtype, path)
         first = leaf.layout.load([tensors.read(k) for k in leaf.keys[0]])
         if leaf.stacked:
-            array = np.empty((len(leaf.keys), *first.shape), dtype)
+            array = np.empty((len(leaf.keys), *first.shape), kind)
             array[0] = first
             for i, keys in enumerate(leaf.keys[1:], start=1):
                 array[i] = leaf.layout.load([tensors.read(k) for k in keys])
         else:
-            array = first.astype(dtype)
+            array = first.astype(kind)
         flat[path] = place(array, shardings(path) if shardings else None)
     return flat
 

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from eim_jax import partition, queues, stages, weights
-from eim_jax.config import Arm, Config, ConfigError, Stage
+from eim_jax import distributed, partition, queues, stages, weights
+from eim_jax.config import Arm, Config, ConfigError, Stage, patterns
 from eim_jax.console import console
 from eim_jax.data import text
 from eim_jax.data.features import cached_features
@@ -23,17 +24,18 @@ from eim_jax.models.connector import STConfig, make_st
 from eim_jax.models.gpt2 import GPT2, GPT2Config
 from eim_jax.models.llama import Llama
 from eim_jax.models.peft import Router, ZeroInit
+from eim_jax.models.quant import NF4_SCALES
 from eim_jax.models.vlm import VLM
 from eim_jax.partition import Flat
 from eim_jax.queues import Queue
 from eim_jax.sharding import make_mesh, param_shardings, shard_params
 
-NF4_SCALES = ("scale_scale", "scale_mean")  # float32 whatever the compute dtype
-
 
 @dataclass(frozen=True)
 class Inputs:
     """Everything that all arms of a run share; `towers` holds the untouched pretrained parameters.
+
+    Leaves that no stage of any arm trains are in the compute dtype, and shared with every arm's own parameters.
 
     `train` and `encoded` are None where only trained arms are used (`load(..., data=False)`).
     """
@@ -67,7 +69,7 @@ class Inputs:
         Raises queues.StaleQueue when the workdir holds one of other weights, data or settings.
         """
         settings = self.config.losses
-        dtype = _resolve(settings.queue_dtype)
+        dtype = resolve_dtype(settings.queue_dtype, self.mesh.devices.flat[0].platform)
         encode, pooling = stages.encoder(vlm, kind, settings)
         tower, longest = ("clip", self.clip.text.context) if kind == "caption" else ("lm", self.config.data.max_tokens)
         manifest = queues.manifest(
@@ -111,24 +113,25 @@ class Inputs:
 def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     """Loads what the config names, without `data` the towers alone; an error says which field or file is wrong."""
     mesh = make_mesh(config.mesh)
-    dtype = _resolve(config.towers.dtype)
+    dtype = resolve_dtype(config.towers.dtype, mesh.devices.flat[0].platform)
     form = {"scan": config.towers.scan, "remat": config.towers.remat, "dtype": dtype}
+    form["attention"] = resolve_attention(config.towers.attention, dtype, mesh.devices.flat[0].platform)
     shapes = weights.clip_shapes(*weights.clip_config(config.towers.clip, **form))
     shapes |= weights.lm_shapes(weights.lm_config(config.towers.lm, quant=config.towers.quant, **form))
     place = param_shardings(shapes, mesh).__getitem__  # each leaf goes from the file to its own devices
-    clip = weights.load_clip(config.towers.clip, shardings=place, **form)
-    lm = weights.load_lm(config.towers.lm, quant=config.towers.quant, shardings=place, **form)
-    if isinstance(lm.config, GPT2Config):
-        lm = lm._replace(config=replace(lm.config, dropout=config.towers.dropout))
-    if config.towers.image_stats == "imagenet":
-        clip = clip._replace(vision=replace(clip.vision, mean=IMAGENET_MEAN, std=IMAGENET_STD))
+    lean = {path: jnp.float32 if _ever_trained(config, path) else dtype for path in shapes}
+    clip = weights.load_clip(config.towers.clip, shardings=place, param_dtype=lean, **form)
+    lm = weights.load_lm(config.towers.lm, quant=config.towers.quant, shardings=place, param_dtype=lean, **form)
+    vision, language = tower_settings(config, clip.vision, lm.config)
+    clip, lm = clip._replace(vision=vision), lm._replace(config=language)
     clip_dir, lm_dir = weights.resolve(config.towers.clip), weights.resolve(config.towers.lm)
     lm_tokenizer, clip_tokenizer = text.load_tokenizer(lm_dir), text.load_tokenizer(clip_dir)
     text.check_vocabulary(lm_tokenizer, lm.config.vocab, config.towers.lm)
     text.check_vocabulary(clip_tokenizer, clip.text.vocab, config.towers.clip)
     train = encoded = None
     if data:
-        train = load_split(config, "train", workdir)
+        with distributed.first_alone("training data"):
+            train = load_split(config, "train", workdir)
         encoded = text.encode_split(train, lm_tokenizer, config.data.max_tokens, eos=config.data.eos)
         console.print(f"{len(train):,} training samples ({len(train.images):,} images)", soft_wrap=True)
     towers = partition.flatten({**clip.params, "lm": lm.params})
@@ -146,6 +149,21 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     return Inputs(
         config, workdir, mesh, dtype, clip, lm, towers, lm_tokenizer, clip_tokenizer, train, encoded, fingerprints
     )
+
+
+def _ever_trained(config: Config, path: str) -> bool:
+    """Whether some stage of some arm trains the leaf: then it is loaded in float32, else in the compute dtype."""
+    reached = {stage for name in config.arms for stage in config.arm[name].sequence}
+    return any(re.fullmatch(pattern, path) for name in reached for pattern, _ in patterns(config.stages[name]))
+
+
+def tower_settings(config: Config, vision, lm):
+    """The towers' configurations with the run's own settings: (CLIP.visual's, the LM's)."""
+    if isinstance(lm, GPT2Config):
+        lm = replace(lm, dropout=config.towers.dropout)
+    if config.towers.image_stats == "imagenet":
+        vision = replace(vision, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return vision, lm
 
 
 def model(inputs: Inputs, arm: Arm) -> VLM:
@@ -169,7 +187,7 @@ def model(inputs: Inputs, arm: Arm) -> VLM:
         dtype=inputs.dtype,
     )
     towers = {"visual": CLIPVision(vision), "text": CLIPText(inputs.clip.text), "st": make_st(st)}
-    chosen = {"features": arm.features, "output_layer": arm.output_layer}
+    chosen = {"features": arm.features, "output_layer": arm.output_layer, "mesh": inputs.mesh}
     if isinstance(inputs.lm.config, GPT2Config):
         if arm.adapter != "none":
             raise ConfigError(f"config.arm.*.adapter={arm.adapter!r} adapts a LLaMA: config.towers.lm is a GPT-2")
@@ -207,35 +225,45 @@ def fresh(vlm: VLM, key: jax.Array) -> Flat:
     return partition.flatten(drawn)
 
 
-def shapes(inputs: Inputs, vlm: VLM) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every parameter of an arm, nothing allocated."""
+def shapes(inputs: Inputs, arm: Arm, vlm: VLM) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter of an arm as `start` holds it, nothing allocated."""
     drawn = jax.eval_shape(lambda key: fresh(vlm, key), jax.random.key(0))
-    towers = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in inputs.towers.items()}
-    return {**towers, **drawn}
+    params = {**inputs.towers, **drawn}
+    held = _held(inputs, arm, params)
+    return {path: jax.ShapeDtypeStruct(leaf.shape, held[path]) for path, leaf in params.items()}
+
+
+def _held(inputs: Inputs, arm: Arm, params: Flat) -> dict[str, jnp.dtype]:
+    """Each leaf's dtype: float32 for those that some stage trains, the compute dtype for others; NF4's as they are."""
+    ever = {path for s in arm.sequence for g in partition.groups(inputs.config.stages[s], params) for path in g.paths}
+
+    def dtype(path: str, leaf) -> jnp.dtype:
+        whole = path in ever or not jnp.issubdtype(leaf.dtype, jnp.floating) or path.rpartition("/")[2] in NF4_SCALES
+        return leaf.dtype if whole else inputs.dtype
+
+    return {path: dtype(path, leaf) for path, leaf in params.items()}
 
 
 def start(inputs: Inputs, arm: Arm) -> tuple[VLM, Flat]:
     """The arm's model and its parameters before the first stage: pretrained towers, what `fresh` draws by the seed."""
     vlm = model(inputs, arm)
-    drawn = jax.jit(lambda key: fresh(vlm, key))(jax.random.key(inputs.config.seed))
-    params = {**inputs.towers, **drawn}
-    ever = {path for s in arm.sequence for g in partition.groups(inputs.config.stages[s], params) for path in g.paths}
+    draw, key = functools.partial(fresh, vlm), jax.random.key(inputs.config.seed)
+    where = param_shardings(jax.eval_shape(draw, key), inputs.mesh)
+    params = {**inputs.towers, **jax.jit(draw, out_shardings=where)(key)}
+    held = _held(inputs, arm, params)
+    return vlm, shard_params({path: leaf.astype(held[path]) for path, leaf in params.items()}, inputs.mesh)
 
-    def held(path: str, leaf: jax.Array) -> jax.Array:
-        # Leaves that some stage trains stay in float32, all others are held in the compute dtype; NF4's as they are.
-        whole = path in ever or not jnp.issubdtype(leaf.dtype, jnp.floating) or path.rpartition("/")[2] in NF4_SCALES
-        return leaf if whole else leaf.astype(inputs.dtype)
 
-    return vlm, shard_params({path: held(path, leaf) for path, leaf in params.items()}, inputs.mesh)
+def reads_features(inputs: Inputs, stage: Stage, params: Flat) -> bool:
+    """Whether the stage reads CLIP's features from the cache: it leaves CLIP.visual alone, and the cache is on."""
+    trained = [path for group in partition.groups(stage, params) for path in group.paths]
+    trains_visual = any(path.startswith("visual/") for path in trained)
+    return not trains_visual and inputs.config.data.cache_features and len(inputs.train.images) > 0
 
 
 def stage_features(inputs: Inputs, vlm: VLM, stage: Stage, params: Flat):
     """Cached features [images n v] where the stage leaves CLIP.visual alone, else None (images are decoded)."""
-    trained = [path for group in partition.groups(stage, params) for path in group.paths]
-    trains_visual = any(path.startswith("visual/") for path in trained)
-    if trains_visual or not inputs.config.data.cache_features or not len(inputs.train.images):
-        return None
-    return features_of(inputs, vlm, inputs.train, params)
+    return features_of(inputs, vlm, inputs.train, params) if reads_features(inputs, stage, params) else None
 
 
 def features_of(inputs: Inputs, vlm: VLM, split: Split, params: Flat):
@@ -259,6 +287,7 @@ def features_of(inputs: Inputs, vlm: VLM, split: Split, params: Flat):
         fit=inputs.config.data.fit,
         dtype=inputs.dtype.name,
         threads=inputs.config.data.threads,
+        mesh=inputs.mesh,
     )
 
 
@@ -268,8 +297,21 @@ def _see(vlm: VLM, params: dict, images: jax.Array) -> jax.Array:
     return vlm.see(params, images)
 
 
-def _resolve(name: str) -> jnp.dtype:
+def resolve_attention(name: str, dtype: jnp.dtype, platform: str) -> str:
+    """auto: ours. cudnn is refused where it does not exist; it is chosen by name, as no odd length compiles there.
+
+    Raises ConfigError for cudnn on another platform than a GPU, or in float32.
+    """
+    if name == "cudnn" and (platform not in ("gpu", "cuda") or dtype != jnp.bfloat16):
+        raise ConfigError(
+            f"config.towers.attention='cudnn' is for NVIDIA GPUs in bfloat16, this is {platform} in {dtype.name}: "
+            "set it to 'auto', or config.towers.dtype='bfloat16' on a GPU"
+        )
+    return "softmax" if name == "auto" else name
+
+
+def resolve_dtype(name: str, platform: str) -> jnp.dtype:
     """auto: float32 on CPU (XLA has no fast bfloat16 there), bfloat16 on accelerators."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(name)

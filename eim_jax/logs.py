@@ -84,7 +84,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def format_record(record: Mapping[str, object]) -> str:
-    """One record as the terminal shows it: losses, recall@1 of the queues, learning rates, speed, data wait."""
+    """One record as the terminal shows it: losses, recall@1 of the queues, learning rates, speed, shares."""
     parts = []
     for key, value in record.items():
         if key == "loss" or key.startswith("loss/"):
@@ -100,6 +100,9 @@ def format_record(record: Mapping[str, object]) -> str:
         parts.append(f"{_number(record['examples_per_second'], '7,.0f')} ex/s")
     if "data_wait" in record:
         parts.append(f"wait {_number(record['data_wait'], '.0%')}")
+    parts += [f"{kind} {_number(record[kind], '.0%')}" for kind in ("host", "device") if kind in record]
+    if "padding" in record:
+        parts.append(f"pad {_number(record['padding'], '.0%')}")
     return "  ".join(parts)
 
 
@@ -125,7 +128,7 @@ class RunLog:
     """
 
     def __init__(self, directory: Path, stages: Sequence[StageInfo], resume_at: tuple[int, int], enabled: bool):
-        self._arm, self._stages, self._enabled, self._resume_at = directory.name, tuple(stages), enabled, resume_at
+        self.arm, self._stages, self._enabled, self._resume_at = directory.name, tuple(stages), enabled, resume_at
         self._offsets = [sum(stage.steps for stage in stages[:i]) for i in range(len(stages))]
         self._stage: int | None = None
         self._bar: _StageBar | None = None
@@ -172,7 +175,7 @@ class RunLog:
             return
         self._end_stage(finished=True)
         stage = self._stages[index]
-        print_stage(stage, index + 1, len(self._stages), self._arm)
+        print_stage(stage, index + 1, len(self._stages), self.arm)
         self._stage, self._record, self._start = index, {}, time.monotonic()
         # Time and step of the first record: what precedes it is mostly compilation, no guide to the time left.
         self._pace: tuple[float, int] | None = None
@@ -186,7 +189,7 @@ class RunLog:
             )
             self._bar = _StageBar(*columns, console=console, transient=True)
             self._task = self._bar.add_task(
-                f"{self._arm} {stage.name}", total=stage.steps, completed=self._first, eta="-"
+                f"{self.arm} {stage.name}", total=stage.steps, completed=self._first, eta="-"
             )
             self._bar.start()
 
@@ -214,7 +217,7 @@ class RunLog:
             self._bar.update(self._task, completed=step, eta=eta)
         else:
             counter = f"{step:>{len(str(total))}}/{total}"
-            console.print(f"{self._arm} {self._stages[index].name} {counter}  eta {eta:>7}  {text}", soft_wrap=True)
+            console.print(f"{self.arm} {self._stages[index].name} {counter}  eta {eta:>7}  {text}", soft_wrap=True)
 
     def close(self, finished: bool = True) -> None:
         """Ends the stage's bar and closes the files; `finished=False` says that the run stopped early."""
@@ -235,7 +238,7 @@ class RunLog:
         how = f"done, {stage.steps} steps" if finished else f"stopped at step {step} of {stage.steps}"
         seconds = duration(time.monotonic() - self._start)
         console.print(
-            f"{self._arm} {stage.name} {how} in {seconds}  {format_record(self._record)}".rstrip(), soft_wrap=True
+            f"{self.arm} {stage.name} {how} in {seconds}  {format_record(self._record)}".rstrip(), soft_wrap=True
         )
         self._stage = None
 

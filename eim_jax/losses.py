@@ -10,7 +10,6 @@ gradient: K is read once, the residual for the backward pass is [b, D], and noth
 """
 
 import functools
-import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -19,11 +18,12 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-KEY_AXES = ("data", "fsdp")  # the mesh axes that split a queue's rows
+from eim_jax.sharding import ROWS, parts_of
+
 MASKED = -1e30  # finite: exp(MASKED - MASKED) stays a number, exp(MASKED - any real score) is 0
 TIE = 1e-6  # scores closer than this fraction of |u||k_y| tie: twice the rounding of an f32 dot product
 
-Positives = Literal["self", "group", "mask"]
+Positives = Literal["self", "group", "mask", "alone"]
 Similarity = Literal["cosine", "dot"]
 
 
@@ -45,7 +45,7 @@ class NCE(NamedTuple):
 
 def queue_nce(
     query: Float[Array, "b D"],
-    keys: Float[Array, "N D"],
+    keys: Float[Array, "N D"] | Int[Array, "N D"],
     index: Int[Array, "b"],
     *,
     count: int,
@@ -54,15 +54,18 @@ def queue_nce(
     weights: Float[Array, "b"] | None = None,
     positives: Positives = "self",
     groups: Int[Array, "N"] | None = None,
+    scale: Float[Array, "N"] | None = None,
     chunk: int = 0,
     mesh: Mesh | None = None,
 ) -> NCE:
     """Contrast each query with all `count` keys of a queue, exactly, in one pass (EIM: loss_IE, loss_ST, loss_LM).
 
-    `keys` f32 or bf16, of unit norm when similarity="cosine" (the query is normalised here); rows from `count` on are
-    padding and must be finite. `index` is each query's own row. positives: "self", the own key (the paper); "group",
-    every key of the own key's group, loss = -log sum_{j in group} p_j; "mask", as "self" but its siblings leave the
-    denominator. A row of weight 0 gives no loss and no gradient whatever its query holds.
+    `keys` f32 or bf16, or int8 codes of which row j times `scale`[j] is the key, of unit norm when similarity="cosine"
+    (the query is normalised here); rows from `count` on are padding and must be finite. `index` is each query's own
+    row. positives: "self", the own key (the paper); "group", every key of the own key's group, loss = -log sum_{j in
+    group} p_j; "mask", as "self" but its siblings leave the denominator; "alone", no other key at all
+    (self-distillation, cosine only), loss = (1 - cos) / tau. A row of weight 0 gives no loss and no gradient whatever
+    its query holds.
 
     `chunk` rows are read at a time (0: 1024 on CPU, 32768 elsewhere). With `mesh` the rows of `keys` and `groups`
     lie over its ("data", "fsdp") axes: each device passes over its own rows and only [b] and [b, D] move. On CPU hold
@@ -72,12 +75,17 @@ def queue_nce(
     not divide.
     """
     batch = query.shape[0]
-    shards = math.prod(mesh.shape[axis] for axis in KEY_AXES) if mesh is not None else 1
+    shards = parts_of(mesh)
     if not 0 < count <= keys.shape[0]:
         raise ValueError(f"count={count}, but the queue holds {keys.shape[0]} rows (count is at least 1)")
     if keys.shape[0] % shards:
         raise ValueError(f"{keys.shape[0]} key rows do not divide over {shards} devices: pad them with zero rows")
-    if positives != "self" and groups is None:
+    if (keys.dtype == jnp.int8) != (scale is not None):
+        raise ValueError(f"keys of {keys.dtype} with scale={'None' if scale is None else 'given'}: int8 alone has one")
+    if positives == "alone" and similarity != "cosine":
+        raise ValueError('positives="alone" needs similarity="cosine": a dot product with one key has no least loss')
+    grouped = positives in ("group", "mask")
+    if grouped and groups is None:
         raise ValueError(f'positives="{positives}" needs one group id a key (groups=)')
     on_cpu = (mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()) == "cpu"
     rows = min(chunk or (1024 if on_cpu else 32768), keys.shape[0] // shards)
@@ -87,7 +95,8 @@ def queue_nce(
     q = jnp.where(counted[:, None], query, 0).astype(jnp.float32)  # also stops the gradient of uncounted rows
     q = _unit(q) if similarity == "cosine" else q
     how = _How(count, rows, positives, mesh, on_cpu)
-    loss, (rank, score, effective) = _rowwise(how, q / tau, keys, index, groups if positives != "self" else None)
+    groups = groups if grouped else None
+    loss, (rank, score, effective) = _rowwise(how, q / tau, keys, index, groups, scale)
 
     def total(x):
         return jnp.sum(jnp.where(counted, weights * x, 0))
@@ -125,22 +134,22 @@ class _How(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rowwise(how, u, keys, index, groups):
-    return _forward(how, u, keys, index, groups)[0]
+def _rowwise(how, u, keys, index, groups, scale):
+    return _forward(how, u, keys, index, groups, scale)[0]
 
 
-def _forward(how, u, keys, index, groups):
+def _forward(how, u, keys, index, groups, scale):
     one_pass = functools.partial(_one_pass, how)
     if how.mesh is not None:
-        held, whole = PartitionSpec(KEY_AXES), PartitionSpec()
-        specs = (whole, held, whole, held)
+        held, whole = PartitionSpec(ROWS), PartitionSpec()
+        specs = (whole, held, whole, held, held)
         one_pass = jax.shard_map(one_pass, mesh=how.mesh, in_specs=specs, out_specs=whole)
-    loss, gradient, *diagnostics = one_pass(u, keys, index, groups)
+    loss, gradient, *diagnostics = one_pass(u, keys, index, groups, scale)
     return (loss, tuple(diagnostics)), gradient
 
 
 def _backward(how, gradient, cotangents):
-    return cotangents[0][:, None] * gradient, None, None, None
+    return cotangents[0][:, None] * gradient, None, None, None, None
 
 
 _rowwise.defvjp(_forward, _backward)
@@ -171,17 +180,18 @@ class _Softmax(NamedTuple):
         return _Softmax(top, *lax.psum(parts, axes))
 
 
-def _one_pass(how: _How, u, keys, index, groups):
+def _one_pass(how: _How, u, keys, index, groups, scale):
     """Returns loss [b], dloss/du [b D], rank [b], own score [b], 1 / sum p^2 [b]; with a mesh, on every device."""
     (b, width), held = u.shape, keys.shape[0]
-    axes = KEY_AXES if how.mesh is not None else ()
+    axes = ROWS if how.mesh is not None else ()
     first = lax.axis_index(axes) * held if axes else 0
     u, score_of, weighted_sum = _products(u, keys.dtype, how.on_cpu)
 
     # The own key (and its group), held by one device.
     mine = (index >= first) & (index < first + held)
     place = jnp.clip(index - first, 0, held - 1)
-    own = jnp.where(mine[:, None], keys[place].astype(jnp.float32), 0)
+    own = keys[place].astype(jnp.float32) * (1 if scale is None else scale[place][:, None])
+    own = jnp.where(mine[:, None], own, 0)
     group = jnp.where(mine, groups[place], 0) if groups is not None else None
     own, group = lax.psum((own, group), axes) if axes else (own, group)
     score = jnp.sum(u * own, axis=1)
@@ -199,7 +209,13 @@ def _one_pass(how: _How, u, keys, index, groups):
         block = lax.bitcast_convert_type(block, keys.dtype) if stored is not keys else block
         place = start + jnp.arange(how.chunk)
         fresh = ((place >= i * how.chunk) & (first + place < how.count))[None, :]
-        scores = jnp.where(fresh, score_of(block), MASKED)
+        by = None if scale is None else lax.dynamic_slice_in_dim(scale, start, how.chunk)[None]
+        scores = score_of(block) if by is None else score_of(block) * by
+        scores = jnp.where(fresh, scores, MASKED)
+
+        def weigh(e):
+            return weighted_sum(e if by is None else e * by, block)
+
         rivals = scores >= tie[:, None]
         if groups is not None:
             same = (lax.dynamic_slice_in_dim(groups, start, how.chunk)[None, :] == group[:, None]) & fresh
@@ -209,10 +225,8 @@ def _one_pass(how: _How, u, keys, index, groups):
                 scores = jnp.where(sibling, MASKED, scores)
             else:  # few chunks hold a positive at all
                 inside = jnp.where(same, scores, MASKED)
-                positive = lax.cond(
-                    jnp.any(same), lambda p: p.add(inside, lambda e: weighted_sum(e, block)), lambda p: p, positive
-                )
-        softmax = softmax.add(scores, lambda e: weighted_sum(e, block))
+                positive = lax.cond(jnp.any(same), lambda p: p.add(inside, weigh), lambda p: p, positive)
+        softmax = softmax.add(scores, weigh)
         return softmax, positive, rank + jnp.sum(rivals, axis=1, dtype=jnp.int32)
 
     empty = _Softmax(jnp.full(b, MASKED), jnp.zeros(b), jnp.zeros((b, width)), jnp.zeros(b))
@@ -225,7 +239,9 @@ def _one_pass(how: _How, u, keys, index, groups):
 
     loss = softmax.top + jnp.log(softmax.total)
     gradient = softmax.mean / softmax.total[:, None]
-    if positive is not None:
+    if how.positives == "alone":
+        loss, gradient = jnp.sqrt(jnp.sum(u * u, axis=1) * jnp.sum(own * own, axis=1)) - score, -own
+    elif positive is not None:
         loss, gradient = (
             loss - positive.top - jnp.log(positive.total),
             gradient - positive.mean / positive.total[:, None],
@@ -238,7 +254,7 @@ def _one_pass(how: _How, u, keys, index, groups):
 
 def _products(u, dtype, on_cpu: bool):
     """Returns u as used, scores(block) -> [b c], weighted_sum(e [b c], block) -> [b D], fastest for the dtype."""
-    if dtype != jnp.bfloat16 or on_cpu:
+    if dtype == jnp.float32 or on_cpu:
         dot = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
         return (
             u,
@@ -247,7 +263,7 @@ def _products(u, dtype, on_cpu: bool):
         )
 
     # Matrix units multiply bf16 by bf16. Two bf16 halves hold an f32 to 2^-17; the pass is bound by reading the keys,
-    # so the second half is free up to b ~ 46 on an H200.
+    # so the second half is free up to b ~ 46 on an H200. int8 codes are exact in bf16.
     def halves(x):
         high = x.astype(jnp.bfloat16)
         return jnp.stack([high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)])
@@ -256,6 +272,6 @@ def _products(u, dtype, on_cpu: bool):
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     return (
         jnp.sum(pair.astype(jnp.float32), axis=0),
-        lambda block: jnp.sum(dot("hbd,cd->hbc", pair, block), axis=0),
-        lambda e, block: jnp.sum(dot("hbc,cd->hbd", halves(e), block), axis=0),
+        lambda block: jnp.sum(dot("hbd,cd->hbc", pair, block.astype(jnp.bfloat16)), axis=0),
+        lambda e, block: jnp.sum(dot("hbc,cd->hbd", halves(e), block.astype(jnp.bfloat16)), axis=0),
     )

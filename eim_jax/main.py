@@ -5,6 +5,7 @@ import platform
 import shlex
 import sys
 import time
+import traceback
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -15,17 +16,40 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from eim_jax import config as settings
+from eim_jax import distributed
 from eim_jax.console import console, duration
 
-MODES = ("train", "eval", "caption", "chat", "inspect")
+MODES = ("train", "eval", "caption", "chat", "inspect", "prepare", "plan")
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes.", required=True)
-_MODE = flags.DEFINE_enum("mode", "train", MODES, "train (and score and report) | eval | caption | chat | inspect.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes; plan and prepare need none.")
+_MODE = flags.DEFINE_enum("mode", "train", MODES, f"train (and score and report) | {' | '.join(MODES[1:])}.")
 _IMAGES = flags.DEFINE_list("images", [], "--mode=caption: image files or folders, separated by commas.")
 _IMAGE = flags.DEFINE_string("image", "", "--mode=chat: the image to talk about; none by default.")
-_ARM = flags.DEFINE_string("arm", "", "--mode=caption, chat, inspect: which arm; the last one by default.")
-_OUT = flags.DEFINE_string("out", "", "--mode=caption: JSON file to write; <workdir>/captions.json by default.")
-_SAMPLES = flags.DEFINE_integer("samples", 4, "--mode=inspect: how many training samples to show.", lower_bound=1)
+_ARM = flags.DEFINE_string("arm", "", "--mode=caption, chat, inspect: which arm, by default the last one; plan: all.")
+_OUT = flags.DEFINE_string(
+    "out",
+    "",
+    "--mode=caption: JSON file to write, <workdir>/captions.json by default; plan: JSON file; prepare: the folder.",
+)
+_SAMPLES = flags.DEFINE_integer(
+    "samples", None, "--mode=inspect: training samples to show (4); plan: training samples N.", lower_bound=1
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "--mode=plan: v5e:4x4, v5p:2x2x2, gpu:h100x8, cpu:8; else what is here."
+)
+_STAGES = flags.DEFINE_list("stages", [], "--mode=plan: these stages alone, separated by commas; all by default.")
+_TABLE = flags.DEFINE_boolean("table", False, "--mode=plan: where every parameter lies, instead of the stages' costs.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", "", "Several processes without SLURM, Open MPI, Kubernetes or a TPU pod: HOST:PORT of process 0."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.", lower_bound=0)
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat",
+    distributed.HEARTBEAT,
+    "Seconds after which a silent process is lost and all others end.",
+    lower_bound=5,
+)
 _TRACEBACK = flags.DEFINE_boolean("traceback", False, "Show where an error arose.")
 
 
@@ -35,16 +59,26 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"unexpected argument {argv[1]!r}: flags start with --")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # libraries' notes on absent accelerators are no news to a newcomer
+    if _MODE.value == "prepare":
+        _prepare()
+        return
+    if _MODE.value == "plan":
+        _plan()
+        return
+    if not _WORKDIR.value:
+        raise app.UsageError("--workdir is missing: --workdir=runs/NAME keeps everything that the run writes")
     workdir = Path(_WORKDIR.value)
     config = _config(workdir, _MODE.value)
-    # Compiled programs are kept in the workdir: a resumed run starts in seconds.
-    jax.config.update("jax_compilation_cache_dir", str((workdir / "cache" / "xla").absolute()))
+    distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value)
+    if jax.distributed.is_initialized() and _MODE.value in ("chat", "inspect"):
+        raise settings.ConfigError(f"--mode={_MODE.value} is for one process: run it on one host alone")
+    # Compiled programs are kept: a resumed run starts in seconds.
+    cache = Path(config.data.cache) if config.data.cache else workdir / "cache"
+    jax.config.update("jax_compilation_cache_dir", str((cache / "xla").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     # Imported only now: the settings above come before anything that touches a device.
     from eim_jax import run
 
-    if jax.process_count() > 1:
-        raise settings.ConfigError("several processes are not supported yet: run one, over all devices of one host")
     if _MODE.value == "train":
         record = {
             "command": shlex.join(["python", "-m", "eim_jax.main", *sys.argv[1:]]),
@@ -66,7 +100,38 @@ def main(argv: list[str]) -> None:
     elif _MODE.value == "chat":
         run.chat(config, workdir, _arm(config), Path(_IMAGE.value) if _IMAGE.value else None)
     else:
-        run.inspect(config, workdir, _arm(config), _SAMPLES.value)
+        run.inspect(config, workdir, _arm(config), _SAMPLES.value or 4)
+
+
+def _plan() -> None:
+    """--mode=plan: reads no data, allocates no weight, writes nothing but --out."""
+    if flags.FLAGS.config is None:
+        raise app.UsageError("--config is missing: --mode=plan says what a config's stages cost")
+    config = settings.from_config_dict(flags.FLAGS.config)
+    from eim_jax import plan_targets
+
+    plan_targets.prepare(_TOPOLOGY.value)
+    from eim_jax import plan, plan_report
+
+    target = plan_targets.target(_TOPOLOGY.value)
+    if _TABLE.value:
+        plan_report.print_table(config, target)
+        return
+    arms = (_arm(config),) if _ARM.value else ()
+    plans, notes = plan.plan(config, target, samples=_SAMPLES.value or 0, arms=arms, only=_STAGES.value)
+    plan_report.print_plan(target, config.mesh, plans, notes)
+    if _OUT.value:
+        command = shlex.join(["python", "-m", "eim_jax.main", *sys.argv[1:]])
+        plan_report.write(Path(_OUT.value), command, target, plans, notes)
+
+
+def _prepare() -> None:
+    """Writes a data set's shards: no model, no workdir, no device."""
+    from eim_jax.data import prepare
+
+    if flags.FLAGS.config is None or not _OUT.value:
+        raise app.UsageError("--mode=prepare needs --config=FILE, whose data is prepared, and --out=FOLDER")
+    prepare.prepare(settings.from_config_dict(flags.FLAGS.config), Path(_OUT.value))
 
 
 def versions() -> dict[str, str]:
@@ -150,12 +215,38 @@ def cli() -> None:
     def run_main(argv: list[str]) -> None:
         try:
             main(argv)
+            distributed.finish()
         except (ValueError, OSError, FloatingPointError) as error:
             if _TRACEBACK.value:
+                _fail(traceback.format_exc())
+            _fail(f"error: {error}\n({type(error).__name__}; --traceback shows where)")
+        except jax.errors.JaxRuntimeError as error:
+            if not jax.distributed.is_initialized():
                 raise
-            sys.exit(f"error: {error}\n({type(error).__name__}; --traceback shows where)")
+            _fail(
+                f"error: a program stopped on the devices: {error}\nIf another process was lost, the same command on "
+                f"every host continues from the last checkpoint.\n{traceback.format_exc()}"
+            )
+        except SystemExit as stop:
+            if getattr(stop, "together", False):
+                distributed.finish()
+            elif stop.code:
+                _fail(stop.code)
+            raise
+        except BaseException:
+            if jax.distributed.is_initialized():
+                _fail(traceback.format_exc())
+            raise
 
     app.run(run_main, flags_parser=_parse)
+
+
+def _fail(message: str | int) -> None:
+    """Exits with an error; one of several processes at once, without waiting for others that wait for it."""
+    if jax.distributed.is_initialized():
+        print(distributed.named(str(message)), file=sys.stderr)
+        distributed.leave(1)
+    sys.exit(message)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from flax import traverse_util
 from eim_jax.config import Stage, patterns
 
 FROZEN = "frozen"
-Flat = dict[str, jax.Array]
+Flat = dict[str, jax.Array | jax.ShapeDtypeStruct]  # leaves, or in a plan their shapes
 
 
 class PartitionError(ValueError):

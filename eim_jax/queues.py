@@ -7,8 +7,8 @@
 | hidden K_b | [EOS] feature out of the original LM_block | loss_LM |
 """
 
+import functools
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
 from eim_jax.console import progress as shown
-from eim_jax.sharding import ROWS, queue_sharding
+from eim_jax.distributed import barrier, is_first
+from eim_jax.sharding import parts_of, queue_sharding
 
 QUEUES = ("caption", "embed", "hidden")
 
@@ -33,9 +33,10 @@ QUEUES = ("caption", "embed", "hidden")
 class Queue(NamedTuple):
     """Row i is sample i's key; rows from `count` on are zeros that fill the last device."""
 
-    keys: Float[Array, "N D"]
+    keys: Float[Array, "N D"] | Int[Array, "N D"]
     groups: Int[Array, "N"]  # samples of one image share a number; -1 in the padding
     count: int  # real rows
+    scale: Float[Array, "N"] | None = None  # of int8 keys: row j times scale[j] is the key
 
 
 class StaleQueue(ValueError):
@@ -101,7 +102,7 @@ def build(
     count = len(tokens)
     if not count or len(valid) != count or len(groups) != count or (ids is not None and len(ids) != count):
         raise ValueError(f"queue {name!r}: {count} token rows, {len(valid)} masks, {len(groups)} groups, or ids differ")
-    shards = math.prod(mesh.shape[axis] for axis in ROWS) if mesh is not None else 1
+    shards = parts_of(mesh)
     held = -(-count // shards)  # rows a device holds
     rows = min(max(1, batch // shards), held)  # rows a device encodes at a time
     by_row = _sharding(mesh)
@@ -114,12 +115,13 @@ def build(
         if similarity == "cosine":
             key = key * lax.rsqrt(jnp.where(good, square, 1))[:, None]
         key, good = key.reshape(shards, -1, key.shape[-1]), good.reshape(shards, -1)
-        key = jnp.where((row < count)[..., None], key, 0).astype(dtype)
-        return key, jnp.min(jnp.where(good, count, row))
+        key = jnp.where((row < count)[..., None], key, 0)
+        return compress(key, dtype), jnp.min(jnp.where(good, count, row))
 
     def step(keys, params, tokens, valid, row, start):
         key, bad = encode_rows(params, tokens, valid, row)
-        return lax.dynamic_update_slice_in_dim(keys, key, start, axis=1), bad
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+        return jax.tree.map(put, keys, key), bad
 
     step = jax.jit(step, donate_argnums=0, out_shardings=None if mesh is None else (by_row, _whole(mesh)))
 
@@ -128,30 +130,39 @@ def build(
 
     starts = [min(i * rows, held - rows) for i in range(-(-held // rows))]  # the last step overlaps the one before
     pending, keys = None, None
+    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=by_row)
     with shown(f"queue {name}", count, "keys") if progress else nullcontext(lambda _: None) as advance:
         for done, start in enumerate(starts, 1):
             row = np.arange(shards, dtype=np.int32)[:, None] * held + np.arange(start, start + rows, dtype=np.int32)
             source = np.minimum(row, count - 1)  # padding rows encode some real text, and are then set to zero
             inputs = (place(tokens[source]), place(valid[source]), place(row))
             if keys is None:
-                width = jax.eval_shape(encode_rows, params, *inputs)[0].shape[-1]
-                keys = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=by_row)(
-                    (shards, held, width), jnp.dtype(dtype)
-                )
+                parts = jax.eval_shape(encode_rows, params, *inputs)[0]
+                keys = jax.tree.map(lambda part: zeros((shards, held, *part.shape[2:]), part.dtype), parts)
             keys, bad = step(keys, params, *inputs, start)
             _check(name, pending, count, ids, similarity)  # one step behind, so that the devices never wait
             pending = bad
             advance(min(count, done * rows * shards) - min(count, (done - 1) * rows * shards))
         _check(name, pending, count, ids, similarity)
-    keys = jax.jit(lambda x: x.reshape(-1, x.shape[-1]), donate_argnums=0, out_shardings=by_row)(keys)
-    return Queue(keys, _place_rows(np.asarray(groups, np.int32), len(keys), mesh, fill=-1), count)
+    flat = jax.jit(lambda x: x.reshape(-1, *x.shape[2:]), donate_argnums=0, out_shardings=by_row)
+    keys, scale = jax.tree.map(flat, keys)
+    return Queue(keys, _place_rows(np.asarray(groups, np.int32), len(keys), mesh, fill=-1), count, scale)
+
+
+def compress(keys: Float[Array, "*rows D"], dtype: Any) -> tuple[Array, Float[Array, "*rows"] | None]:
+    """Returns the keys in `dtype`; int8: codes -127..127, and the scale of each row that brings its largest to 127."""
+    if jnp.dtype(dtype) != jnp.int8:
+        return keys.astype(dtype), None
+    scale = jnp.max(jnp.abs(keys), axis=-1).astype(jnp.float32) / 127
+    return jnp.round(keys / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8), scale
 
 
 def save(directory: str | os.PathLike, queue: Queue, manifest: dict[str, Any]) -> None:
-    """Write the queue's real rows (keys.npy, groups.npy) and manifest.json; the directory appears whole or not at all.
+    """Write the queue's real rows (keys.npy, groups.npy; int8: scale.npy) and manifest.json, whole or not at all.
 
-    All processes call it with the same directory on a shared file system; each writes the rows that it holds. bfloat16
-    is stored as its 16 bits. Raises ValueError where the manifest contradicts the queue's dtype, count or width.
+    All processes call it with the same directory on a shared file system. Several write a file for each device's rows,
+    keys-FIRSTROW.npy: no file has two writers, which NFS and buckets forbid. bfloat16 is stored as its bits.
+    Raises ValueError where the manifest contradicts the queue's dtype, count or width.
     """
     target = pathlib.Path(directory)
     scratch, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
@@ -160,30 +171,38 @@ def save(directory: str | os.PathLike, queue: Queue, manifest: dict[str, Any]) -
     for field, value in facts.items():
         if manifest.get(field, value) != value:
             raise ValueError(f"manifest says {field}={manifest[field]!r}, the queue has {value!r}")
-    first = jax.process_index() == 0
-    files = {"keys.npy": ((count, width), _stored(queue.keys.dtype)), "groups.npy": ((count,), np.int32)}
+    first = is_first()
+    several = jax.process_count() > 1
+    arrays = [("keys", queue.keys), ("groups", queue.groups)]
+    if queue.scale is not None:
+        arrays.append(("scale", queue.scale))
     if first:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        for file, (shape, dtype) in files.items():
-            np.lib.format.open_memmap(scratch / file, "w+", dtype, shape).flush()
         (scratch / "manifest.json").write_text(json.dumps({**manifest, **facts}, indent=1) + "\n")
-    _barrier(f"queue files {target.name}")
-    for file, array in (("keys.npy", queue.keys), ("groups.npy", queue.groups)):
-        out = np.lib.format.open_memmap(scratch / file, "r+")
+    barrier(f"queue files {target.name}")
+    for name, array in arrays:
+        stored = _stored(array.dtype)
+        if not several:
+            out = np.lib.format.open_memmap(scratch / f"{name}.npy", "w+", stored, (count, *array.shape[1:]))
         for shard in array.addressable_shards:
             start = shard.index[0].start or 0
             if shard.replica_id == 0 and start < count:
-                out[start : start + len(shard.data)] = np.asarray(shard.data)[: count - start].view(out.dtype)
-        out.flush()
-    _barrier(f"queue rows {target.name}")
+                rows = np.asarray(shard.data)[: count - start].view(stored)
+                if several:
+                    np.save(scratch / f"{name}-{start:012d}.npy", rows)
+                else:
+                    out[start : start + len(rows)] = rows
+        if not several:
+            out.flush()
+    barrier(f"queue rows {target.name}")
     if first:
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             os.replace(target, old)
         os.replace(scratch, target)
         shutil.rmtree(old, ignore_errors=True)
-    _barrier(f"queue done {target.name}")
+    barrier(f"queue done {target.name}")
 
 
 def load(directory: str | os.PathLike, manifest: dict[str, Any], mesh: Mesh | None = None) -> Queue:
@@ -204,17 +223,40 @@ def load(directory: str | os.PathLike, manifest: dict[str, Any], mesh: Mesh | No
     if different:
         remedy = "Delete it to have it built anew, or give this run the setting that it was built with."
         raise StaleQueue("\n".join([f"the queue in {source} is another one:", *different, remedy]))
-    keys = np.load(source / "keys.npy", mmap_mode="r")
-    groups = np.load(source / "groups.npy", mmap_mode="r")
     count, dtype = found["count"], jnp.dtype(found["dtype"])
+    keys, groups = _Stored(source, "keys"), _Stored(source, "groups")
     if keys.shape != (count, found["width"]) or groups.shape != (count,) or keys.dtype != _stored(dtype):
         raise StaleQueue(
             f"the queue in {source} is damaged: keys {keys.shape} {keys.dtype}, groups {groups.shape}, but its "
             f"manifest says {count} rows of width {found['width']} in {dtype.name}. Delete it to have it built anew."
         )
-    shards = math.prod(mesh.shape[axis] for axis in ROWS) if mesh is not None else 1
+    shards = parts_of(mesh)
     total = -(-count // shards) * shards
-    return Queue(_place_rows(keys.view(dtype), total, mesh, 0), _place_rows(groups, total, mesh, -1), count)
+    keys.dtype = dtype
+    scale = _place_rows(_Stored(source, "scale"), total, mesh, 0) if dtype == jnp.int8 else None
+    return Queue(_place_rows(keys, total, mesh, 0), _place_rows(groups, total, mesh, -1), count, scale)
+
+
+class _Stored:
+    """The rows of a queue's file, or of its files in order, memory-mapped; `dtype` is what they are read as."""
+
+    def __init__(self, directory: pathlib.Path, name: str):
+        files = sorted(directory.glob(f"{name}-*.npy")) or [directory / f"{name}.npy"]
+        self._parts = [np.load(file, mmap_mode="r") for file in files]
+        self._starts = np.cumsum([0, *map(len, self._parts)])
+        self.dtype = self._parts[0].dtype
+        self.shape = (int(self._starts[-1]), *self._parts[0].shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(len(self))
+        found = [
+            part[max(start - first, 0) : max(stop - first, 0)]
+            for first, part in zip(self._starts, self._parts, strict=False)
+        ]
+        return np.concatenate(found).view(self.dtype)
 
 
 def _stored(dtype) -> np.dtype:
@@ -229,7 +271,7 @@ def _whole(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _place_rows(rows: np.ndarray, total: int, mesh: Mesh | None, fill: int) -> jax.Array:
+def _place_rows(rows: np.ndarray | _Stored, total: int, mesh: Mesh | None, fill: int) -> jax.Array:
     """Places `rows`, filled up to `total`, reading on each process only what its devices hold."""
     shape = (total, *rows.shape[1:])
 
@@ -249,8 +291,3 @@ def _check(name: str, bad: jax.Array | None, count: int, ids: Sequence[str] | No
     sample = f"sample {ids[row]!r} (row {row})" if ids is not None else f"row {row}"
     reason = "not finite or zero, so it has no direction" if similarity == "cosine" else "not finite"
     raise BadRow(f"queue {name!r}: the key of {sample} is {reason}; look at its text, or drop the sample")
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

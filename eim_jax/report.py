@@ -87,7 +87,7 @@ def write_report(
     compared = BASELINE in names and others != [BASELINE]
     # Fields that an interrupted run lacks are undefined in the template, which is false there.
     page = (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             title=f"{named} against the baseline" if compared else f"Run of {named}",
@@ -243,9 +243,15 @@ def _millions(count: int) -> str:
     return str(count)
 
 
-def _environment() -> jinja2.Environment:
-    folder = resources.files("eim_jax")
-    loader = jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8"))
+def environment(*folders: Path) -> jinja2.Environment:
+    """The package's templates, and those of other folders, with the filters that they use."""
+    package = resources.files("eim_jax")
+    loader = jinja2.ChoiceLoader(
+        [
+            jinja2.FileSystemLoader(folders),
+            jinja2.FunctionLoader(lambda name: package.joinpath(name).read_text("utf-8")),
+        ]
+    )
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "duration": duration,

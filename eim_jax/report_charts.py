@@ -38,6 +38,17 @@ class Bars:
     colour: int = 0
 
 
+@dataclass(frozen=True)
+class Interval:
+    """One row of `intervals`: a value with its interval, and another value that it is compared with, a diamond."""
+
+    label: str
+    value: float
+    span: tuple[float, float]
+    mark: float | None = None
+    colour: int = 0
+
+
 def panel(lines: Sequence[Line], *, unit: str, name: str, log: bool = False, unit_range: bool = False) -> str:
     """Draws curves over steps; returns an <svg> element without outside references.
 
@@ -123,6 +134,33 @@ def bars(series: Sequence[Bars], categories: Sequence[str], *, unit: str, name: 
         pairs = zip(categories, one.values, strict=True)
         spoken.append(f"{one.label}: " + ", ".join(f"{c} {'–' if v is None else f'{v:.1f}'}" for c, v in pairs))
     return _inline(text.getvalue(), name, f"{unit}. " + "; ".join(spoken))
+
+
+def intervals(rows: Sequence[Interval], *, unit: str, name: str) -> str:
+    """Draws a point and its interval for each row, from the top down, around a line at 0; returns an <svg> element."""
+    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(6.4, 0.7 + 0.27 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axvline(0, color=INK, linewidth=0.8)
+        for place, row in enumerate(rows):
+            colour = LINES[row.colour % len(LINES)]
+            axes.plot(row.span, (place, place), color=colour, linewidth=1.6, marker="|", markersize=5)
+            axes.plot([row.value], [place], color=colour, marker="o", markersize=4.5)
+            if row.mark is not None:
+                axes.plot([row.mark], [place], color=INK, marker="D", markersize=3.5, fillstyle="none")
+        axes.set_yticks(range(len(rows)), [row.label for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        _dress(axes, "")
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel(unit, color=INK)
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        figure.patch.set_alpha(0)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    told = "; ".join(f"{row.label}: {row.value:.3g} [{row.span[0]:.3g}, {row.span[1]:.3g}]" for row in rows)
+    return _inline(text.getvalue(), name, f"{unit}. {told}")
 
 
 def _dress(axes, unit: str) -> None:

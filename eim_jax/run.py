@@ -3,13 +3,14 @@
 import functools
 import json
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 from eim_jax import chat as talking
+from eim_jax import distributed, inspection, partition
 from eim_jax import evaluate as scoring
 from eim_jax import inputs as loading
-from eim_jax import inspection, partition
 from eim_jax.checkpoint import StageCheckpoints, write_json
 from eim_jax.config import Config, ConfigError
 from eim_jax.console import console, print_table
@@ -20,6 +21,7 @@ from eim_jax.data.scienceqa import QASplit
 from eim_jax.data.sources import load_split
 from eim_jax.evals import mme
 from eim_jax.evaluate_answers import scored
+from eim_jax.generate import look, respond
 from eim_jax.inputs import Inputs
 from eim_jax.models.vlm import VLM
 from eim_jax.partition import Flat
@@ -47,7 +49,8 @@ def train(config: Config, workdir: Path, record: dict) -> None:
     begun = time.monotonic()
     inputs = loading.load(config, workdir)
     check_identity(inputs)
-    test = load_split(config, "test", workdir)
+    with distributed.first_alone("test data"):
+        test = load_split(config, "test", workdir)
     for arm in config.arms:
         plan_arm(inputs, arm)  # what cannot run is said before anything has
     saved = read_record(workdir)
@@ -66,7 +69,7 @@ def train(config: Config, workdir: Path, record: dict) -> None:
         if test is None:
             continue
         scores = scoring.read_scores(inputs, workdir / arm, test)
-        if scores is None:
+        if distributed.agreed(scores is None):
             news = True
             scores = scoring.evaluate(inputs, vlm, params, test, workdir / arm)
         table[arm] = scores
@@ -82,7 +85,8 @@ def train(config: Config, workdir: Path, record: dict) -> None:
 
 def evaluate(config: Config, workdir: Path) -> None:
     """Scores the trained arms again, with the decoding settings given now, and renews the report."""
-    test = load_split(config, "test", workdir)
+    with distributed.first_alone("test data"):
+        test = load_split(config, "test", workdir)
     if test is None:
         raise ConfigError("config.data.mme is empty: give the MME folder to be answered")
     inputs = loading.load(config, workdir, data=False)
@@ -108,8 +112,9 @@ def caption(config: Config, workdir: Path, arm: str, images: list[Path], out: Pa
     vlm, params = trained(inputs, arm)
     ids = [str(file) for file in files]
     split = Split("your", (), FileImages(Path(), ids, ids))
-    visual = scoring.visual_tokens(inputs, vlm, params, split, range(len(files)))
-    captions = scoring.captions_of(inputs, vlm, params, visual, config.decode.methods[0])
+    rows, method = list(range(len(files))), config.decode.methods[0]
+    seen = look(inputs, vlm, params, split, rows)
+    captions = respond(inputs, vlm, params, seen, rows, [""] * len(rows), method, f"captions by {method}")
     for name, words in zip(ids, captions, strict=True):
         console.print(f"{name}: {words}", soft_wrap=True)
     write_json(out, [{"image_id": name, "caption": words} for name, words in zip(ids, captions, strict=True)])
@@ -140,7 +145,14 @@ def inspect(config: Config, workdir: Path, arm: str, samples: int) -> None:
 
 def trained(inputs: Inputs, arm: str) -> tuple[VLM, Flat]:
     """An arm's model with the parameters its last stage left; raises ConfigError when a stage is not finished."""
+    *_, (_, vlm, params) = after_stages(inputs, arm)
+    return vlm, params
+
+
+def after_stages(inputs: Inputs, arm: str) -> Iterator[tuple[str, VLM, Flat]]:
+    """(stage, model, parameters) as training starts ("start") and as each stage left them; raises as `trained`."""
     vlm, params = loading.start(inputs, inputs.config.arm[arm])
+    yield "start", vlm, params
     for i, name in enumerate(inputs.config.arm[arm].sequence):
         with StageCheckpoints(inputs.workdir / arm / "checkpoints" / f"{i}-{name}") as store:
             if not store.finished:
@@ -149,7 +161,7 @@ def trained(inputs: Inputs, arm: str) -> tuple[VLM, Flat]:
                 )
             leaves, _ = partition.split(params, partition.groups(inputs.config.stages[name], params))
             params = {**params, **store.result(leaves)[0]}
-    return vlm, params
+        yield name, vlm, params
 
 
 def check_identity(inputs: Inputs) -> None:
@@ -170,6 +182,8 @@ def read_record(workdir: Path) -> dict:
 
 
 def _report(workdir: Path, test: Split, limit: int, table: dict[str, dict]) -> None:
+    if not distributed.is_first():
+        return
     rows, present = [], [k for k in SCORES if any(s.get(k) is not None for m in table.values() for s in m.values())]
     for arm, methods in table.items():
         for method, scores in methods.items():

@@ -18,10 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from eim_jax.config import Losses, Stage
-from eim_jax.losses import queue_nce, response_xent
+from eim_jax.losses import queue_nce
 from eim_jax.models.vlm import VLM, last_token, mean_tokens
 from eim_jax.queues import Queue
 from eim_jax.types import Batch
+from eim_jax.xent import head_xent
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,9 @@ def objective(vlm: VLM, stage: Stage, losses: Losses, counts: dict[str, int], me
                 tau=losses.tau,
                 similarity=losses.similarity,
                 weights=row_weights,
-                positives=losses.positives,
+                positives="alone" if name == "lm" and losses.lm_distil else losses.positives,
                 groups=queues[kind].groups,
+                scale=queues[kind].scale,
                 chunk=losses.chunk,
                 mesh=mesh,
             )
@@ -160,10 +162,12 @@ def objective(vlm: VLM, stage: Stage, losses: Losses, counts: dict[str, int], me
 
         for name, weight in active.items():
             if name == "base":
-                logits = vlm.answer(
+                hidden = vlm.foresee(
                     params, visual, batch.tokens, batch.valid, has_image=batch.has_image, dropout=fold(key, 0)
                 )
-                value, _ = response_xent(logits, batch.tokens, _supervised(vlm, batch))
+                head, axis = vlm.head_weights(params)
+                supervised = _supervised(vlm, batch)
+                value, _ = head_xent(hidden, head, batch.tokens, supervised, vocab_axis=axis, mesh=mesh)
             else:
                 found = query(vlm, losses, name, params, batch, seen, visual, fold(key, 1))
                 value = contrast(name, found, None if name == "lm" else rows)

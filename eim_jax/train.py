@@ -1,12 +1,10 @@
-"""Training in segmented stages: the step, one stage, and the sequence of an arm.
+"""Training in segmented stages: one stage, and the sequence of an arm.
 
-A stage differentiates with respect to its own parameters only ("gradient truncation", EIM section 3), starts from what
-the previous stage left, with a new optimizer, and holds only the queues its losses read.
+A stage starts from what the previous stage left, with a new optimizer, and holds only the queues its losses read.
 """
 
-import math
 import time
-from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from eim_jax import partition, stages
+from eim_jax import distributed, partition, stages
 from eim_jax.checkpoint import StageCheckpoints, write_json
 from eim_jax.config import ConfigError, Stage
 from eim_jax.console import console
@@ -27,50 +24,10 @@ from eim_jax.logs import RunLog, StageInfo, Trained
 from eim_jax.meter import Meter, check_finite
 from eim_jax.models.vlm import VLM
 from eim_jax.partition import Flat
-from eim_jax.sharding import ROWS, batch_sharding, param_shardings
+from eim_jax.profile import Profile
+from eim_jax.sharding import batch_sharding, param_shardings, parts_of
+from eim_jax.step import jit_step
 from eim_jax.types import Batch
-
-
-def make_step(vlm: VLM, stage: Stage, objective: Callable, tx: optax.GradientTransformation, train: bool) -> Callable:
-    """The stage's update as a pure function.
-
-    (trained, opt_state, frozen, batch, queues, key, step) -> (trained, opt_state, metrics). The micro-batches of
-    `stage.accumulate` divide by the whole batch's counts: the gradient is the big batch's. `train=False` switches
-    dropout off.
-    """
-
-    def loss_of(trained, frozen, batch, queues, norms, key):
-        params = partition.unflatten({**trained, **frozen})
-        return objective(params, batch, queues, norms, key if train else None)
-
-    def gradients(trained, frozen, batch, queues, key):
-        norms = stages.normalisers(vlm, stage, batch)
-        differentiate = jax.grad(loss_of, has_aux=True)
-        if stage.accumulate == 1:
-            return differentiate(trained, frozen, batch, queues, norms, key)
-        # Every accumulate-th row: where each device's rows divide by accumulate, they stay on it.
-        micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, stage.accumulate, *x.shape[1:]), 1, 0), batch)
-
-        def add(total, part):
-            i, rows = part
-            more = differentiate(trained, frozen, rows, queues, norms, jax.random.fold_in(key, i))
-            return jax.tree.map(jnp.add, total, more), None
-
-        shapes = jax.eval_shape(differentiate, trained, frozen, jax.tree.map(lambda x: x[0], micro), queues, norms, key)
-        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zero, (jnp.arange(stage.accumulate), micro))[0]
-
-    def step(trained, opt_state, frozen, batch, queues, key, number):
-        grads, metrics = gradients(trained, frozen, batch, queues, jax.random.fold_in(key, number))
-        metrics["grad_norm"] = optax.tree.norm(grads)  # of the trained leaves, the only ones there are
-        # optax sees the whole tree, frozen leaves with zero gradients that no state depends on. Their updates are
-        # dropped here and not added: adding 0.0 would turn a frozen -0.0 into 0.0.
-        zeros = {path: jnp.zeros_like(leaf) for path, leaf in frozen.items()}
-        updates, opt_state = tx.update({**grads, **zeros}, opt_state, {**trained, **frozen})
-        trained = optax.apply_updates(trained, {path: updates[path] for path in trained})
-        return trained, opt_state, metrics
-
-    return step
 
 
 def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
@@ -82,7 +39,7 @@ def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
     checkpoints = [directory / "checkpoints" / f"{i}-{s}" for i, s in enumerate(arm.sequence)]
     summaries = []
     resume = _resume_point(checkpoints)
-    with RunLog.open(directory, plan, resume, enabled=jax.process_index() == 0) as log, Signals() as signals:
+    with RunLog.open(directory, plan, resume, enabled=distributed.is_first()) as log, Signals() as signals:
         for i, (stage_name, folder) in enumerate(zip(arm.sequence, checkpoints, strict=True)):
             stage = config.stages[stage_name]
             with StageCheckpoints(folder) as store:
@@ -95,7 +52,7 @@ def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
                 else:
                     params, summary = _run_stage(inputs, vlm, i, plan[i], params, store, log, signals)
             summaries.append(summary)
-            if jax.process_index() == 0:
+            if distributed.is_first():
                 total = sum(int(leaf.size) for leaf in params.values())
                 record = {"arm": name, "description": arm.description, "total_params": total, "stages": summaries}
                 write_json(directory / "run.json", record)
@@ -109,11 +66,11 @@ def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
     """
     config = inputs.config
     arm = config.arm[name]
-    params = shapes(inputs, model(inputs, arm))
+    params = shapes(inputs, arm, model(inputs, arm))
     plan = []
     for stage_name in arm.sequence:
         stage, where = resolved(config.stages[stage_name], inputs), f"config.stages.{stage_name}"
-        rows = math.prod(inputs.mesh.shape[axis] for axis in ROWS)
+        rows = parts_of(inputs.mesh)
         if stage.batch // stage.accumulate % rows:
             raise ConfigError(
                 f"{where}: a batch of {stage.batch} in {stage.accumulate} parts does not divide over {rows} devices"
@@ -189,8 +146,11 @@ def _run_stage(
     queues = {kind: queue._replace(count=0) for kind, queue in queues.items()}  # arrays only: N is static, in `counts`
 
     tx = partition.optimizer(stage, found, params, info.steps)
-    opt_state = _place_like(tx.init({**trained, **frozen}), params, mesh)
+    leaves = {**trained, **frozen}
+    where = state_shardings(jax.eval_shape(tx.init, leaves), params, mesh)
+    opt_state = jax.jit(tx.init, out_shardings=where)(leaves)
     key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), index)
+    part, parts = distributed.data_part(mesh)
     iterator = pipeline.batches(
         inputs.train,
         inputs.encoded,
@@ -201,9 +161,12 @@ def _run_stage(
         features=features,
         image_size=vlm.visual.config.image_size,
         fit=config.data.fit,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         threads=config.data.threads,
+        buckets=config.data.buckets,
+        window=config.data.length_window,
+        place=lambda batch: place_batch(batch, mesh),
     )
     done, seconds = 0, 0.0
     if store.latest_step() is not None:
@@ -211,15 +174,8 @@ def _run_stage(
         seconds = record["seconds"]
         console.print(f"resuming {info.name} after step {done} of {info.steps}", soft_wrap=True)
 
-    objective = stages.objective(vlm, stage, config.losses, counts, mesh)
-    # Parameters and moments come out as they went in; else XLA may choose another layout for the next step.
-    kept = jax.tree.map(lambda leaf: leaf.sharding, (trained, opt_state))
-    step = jax.jit(
-        make_step(vlm, stage, objective, tx, vlm.dropout > 0),
-        donate_argnums=(0, 1),
-        out_shardings=(*kept, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
-    )
-    compiled = None
+    step = jit_step(vlm, stage, config.losses, tx, counts, mesh, (trained, opt_state))
+    programs = {}  # one for each width of texts
     meter = Meter(info, inputs.train)
     rates = {group.name: group.factor for group in found}
     schedule = partition.learning_rate(stage, info.steps)
@@ -232,33 +188,38 @@ def _run_stage(
         store.save(number, trained, opt_state, iterator, {"seconds": seconds + time.monotonic() - begun})
 
     signals.stepping = True
-    for number in range(done, info.steps):
-        with meter.waiting():
-            batch = next(iterator)
-        meter.rows(number, batch.index)
-        placed = place_batch(batch, mesh)
-        arguments = (trained, opt_state, frozen, placed, queues, key, jnp.int32(number))
-        if compiled is None:  # compiled ahead of time: a second shape is an error, not a silent second compilation
-            console.print(f"compiling {info.name}", soft_wrap=True)
-            compiled = step.lower(*arguments).compile()
-            meter.restart()
-        trained, opt_state, metrics = compiled(*arguments)
-        meter.add(metrics)
-        reached, last = number + 1, number + 1 == info.steps
-        if reached % config.log_every == 0 or last:
-            means = meter.read()
-            lr = {f"lr/{name}": factor * float(schedule(number)) for name, factor in rates.items()}
-            place = {"stage": info.name, "stage_index": index, "step": reached}
-            log.write({**place, "epoch": round(reached * stage.batch / len(inputs.train), 4), **means, **lr})
-        if signals.arrived and not last:
-            save(reached)
-            store.wait()
-            raise Interrupted(f"stopped after step {reached} of {info.name}, saved: the same command continues")
-        if reached % config.checkpoint.every_steps == 0 and not last:
-            save(reached)
+    traces = inputs.workdir / log.arm / "profile" / f"{index}-{info.name}"
+    # Closed, so that its threads end with the stage, also where that ends early.
+    with closing(iterator), Profile(config.profile, traces) as profile:
+        for number in range(done, info.steps):
+            profile.before(number)
+            with meter.waiting():
+                batch, placed = next(iterator)
+            meter.rows(number, batch)
+            arguments = (trained, opt_state, frozen, placed, queues, key, jnp.int32(number))
+            width = 0 if batch.tokens is None else batch.tokens.shape[1]
+            if width not in programs:  # compiled ahead of time: another shape is an error, not a silent compilation
+                with meter.compiling():
+                    programs[width] = _compile(info.name, step, arguments, width, len(programs), config.data.buckets)
+            with meter.stepping(), jax.profiler.StepTraceAnnotation("train", step_num=number):
+                trained, opt_state, metrics = programs[width](*arguments)
+            profile.after(number, metrics)
+            meter.add(metrics)
+            reached, last = number + 1, number + 1 == info.steps
+            if reached % config.log_every == 0 or last:
+                means = meter.read()
+                lr = {f"lr/{name}": factor * float(schedule(number)) for name, factor in rates.items()}
+                place = {"stage": info.name, "stage_index": index, "step": reached}
+                log.write({**place, "epoch": round(reached * stage.batch / len(inputs.train), 4), **means, **lr})
+            if signals.stop() and not last:
+                save(reached)
+                store.wait()
+                message = f"stopped after step {reached} of {info.name}, saved: the same command continues"
+                raise Interrupted(message, together=True)
+            if reached % config.checkpoint.every_steps == 0 and not last:
+                save(reached)
     meter.check()
     check_finite(trained, info.name, info.steps)
-    iterator.close()
     if partition.digest(frozen) != proof:
         raise RuntimeError(
             f"stage {info.name} changed a frozen parameter: this is a defect of eim_jax, please report it"
@@ -270,8 +231,8 @@ def _run_stage(
         "seconds": seconds,
         "prepare_seconds": prepare_seconds,
         "examples_per_second": info.steps * stage.batch / seconds,
-        "peak_memory_bytes": _peak_memory(compiled),
-        "data_wait": meter.wait_share(),
+        "peak_memory_bytes": max(filter(None, map(_peak_memory, programs.values())), default=None),
+        **meter.shares(),
         "frozen_unchanged": True,
     }
     store.finish(trained, summary)
@@ -280,22 +241,33 @@ def _run_stage(
     return {**params, **trained}, summary
 
 
-def _place_like(opt_state: Any, params: Flat, mesh) -> Any:
+def state_shardings(opt_state: Any, params: Flat, mesh) -> Any:
     """Optimizer moments lie where their parameter lies; counters are replicated."""
     shardings = param_shardings(params, mesh)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def place(where, leaf):
         path = next((k.key for k in reversed(where) if isinstance(k, jax.tree_util.DictKey) and k.key in params), None)
-        same = path is not None and leaf.shape == params[path].shape
-        return jax.device_put(leaf, shardings[path] if same else whole)
+        return shardings[path] if path is not None and leaf.shape == params[path].shape else whole
 
     return jax.tree_util.tree_map_with_path(place, opt_state)
 
 
+def _compile(stage: str, step, arguments: tuple, width: int, before: int, most: int):
+    """The stage's step for texts of `width` tokens, of which there are at most `most`."""
+    if before == (most if width else 1):
+        raise RuntimeError(
+            f"stage {stage}: texts of {width} tokens are a width beyond the {before} that config.data.buckets allows: "
+            "this is a defect of eim_jax, please report it"
+        )
+    texts = f" for texts of {width} tokens" if width and most > 1 else ""
+    console.print(f"compiling {stage}{texts}", soft_wrap=True)
+    return step.lower(*arguments).compile()
+
+
 def _peak_memory(compiled) -> int | None:
     """Bytes that the compiled step holds on each device: arguments + temporaries + outputs not aliased."""
-    analysis = compiled.memory_analysis() if compiled is not None else None
+    analysis = compiled.memory_analysis()
     if analysis is None:
         return None
     held = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,22 +21,10 @@ from jax.typing import DTypeLike
 from safetensors.numpy import load_file, save_file
 
 from eim_jax import hf
+from eim_jax.distributed import fetch
 from eim_jax.hf import WeightsError, resolve
 from eim_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
-from eim_jax.weights_lm import (
-    LM,
-    export_gpt2,
-    export_llama,
-    export_lm,
-    gpt2_config,
-    gpt2_shapes,
-    llama_config,
-    lm_config,
-    lm_shapes,
-    load_gpt2,
-    load_llama,
-    load_lm,
-)
+from eim_jax.weights_lm import LM, export_lm, lm_config, lm_shapes, load_lm
 
 __all__ = [
     "CLIP",
@@ -45,18 +33,11 @@ __all__ = [
     "clip_config",
     "clip_shapes",
     "export_clip",
-    "export_gpt2",
-    "export_llama",
     "export_lm",
     "fingerprint",
-    "gpt2_config",
-    "gpt2_shapes",
-    "llama_config",
     "lm_config",
     "lm_shapes",
     "load_clip",
-    "load_gpt2",
-    "load_llama",
     "load_lm",
     "resolve",
 ]
@@ -85,7 +66,12 @@ class CLIP(NamedTuple):
 
 
 def clip_config(
-    path: str | pathlib.Path, *, scan: bool = False, remat: str = "none", dtype: DTypeLike = jnp.float32
+    path: str | pathlib.Path,
+    *,
+    scan: bool = False,
+    remat: str = "none",
+    attention: str = "softmax",
+    dtype: DTypeLike = jnp.float32,
 ) -> tuple[CLIPVisionConfig, CLIPTextConfig]:
     """Returns the configurations of a CLIP checkpoint without reading its weights; arguments as load_clip.
 
@@ -95,7 +81,8 @@ def clip_config(
     directory = resolve(path)
     config = hf.hf_config(directory, "clip")
     vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
-    speed = {"joint": config.get("projection_dim", 512), "scan": scan, "remat": remat, "dtype": dtype}
+    speed = {"joint": config.get("projection_dim", 512), "scan": scan, "remat": remat}
+    speed |= {"attention": attention, "dtype": dtype}
     for name, tower in (("vision_config", vision), ("text_config", text)):
         if tower.get("hidden_act", "quick_gelu") not in ("quick_gelu", "gelu"):
             raise WeightsError(
@@ -129,8 +116,9 @@ def load_clip(
     *,
     scan: bool = False,
     remat: str = "none",
+    attention: str = "softmax",
     dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | Mapping[str, DTypeLike] = jnp.float32,
     shardings: Callable[[str], Any] | None = None,
 ) -> CLIP:
     """Loads both towers of a CLIP checkpoint.
@@ -139,15 +127,16 @@ def load_clip(
       path: anything `resolve` takes.
       scan: stack the layers' leaves.
       remat: the configurations' remat policy.
+      attention: the configurations' attention.
       dtype: the configurations' compute dtype.
-      param_dtype: of the leaves.
+      param_dtype: of the leaves, or our path -> each leaf's.
       shardings: our path ("visual/blocks_0/attn/qkv/kernel") -> where the leaf goes; the default device if None.
 
     Raises:
       WeightsError: a missing file, a wrong or missing key or shape, an unsupported configuration.
     """
     directory = resolve(path)
-    vision, text = clip_config(directory, scan=scan, remat=remat, dtype=dtype)
+    vision, text = clip_config(directory, scan=scan, remat=remat, attention=attention, dtype=dtype)
     leaves = hf.table_leaves(hf.CLIP_TABLE, {"visual": vision.layers, "text": text.layers}, scan)
     shapes = clip_shapes(vision, text)
     with contextlib.ExitStack() as stack:
@@ -160,7 +149,7 @@ def load_clip(
     if (found := {k: x.shape for k, x in prompt.items()}) != expected:
         raise WeightsError(f"{directory}/{PROMPT_FILE} holds {found}; with config.json it should be {expected}")
     for leaf, array in prompt.items():
-        flat[leaf] = hf.place(array.astype(param_dtype), shardings(leaf) if shardings else None)
+        flat[leaf] = hf.place(array.astype(hf.kind_of(param_dtype, leaf)), shardings(leaf) if shardings else None)
     return CLIP(vision, text, unflatten_dict(flat, sep="/"), **scale)
 
 
@@ -236,7 +225,7 @@ def fingerprint(source: str | pathlib.Path | dict) -> str:
     digest = hashlib.sha256()
     if isinstance(source, dict):
         for path, leaf in sorted(flatten_dict(source, sep="/").items()):
-            array = np.asarray(leaf)
+            array = fetch(leaf)
             digest.update(f"{path} {array.dtype} {array.shape} ".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -60,25 +60,153 @@ class LM(NamedTuple):
     params: dict
 
 
-def gpt2_config(
-    path: str | pathlib.Path, *, scan: bool = False, remat: str = "none", dtype: DTypeLike = jnp.float32
-) -> GPT2Config:
-    """Returns the configuration of a GPT-2 checkpoint without reading its weights; arguments as load_gpt2.
+class _Kind(NamedTuple):
+    """What tells the checkpoints of one model_type from the others'."""
+
+    read_config: Callable[[pathlib.Path, dict], GPT2Config | LlamaConfig]  # (directory, config.json)
+    ignored: str  # keys that hold no parameter
+    embedding: str  # the key of the embedding, which a tied head repeats if the file holds one
+
+
+def lm_config(
+    path: str | pathlib.Path,
+    *,
+    scan: bool = False,
+    remat: str = "none",
+    attention: str = "softmax",
+    dtype: DTypeLike = jnp.float32,
+    quant: str = "none",
+) -> GPT2Config | LlamaConfig:
+    """Returns the configuration of a GPT-2 or LLaMA checkpoint without reading its weights; arguments as load_lm.
 
     Raises:
-      WeightsError: a missing file or an unsupported field, by name.
+      WeightsError: a missing file, another model, or an unsupported field, by name.
     """
     directory = resolve(path)
-    config = hf.hf_config(directory, "gpt2")
-    for field, value in GPT2_FIXED.items():
+    kind, config = _kind(directory)
+    ours = dataclasses.replace(
+        kind.read_config(directory, config), scan=scan, remat=remat, attention=attention, dtype=dtype
+    )
+    if isinstance(ours, LlamaConfig):
+        return dataclasses.replace(ours, quant=quant)
+    if quant != "none":
+        raise WeightsError(f"{directory}: quant {quant!r} is for the linear layers of a LLaMA, this is a GPT-2")
+    return ours
+
+
+def load_lm(
+    path: str | pathlib.Path,
+    *,
+    scan: bool = False,
+    remat: str = "none",
+    attention: str = "softmax",
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike | Mapping[str, DTypeLike] = jnp.float32,
+    quant: str = "none",
+    shardings: Callable[[str], Any] | None = None,
+) -> LM:
+    """Loads the language model of a checkpoint, a GPT-2 or a LLaMA by its config.json.
+
+    Args:
+      path: anything `resolve` takes.
+      scan: stack the layers' leaves.
+      remat: the configuration's remat policy.
+      attention: the configuration's attention.
+      dtype: the configuration's compute dtype.
+      param_dtype: of the leaves, or our path -> each leaf's.
+      quant: "nf4" holds a LLaMA's linear layers in 4 bits.
+      shardings: our path ("lm/...") -> where the leaf goes; the default device if None.
+
+    Raises:
+      WeightsError: a missing file, a wrong or missing key or shape, a head that differs from the embedding it is tied
+        to, an unsupported model or field.
+    """
+    directory = resolve(path)
+    kind, _ = _kind(directory)
+    config = lm_config(directory, scan=scan, remat=remat, attention=attention, dtype=dtype, quant=quant)
+    leaves = hf.table_leaves(_table(config), {"lm": config.layers}, scan)
+    whole = lm_shapes(dataclasses.replace(config, quant="none") if quant != "none" else config)
+    tied = "lm/head/kernel" not in leaves
+    with contextlib.ExitStack() as stack:
+        tensors = hf.Tensors(directory, stack)
+        hf.check_keys(directory, tensors, leaves, whole, rf"{kind.ignored}|lm_head\.weight" if tied else kind.ignored)
+        if tied and "lm_head.weight" in tensors:
+            head, embedding = tensors.read("lm_head.weight"), tensors.read(kind.embedding)
+            if not np.array_equal(head, embedding):
+                raise WeightsError(
+                    f"{directory}: key 'lm_head.weight' differs from {kind.embedding!r}, but its config.json ties the "
+                    "head to the embedding (tie_word_embeddings)"
+                )
+        plain = {path: leaf for path, leaf in leaves.items() if quant == "none" or not _is_linear(path)}
+        flat = hf.read_leaves(tensors, plain, dtype=param_dtype, shardings=shardings)
+        for path, leaf in leaves.items():
+            if path not in plain:
+                flat |= _read_quantised(directory, tensors, path, leaf, shardings)
+    return LM(config, unflatten_dict(flat, sep="/")["lm"])
+
+
+def lm_shapes(config: GPT2Config | LlamaConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns our paths ("lm/...") -> shape and dtype, without allocating anything."""
+    module = Llama(config) if isinstance(config, LlamaConfig) else GPT2(config)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return flatten_dict({"lm": jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]}, sep="/")
+
+
+def export_lm(directory: str | pathlib.Path, lm: LM) -> None:
+    """Writes a language model as a directory that transformers' GPT2LMHeadModel or LlamaForCausalLM and load_lm read.
+
+    A GPT-2's last id is declared <|endoftext|>, as in GPT-2; a LLaMA's BOS and EOS are 1 and 2.
+
+    Raises:
+      WeightsError: a leaf is missing or unexpected (an adapter: fold it first), or the weights are quantised.
+    """
+    c = lm.config
+    if isinstance(c, LlamaConfig) and c.quant != "none":
+        raise WeightsError("4-bit weights are not exported: the directory they were read from holds them whole")
+    leaves = hf.table_leaves(_table(c), {"lm": c.layers}, c.scan)
+    tensors = hf.write_leaves(flatten_dict({"lm": lm.params}, sep="/"), leaves)
+    if isinstance(c, LlamaConfig):
+        hf.write(directory, _llama_json(c), tensors)
+    else:
+        hf.write(directory, _gpt2_json(c), {f"transformer.{k}": x for k, x in tensors.items()})
+
+
+def _kind(directory: pathlib.Path) -> tuple[_Kind, dict]:
+    """Returns what the checkpoint is, and its config.json; raises WeightsError for another model."""
+    if not (directory / "config.json").is_file() and list(directory.glob("consolidated.*.pth")):
+        raise WeightsError(
+            f"{directory} holds Meta's own files (consolidated.*.pth), which are not read: convert them once with "
+            "transformers' convert_llama_weights_to_hf.py"
+        )
+    config = hf.read_json(directory / "config.json")
+    name = config.get("model_type")
+    if name not in _KINDS:
+        raise WeightsError(
+            f"{directory}/config.json: model_type is {name!r}; the language model is a 'gpt2' or 'llama'"
+        )
+    return _KINDS[name], config
+
+
+def _table(config: GPT2Config | LlamaConfig) -> tuple[hf.Row, ...]:
+    if isinstance(config, GPT2Config):
+        return hf.GPT2_TABLE
+    return hf.LLAMA_TABLE if config.tied else (*hf.LLAMA_TABLE, hf.LLAMA_HEAD)
+
+
+def _check_fixed(directory: pathlib.Path, config: dict, fixed: dict) -> None:
+    for field, value in fixed.items():
         if config.get(field, value) != value:
-            raise WeightsError(f"{directory}/config.json: {field} {config[field]} is not supported, only {value}")
+            raise WeightsError(f"{directory}/config.json: {field} {config[field]!r} is not supported, only {value!r}")
+
+
+def _gpt2_config(directory: pathlib.Path, config: dict) -> GPT2Config:
+    _check_fixed(directory, config, GPT2_FIXED)
     dropouts = {k: config.get(k, 0.1) for k in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
     if len(set(dropouts.values())) > 1:
         raise WeightsError(
             f"{directory}/config.json: {dropouts} differ; this GPT-2 has one dropout rate, set them equal"
         )
-    ours = GPT2Config(**hf.ours(config, GPT2_FIELDS), scan=scan, remat=remat, dtype=dtype)
+    ours = GPT2Config(**hf.ours(config, GPT2_FIELDS))
     if ours.activation not in ACTIVATIONS:
         raise WeightsError(
             f"{directory}/config.json: activation_function {ours.activation!r} is not one of {sorted(ACTIVATIONS)}"
@@ -86,54 +214,8 @@ def gpt2_config(
     return ours
 
 
-def load_gpt2(
-    path: str | pathlib.Path,
-    *,
-    scan: bool = False,
-    remat: str = "none",
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-    shardings: Callable[[str], Any] | None = None,
-) -> LM:
-    """Loads a GPT-2 checkpoint, with or without its (tied) head; arguments and errors as load_clip, paths "lm/...".
-
-    Raises:
-      WeightsError: also where the file holds a head that differs from the embedding.
-    """
-    directory = resolve(path)
-    config = gpt2_config(directory, scan=scan, remat=remat, dtype=dtype)
-    leaves = hf.table_leaves(hf.GPT2_TABLE, {"lm": config.layers}, scan)
-    shapes = gpt2_shapes(config)
-    with contextlib.ExitStack() as stack:
-        tensors = hf.Tensors(directory, stack)
-        hf.check_keys(directory, tensors, leaves, shapes, rf"{hf.GPT2_IGNORED}|lm_head\.weight")
-        if "lm_head.weight" in tensors and not np.array_equal(
-            tensors.read("lm_head.weight"), tensors.read("wte.weight")
-        ):
-            raise WeightsError(
-                f"{directory}: key 'lm_head.weight' differs from 'wte.weight', but this GPT-2's head is tied"
-            )
-        flat = hf.read_leaves(tensors, leaves, dtype=param_dtype, shardings=shardings)
-    return LM(config, unflatten_dict(flat, sep="/")["lm"])
-
-
-def gpt2_shapes(config: GPT2Config) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns our paths ("lm/...") -> shape and dtype, without allocating anything."""
-    return lm_shapes(config)
-
-
-def export_gpt2(directory: str | pathlib.Path, lm: LM) -> None:
-    """Writes a language model as a directory that transformers' GPT2LMHeadModel and load_gpt2 read.
-
-    The last id of the vocabulary is declared <|endoftext|>, as in GPT-2.
-
-    Raises:
-      WeightsError: a leaf is missing or unexpected.
-    """
-    c = lm.config
-    leaves = hf.table_leaves(hf.GPT2_TABLE, {"lm": c.layers}, c.scan)
-    tensors = hf.write_leaves(flatten_dict({"lm": lm.params}, sep="/"), leaves)
-    config = {
+def _gpt2_json(c: GPT2Config) -> dict:
+    return {
         **hf.theirs(c, GPT2_FIELDS),
         **GPT2_FIXED,
         "architectures": ["GPT2LMHeadModel"],
@@ -144,24 +226,9 @@ def export_gpt2(directory: str | pathlib.Path, lm: LM) -> None:
         "bos_token_id": c.vocab - 1,
         "eos_token_id": c.vocab - 1,
     }
-    hf.write(directory, config, {f"transformer.{k}": x for k, x in tensors.items()})
 
 
-def llama_config(
-    path: str | pathlib.Path,
-    *,
-    scan: bool = False,
-    remat: str = "none",
-    dtype: DTypeLike = jnp.float32,
-    quant: str = "none",
-) -> LlamaConfig:
-    """Returns the configuration of a LLaMA checkpoint without reading its weights; arguments as load_lm.
-
-    Raises:
-      WeightsError: a missing file or an unsupported field, by name.
-    """
-    directory = resolve(path)
-    config = hf.hf_config(directory, "llama")
+def _llama_config(directory: pathlib.Path, config: dict) -> LlamaConfig:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5, transformers 4
     kind = rope.get("rope_type", rope.get("type", "default"))
     theirs = {**config, "rope_theta": rope.get("rope_theta", config.get("rope_theta"))}
@@ -170,11 +237,9 @@ def llama_config(
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor")) or 1
     if partial != 1:
         raise WeightsError(f"{directory}/config.json: partial_rotary_factor {partial} is not supported, only 1")
-    for field, value in LLAMA_FIXED.items():
-        if config.get(field, value) != value:
-            raise WeightsError(f"{directory}/config.json: {field} {config[field]!r} is not supported, only {value!r}")
+    _check_fixed(directory, config, LLAMA_FIXED)
     try:
-        ours = LlamaConfig(**hf.ours(theirs, LLAMA_FIELDS), scan=scan, remat=remat, dtype=dtype, quant=quant)
+        ours = LlamaConfig(**hf.ours(theirs, LLAMA_FIELDS))
     except ValueError as error:
         raise WeightsError(f"{directory}/config.json: {error}") from error
     if config.get("head_dim") not in (None, ours.head_width):
@@ -185,42 +250,18 @@ def llama_config(
     return ours
 
 
-def load_llama(
-    path: str | pathlib.Path,
-    *,
-    scan: bool = False,
-    remat: str = "none",
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-    quant: str = "none",
-    shardings: Callable[[str], Any] | None = None,
-) -> LM:
-    """Loads a LLaMA checkpoint; arguments and errors as load_lm."""
-    directory = resolve(path)
-    config = llama_config(directory, scan=scan, remat=remat, dtype=dtype, quant=quant)
-    leaves = hf.table_leaves(_llama_table(config), {"lm": config.layers}, scan)
-    whole = lm_shapes(dataclasses.replace(config, quant="none"))
-    ignored = rf"{hf.LLAMA_IGNORED}|lm_head\.weight" if config.tied else hf.LLAMA_IGNORED
-    with contextlib.ExitStack() as stack:
-        tensors = hf.Tensors(directory, stack)
-        hf.check_keys(directory, tensors, leaves, whole, ignored)
-        if config.tied and "lm_head.weight" in tensors:
-            embedding, head = (tensors.read(k) for k in ("model.embed_tokens.weight", "lm_head.weight"))
-            if not np.array_equal(embedding, head):
-                raise WeightsError(
-                    f"{directory}: key 'lm_head.weight' differs from 'model.embed_tokens.weight', but config.json says "
-                    "tie_word_embeddings: set it to false"
-                )
-        plain = {path: leaf for path, leaf in leaves.items() if quant == "none" or not _is_linear(path)}
-        flat = hf.read_leaves(tensors, plain, dtype=param_dtype, shardings=shardings)
-        for path, leaf in leaves.items():
-            if path not in plain:
-                flat |= _read_quantised(directory, tensors, path, leaf, shardings)
-    return LM(config, unflatten_dict(flat, sep="/")["lm"])
-
-
-def _llama_table(config: LlamaConfig) -> tuple[hf.Row, ...]:
-    return hf.LLAMA_TABLE if config.tied else (*hf.LLAMA_TABLE, hf.LLAMA_HEAD)
+def _llama_json(c: LlamaConfig) -> dict:
+    return {
+        **hf.theirs(c, {field: name for field, name in LLAMA_FIELDS.items() if field != "rope_theta"}),
+        **LLAMA_FIXED,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "rope_theta": c.rope_theta,  # transformers 4
+        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},  # transformers 5
+        "head_dim": c.head_width,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
 
 def _is_linear(path: str) -> bool:
@@ -244,105 +285,7 @@ def _read_quantised(directory, tensors, path: str, leaf: hf.Leaf, shardings) -> 
     return found
 
 
-def export_llama(directory: str | pathlib.Path, lm: LM) -> None:
-    """Writes a LLaMA as a directory that transformers' LlamaForCausalLM and load_lm read.
-
-    Raises:
-      WeightsError: a leaf is missing or unexpected (an adapter: fold it first), or the weights are quantised.
-    """
-    c = lm.config
-    if c.quant != "none":
-        raise WeightsError("4-bit weights are not exported: the directory they were read from holds them whole")
-    leaves = hf.table_leaves(_llama_table(c), {"lm": c.layers}, c.scan)
-    tensors = hf.write_leaves(flatten_dict({"lm": lm.params}, sep="/"), leaves)
-    config = {
-        **hf.theirs(c, {field: name for field, name in LLAMA_FIELDS.items() if field != "rope_theta"}),
-        **LLAMA_FIXED,
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "rope_theta": c.rope_theta,  # transformers 4
-        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},  # transformers 5
-        "head_dim": c.head_width,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    hf.write(directory, config, tensors)
-
-
-def lm_config(
-    path: str | pathlib.Path,
-    *,
-    scan: bool = False,
-    remat: str = "none",
-    dtype: DTypeLike = jnp.float32,
-    quant: str = "none",
-) -> GPT2Config | LlamaConfig:
-    """Returns the configuration of a GPT-2 or LLaMA checkpoint, whichever its config.json is of; as load_lm.
-
-    Raises:
-      WeightsError: a missing file, another model, or an unsupported field, by name.
-    """
-    form = {"scan": scan, "remat": remat, "dtype": dtype}
-    if _model_type(path, quant) == "llama":
-        return llama_config(path, quant=quant, **form)
-    return gpt2_config(path, **form)
-
-
-def load_lm(
-    path: str | pathlib.Path,
-    *,
-    scan: bool = False,
-    remat: str = "none",
-    dtype: DTypeLike = jnp.float32,
-    param_dtype: DTypeLike = jnp.float32,
-    quant: str = "none",
-    shardings: Callable[[str], Any] | None = None,
-) -> LM:
-    """Loads the language model of a checkpoint, a GPT-2 or a LLaMA by its config.json.
-
-    Args:
-      path: anything `resolve` takes.
-      scan: stack the layers' leaves.
-      remat: the configuration's remat policy.
-      dtype: the configuration's compute dtype.
-      param_dtype: of the leaves.
-      quant: "nf4" holds a LLaMA's linear layers in 4 bits.
-      shardings: our path ("lm/...") -> where the leaf goes; the default device if None.
-
-    Raises:
-      WeightsError: a missing file, a wrong or missing key or shape, an unsupported model or field.
-    """
-    form = {"scan": scan, "remat": remat, "dtype": dtype, "param_dtype": param_dtype, "shardings": shardings}
-    if _model_type(path, quant) == "llama":
-        return load_llama(path, quant=quant, **form)
-    return load_gpt2(path, **form)
-
-
-def _model_type(path: str | pathlib.Path, quant: str) -> str:
-    """Returns "gpt2" or "llama"; raises WeightsError for others, and for a `quant` of a GPT-2."""
-    directory = resolve(path)
-    if not (directory / "config.json").is_file() and list(directory.glob("consolidated.*.pth")):
-        raise WeightsError(
-            f"{directory} holds Meta's own files (consolidated.*.pth), which are not read: convert them once with "
-            "transformers' convert_llama_weights_to_hf.py"
-        )
-    kind = hf.read_json(directory / "config.json").get("model_type")
-    if kind not in ("gpt2", "llama"):
-        raise WeightsError(
-            f"{directory}/config.json: model_type is {kind!r}; the language model is a 'gpt2' or 'llama'"
-        )
-    if kind == "gpt2" and quant != "none":
-        raise WeightsError(f"{directory}: quant {quant!r} is for the linear layers of a LLaMA, this is a GPT-2")
-    return kind
-
-
-def lm_shapes(config: GPT2Config | LlamaConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns our paths ("lm/...") -> shape and dtype, without allocating anything."""
-    module = Llama(config) if isinstance(config, LlamaConfig) else GPT2(config)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return flatten_dict({"lm": jax.eval_shape(module.init, jax.random.key(0), tokens)["params"]}, sep="/")
-
-
-def export_lm(directory: str | pathlib.Path, lm: LM) -> None:
-    """Writes a language model as a directory that transformers and load_lm read; errors as export_gpt2's."""
-    (export_llama if isinstance(lm.config, LlamaConfig) else export_gpt2)(directory, lm)
+_KINDS = {
+    "gpt2": _Kind(_gpt2_config, hf.GPT2_IGNORED, "wte.weight"),
+    "llama": _Kind(_llama_config, hf.LLAMA_IGNORED, "model.embed_tokens.weight"),
+}

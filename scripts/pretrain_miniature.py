@@ -32,7 +32,7 @@ from eim_jax.data.text import encode_clip
 from eim_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from eim_jax.models.gpt2 import GPT2, GPT2Config
 from eim_jax.models.llama import Llama, LlamaConfig
-from eim_jax.weights import CLIP, LM, export_clip, export_gpt2, export_llama, load_clip, load_gpt2, load_llama
+from eim_jax.weights import CLIP, LM, export_clip, export_lm, load_clip, load_lm
 
 OUT = pathlib.Path(miniature.__file__).parent / "miniature_towers"
 SEED = 0
@@ -133,9 +133,9 @@ def pretrain_gpt2(out: pathlib.Path, documents: list[str], steps: int) -> dict:
     params = model.init(jax.random.key(SEED), jnp.zeros((1, 1), jnp.int32))["params"]
     log: list[dict] = []
     params = optimise("gpt2", loss, params, batch, steps=steps, lr=2e-3, log=log)
-    export_gpt2(out, LM(config, half(params)))
+    export_lm(out, LM(config, half(params)))
 
-    lm, tok = load_gpt2(out), AutoTokenizer.from_pretrained(out)
+    lm, tok = load_lm(out), AutoTokenizer.from_pretrained(out)
     held_out = [miniature_corpus.text(miniature.dice("pretrain", SEED, 10**8 + i, 4)) for i in range(500)]
     captions = [texts[0] for texts in miniature.load("val").references.values()]
     measured = {
@@ -191,7 +191,7 @@ def pretrain_llama(out: pathlib.Path, documents: list[str], drills: int, steps: 
     params = miniature_llama.looking_back(model.init(jax.random.key(SEED), jnp.zeros((1, 1), jnp.int32))["params"])
     log: list[dict] = []
     params = optimise("llama", loss, params, batches.__getitem__, steps=steps, lr=3e-3, log=log)
-    export_llama(out, LM(config, half(params)))
+    export_lm(out, LM(config, half(params)))
     measured = measure_llama(out)
     measured["training_tokens"] = int(sum((tokens > 0).sum() for tokens, _ in batches))
     return {"measured": measured, "log": log}
@@ -202,7 +202,7 @@ def measure_llama(path: str | pathlib.Path) -> dict:
 
     An answer is the likeliest of the question's letters after "The answer is".
     """
-    lm, tok = load_llama(path), AutoTokenizer.from_pretrained(path)
+    lm, tok = load_lm(path), AutoTokenizer.from_pretrained(path)
     forward = jax.jit(Llama(lm.config).apply)
     held_out = [miniature_corpus.text(miniature.dice("pretrain", SEED, 10**8 + i, 4)) for i in range(500)]
     captions = [texts[0] for texts in miniature.load("val").references.values()]

@@ -17,6 +17,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 _hook = install_import_hook("eim_jax", "beartype.beartype")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module():
+    """Drops compiled programs after each module: a worker that keeps thousands runs out of memory maps and crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def shared_data():
     """Returns a function: name of a folder of small real data beside the checkout -> its path, or a skipped test."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import miniature_lavin, miniature_llama_adapter
-from eim_jax import evaluate_answers, inputs, partition
+from eim_jax import evaluate_answers, generate, inputs, partition
 from eim_jax.config import from_config_dict
 from eim_jax.data import text
 from eim_jax.data.image import clip_preprocess
@@ -53,9 +53,17 @@ def alone(loaded, vlm, params, split, sample, response=""):
     return tree, visual, jnp.array([sample.image is not None]), jnp.asarray([ids], jnp.int32)
 
 
+def looked(world):
+    """The visual tokens of the questions' images."""
+    loaded, vlm, params, split = world
+    return generate.look(loaded, vlm, params, split, [sample.image for sample in split.samples])
+
+
 def test_each_answer_is_the_one_its_question_gets_alone(world):
     loaded, vlm, params, split = world
-    found = evaluate_answers.respond(loaded, vlm, params, split, "greedy")
+    images = [sample.image for sample in split.samples]
+    prompts = [sample.instruction for sample in split.samples]
+    found = generate.respond(loaded, vlm, params, looked(world), images, prompts, "greedy", "answers")
     assert len(found) == 11
     for sample, said in [(split.samples[row], found[row]) for row in (0, 1, 10)]:
         tree, visual, has_image, tokens = alone(loaded, vlm, params, split, sample)
@@ -69,7 +77,7 @@ def test_each_answer_is_the_one_its_question_gets_alone(world):
 
 def test_the_most_likely_option_is_the_largest_of_sums_of_log_probabilities(world):
     loaded, vlm, params, split = world
-    chosen = evaluate_answers._most_likely(loaded, vlm, params, split)
+    chosen = evaluate_answers._most_likely(loaded, vlm, params, split, looked(world))
     assert list(chosen) == [sample.id for sample in split.samples]
     for sample in split.samples[:2]:
         values = []
@@ -87,7 +95,8 @@ def test_the_most_likely_option_is_the_largest_of_sums_of_log_probabilities(worl
 def test_likelihoods_count_every_supervised_token_once_however_the_last_batch_is_filled(world):
     loaded, vlm, params, split = world
     encoded = text.encode_split(split, loaded.lm_tokenizer, 96, eos=True)
-    loss, count = evaluate_answers.likelihoods(loaded, vlm, params, split, encoded, "likelihood")
+    images = [sample.image for sample in split.samples]
+    loss, count = generate.likelihoods(loaded, vlm, params, looked(world), images, encoded, "likelihood")
     np.testing.assert_array_equal(count, encoded.supervised.sum(1))
     sample = split.samples[9]
     tree, visual, has_image, tokens = alone(loaded, vlm, params, split, sample, sample.response)
@@ -99,16 +108,19 @@ def test_likelihoods_count_every_supervised_token_once_however_the_last_batch_is
 
 def test_the_shuffled_likelihood_shows_every_pictured_question_another_picture(world, monkeypatch):
     loaded, vlm, params, split = world
-    seen = {}
+    seen, shown, asked = looked(world), {}, [row for row, s in enumerate(split.samples) if s.image is not None]
 
-    def spy(inputs, vlm, params, split, encoded, label):
-        seen[label] = split
-        return np.full(len(split), -2.0), np.ones(len(split))
+    def spy(inputs, vlm, params, seen, images, encoded, label):
+        shown[label] = images, encoded
+        return np.full(len(images), -1.0 - len(shown)), np.ones(len(images))
 
     monkeypatch.setattr(evaluate_answers, "likelihoods", spy)
-    found = evaluate_answers._looking(loaded, vlm, params, split, np.full(11, -1.0), np.ones(11))
-    shown = seen["likelihood with other pictures"].samples
-    asked = [sample for sample in split.samples if sample.image is not None]
-    assert [s.id for s in shown] == [s.id for s in asked]
-    assert all(a.image != b.image for a, b in zip(shown, asked, strict=True))
-    assert found == {"nll_image": 1.0, "nll_image_shuffled": 2.0}
+    found, sums, ids = evaluate_answers._nll(loaded, vlm, params, split, seen)
+    (own, words), (other, theirs) = shown.values()
+    assert own == [sample.image for sample in split.samples]
+    assert len(other) == len(asked) and all(other[at] != own[row] for at, row in enumerate(asked))
+    assert None not in other
+    np.testing.assert_array_equal(theirs.tokens, words.tokens[asked])
+    assert found == {"nll": 2.0, "nll_image": 2.0, "nll_image_shuffled": 3.0}
+    assert ids == [sample.id for sample in split.samples] and sums["nll"] == [[2.0, 1]] * len(split)
+    assert [row for row, (_, tokens) in enumerate(sums["nll_image_shuffled"]) if tokens] == asked

@@ -52,6 +52,10 @@ def test_the_papers_coco_settings():
         ("stages.s.train", ("st/(",), "is no regular expression"),
         ("stages.s.accumulate", 3, "accumulate=3 does not divide config.stages.s.batch=40"),
         ("stages.s.losses.st", 0.0, "every weight is 0"),
+        ("data.buckets", 0, "config.data.buckets: 0 is not in 1 .. 64"),
+        ("data.length_window", 0, "config.data.length_window: 0 is not in 1 .."),
+        ("profile", "15:10", "config.profile: '15:10' is not first:end of some steps, such as '10:15'"),
+        ("profile", "ten", "config.profile: 'ten' is not first:end"),
         ("data.max_tokens", "many", "config.data.max_tokens: 'many' is not a int"),
         ("data.max_tokn", 3, "config.data.max_tokn: no such field; did you mean 'max_tokens'?"),
     ],
@@ -119,3 +123,13 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, flag, message):
 def test_what_a_mode_lacks_is_said(tmp_path, flags, message):
     found = run_main(f"--workdir={tmp_path}", *flags)
     assert found.returncode != 0 and message in found.stderr
+
+
+def test_conversations_have_no_validation_questions():
+    with pytest.raises(ConfigError, match="scored on MME's test alone"):
+        settings.from_config_dict(tiny(data=settings.Data(kind="miniature_chat", scored="val")))
+
+
+def test_distillation_is_a_matter_of_angles():
+    with pytest.raises(ConfigError, match=r"config\.losses\.lm_distil needs config\.losses\.similarity='cosine'"):
+        settings.from_config_dict(tiny(losses=settings.Losses(lm_distil=True, similarity="dot")))

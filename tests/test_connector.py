@@ -36,6 +36,10 @@ def dense(p: dict, x: np.ndarray) -> np.ndarray:
     return x @ p["kernel"] + p.get("bias", 0.0)
 
 
+def qkv(p: dict, x: np.ndarray) -> list[np.ndarray]:
+    return [x @ p["kernel"][:, i] + (p["bias"][i] if "bias" in p else 0) for i in range(3)]
+
+
 def layer_norm(p: dict, x: np.ndarray) -> np.ndarray:
     x = x - x.mean(-1, keepdims=True)
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"] + p["bias"]
@@ -68,8 +72,8 @@ def test_queries_attend_in_front_of_all_visual_tokens_and_only_they_are_kept():
     assert config.layers == 2
     for i in range(2):
         b = p[f"blocks_{i}"]
-        assert b["attn"]["qkv"]["bias"].shape == (36,) and b["mlp"]["up"]["kernel"].shape == (12, 48)
-        q, k, v = np.split(dense(b["attn"]["qkv"], layer_norm(b["ln_1"], x)), 3, axis=-1)
+        assert b["attn"]["qkv"]["bias"].shape == (3, 12) and b["mlp"]["up"]["kernel"].shape == (12, 48)
+        q, k, v = qkv(b["attn"]["qkv"], layer_norm(b["ln_1"], x))
         mixed = []
         for head in (slice(0, 4), slice(4, 8), slice(8, 12)):
             weights = np.exp(q[..., head] @ k[..., head].transpose(0, 2, 1) / math.sqrt(4))
@@ -86,7 +90,7 @@ def test_transformer_mapper_keeps_the_outputs_of_its_constants():
     for i in range(config.layers):
         b = p[f"blocks_{i}"]
         assert "bias" not in b["attn"]["qkv"]
-        q, k, v = np.split(dense(b["attn"]["qkv"], layer_norm(b["ln_1"], x)), 3, axis=-1)
+        q, k, v = qkv(b["attn"]["qkv"], layer_norm(b["ln_1"], x))
         mixed = []
         for head in (slice(0, 4), slice(4, 8)):
             weights = np.exp(q[..., head] @ k[..., head].transpose(0, 2, 1) / math.sqrt(4))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from eim_jax.models.gpt2 import GPT2, GPT2Config, init_cache
-from eim_jax.weights import LM, load_gpt2
+from eim_jax.weights import LM, load_lm
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 TINY = GPT2Config(vocab=61, context=24, width=16, layers=2, heads=2)
@@ -20,7 +20,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def lm() -> LM:
-    return load_gpt2(GOLDENS / "gpt2")
+    return load_lm(GOLDENS / "gpt2")
 
 
 def random_params(config: GPT2Config, seed: int = 0) -> dict:
@@ -66,7 +66,7 @@ def test_hidden_and_logits_equal_transformers(lm, golden):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_every_gradient_equals_transformers(golden, scan):
-    lm, gradient = load_gpt2(GOLDENS / "gpt2", scan=scan), load_gpt2(GOLDENS / "gpt2_gradient", scan=scan)
+    lm, gradient = load_lm(GOLDENS / "gpt2", scan=scan), load_lm(GOLDENS / "gpt2_gradient", scan=scan)
     tokens, valid = golden["tokens"], golden["valid"]
 
     def loss(params):
@@ -108,14 +108,18 @@ def test_cached_decoding_equals_full_forward_for_prompts_of_different_lengths(sc
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_cache_take_continues_each_taken_row(scan):
+def test_tokens_of_one_row_that_do_not_see_each_other_continue_it_apart(scan):
     config = dataclasses.replace(TINY, scan=scan)
-    params, rows, tokens = random_params(config), jnp.array([1, 1, 0]), tokens_of((2, 6))
-    at = jnp.broadcast_to(jnp.arange(6), (2, 6))
-    _, _, cache = read(config, params, tokens[:, :4], positions=at[:, :4], cache=init_cache(config, 2, 8))
-    got, _, _ = read(config, params, tokens[rows, 4:], positions=at[rows, 4:], cache=cache.take(rows))
-    full, _, _ = read(config, params, tokens)
-    np.testing.assert_allclose(got, full[rows, 4:], atol=1e-5)
+    params, tokens = random_params(config), tokens_of((2, 6))
+    _, _, cache = read(
+        config, params, tokens[:, :4], positions=jnp.tile(jnp.arange(4), (2, 1)), cache=init_cache(config, 2, 6)
+    )
+    mask = jnp.concatenate([jnp.ones((2, 4), bool), jnp.eye(2, dtype=bool)], axis=1)
+    cache = cache._replace(mask=jnp.broadcast_to(mask, (2, 1, 2, 6)))
+    got, _, _ = read(config, params, tokens[:, 4:], positions=jnp.full((2, 2), 4), cache=cache)
+    for j in range(2):
+        full, _, _ = read(config, params, jnp.concatenate([tokens[:, :4], tokens[:, 4 + j :][:, :1]], axis=1))
+        np.testing.assert_allclose(got[:, j], full[:, 4], atol=1e-5)
 
 
 def test_padding_changes_no_real_token():

@@ -110,12 +110,14 @@ def test_a_log_that_is_not_enabled_writes_nothing(tmp_path, capsys):
 
 
 def test_plain_output_is_one_line_a_record_with_every_figure_asked_for(tmp_path, capsys):
+    shares = {"data_wait": 0.013, "device": 0.95, "host": 0.037, "padding": 0.071}
+    shown = ("wait 1%", "host 4%", "device 95%", "pad 7%")
     more = {"loss/base": 1.25, "loss/ie": 6.5, "queue/ie/recall1": 0.375, "lr/prompt": 2e-5, "lr/lm": 2e-5}
     with RunLog.open(tmp_path / "eim", STAGES) as log:
-        log.write(record(1, 3, **more, examples_per_second=812.4, data_wait=0.013))
+        log.write(record(1, 3, **more, examples_per_second=812.4, **shares))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("eim ie")]
     assert len(lines) == 2  # the record, and the end of the stage
-    for part in ("3/6", "eta", "base 1.2500", "ie 6.5000", "r@1 ie 0.375", "lr 2.00e-05", "812 ex/s", "wait 1%"):
+    for part in ("3/6", "eta", "base 1.2500", "ie 6.5000", "r@1 ie 0.375", "lr 2.00e-05", "812 ex/s", *shown):
         assert part in lines[0], part
     assert "\x1b" not in lines[0]
 

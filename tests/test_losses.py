@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from eim_jax import losses
 from eim_jax.losses import NCE, queue_nce, response_xent
+from eim_jax.queues import compress
 from eim_jax.sharding import batch_sharding, make_mesh, queue_sharding
 
 MODES = ("self", "group", "mask")
@@ -225,6 +226,29 @@ def test_logits_of_ten_thousand_stay_finite_and_exact(positives):
     assert_agree(got, wanted, 2e-5)
 
 
+def test_alone_is_the_distance_to_the_own_key_whatever_the_others_are():
+    query, keys, index = (jax.random.normal(jax.random.key(0), (3, 8)), _unit_rows(1, 20, 8), jnp.array([4, 0, 19]))
+
+    def plain(query):
+        q = query / jnp.linalg.norm(query, axis=1, keepdims=True)
+        return jnp.sum(1 - jnp.sum(q * keys[index], axis=1)) / 0.07
+
+    def ours(query, keys=keys):
+        return queue_nce(query, keys, index, count=20, positives="alone", chunk=8).loss
+
+    np.testing.assert_allclose(ours(query), plain(query), rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(ours)(query), jax.grad(plain)(query), rtol=1e-4, atol=1e-4)
+    others = keys.at[1:4].set(-keys[1:4])
+    assert ours(query, others) == ours(query)
+    with pytest.raises(ValueError, match="cosine"):
+        queue_nce(query, keys, index, count=20, positives="alone", similarity="dot")
+
+
+def _unit_rows(seed, number, width):
+    rows = jax.random.normal(jax.random.key(seed), (number, width))
+    return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+
+
 def test_duplicate_keys_share_the_probability_and_count_against_the_rank():
     data = problem(b=1, n=23)
     data["weights"][:] = 1
@@ -267,6 +291,27 @@ def test_bfloat16_keys_give_the_loss_of_the_rounded_keys(positives, on_cpu, monk
     data["keys"] = np.asarray(jnp.asarray(data["keys"]).astype(jnp.bfloat16).astype(jnp.float32))
     got = run(**data, positives=positives, dtype=jnp.bfloat16, chunk=6)
     assert_agree(got, oracle(**data, positives=positives), 1e-5 if on_cpu else 2e-4)
+
+
+@pytest.mark.parametrize("shape", [None, (2, 2, 2)])
+@pytest.mark.parametrize("on_cpu", [True, False], ids=["widened", "halves"])
+@pytest.mark.parametrize("positives", MODES)
+def test_int8_keys_give_the_loss_of_the_keys_that_the_codes_stand_for(positives, on_cpu, shape, monkeypatch):
+    data = problem(b=8, n=24)
+    codes, scale = compress(jnp.asarray(data.pop("keys")), "int8")
+    products = losses._products
+    monkeypatch.setattr(losses, "_products", lambda u, dtype, _: products(u, dtype, on_cpu))
+    mesh = make_mesh(shape) if shape else None
+    got = run(keys=codes, **data, dtype=jnp.int8, scale=scale, positives=positives, chunk=4, mesh=mesh)
+    wanted = oracle(keys=np.asarray(codes, float) * np.asarray(scale, float)[:, None], **data, positives=positives)
+    assert_agree(got, wanted, 1e-5 if on_cpu else 2e-4)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(jnp.int8, None), (jnp.float32, jnp.ones(23))])
+def test_int8_keys_and_their_scale_come_together(dtype, scale):
+    data = problem()
+    with pytest.raises(ValueError, match="int8 alone"):
+        run(**data, dtype=dtype, scale=scale)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -21,7 +21,7 @@ from eim_jax.data.miniature_language import Group, captions, groups, parse, rela
 from eim_jax.data.text import encode_clip
 from eim_jax.models.clip import CLIPText, CLIPVision
 from eim_jax.models.gpt2 import GPT2
-from eim_jax.weights import load_clip, load_gpt2, resolve
+from eim_jax.weights import load_clip, load_lm, resolve
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOWERS = ROOT / "eim_jax" / "data" / "miniature_towers"
@@ -219,7 +219,7 @@ def test_shipped_clip_sees_objects_and_finds_captions(val):
 
 
 def test_shipped_gpt2_prefers_the_grammar_to_shuffled_words(val):
-    lm = load_gpt2("miniature/gpt2")
+    lm = load_lm("miniature/gpt2")
     tok = AutoTokenizer.from_pretrained(resolve("miniature/gpt2"))
     rng = np.random.default_rng(0)
 

@@ -16,7 +16,7 @@ from eim_jax.data.miniature_language import parse
 from eim_jax.data.miniature_qa import PROBLEMS, load
 from eim_jax.data.scienceqa import prompt
 from eim_jax.models.llama import Llama
-from eim_jax.weights import load_llama, resolve
+from eim_jax.weights import load_lm, resolve
 
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "white", "black"]
 SHAPES = ["circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart"]
@@ -364,7 +364,7 @@ def test_bad_requests_are_explained(make):
 
 
 def test_shipped_llama_answers_questions_in_words_and_has_seen_no_picture():
-    lm, tok = load_llama("miniature/llama"), AutoTokenizer.from_pretrained(resolve("miniature/llama"))
+    lm, tok = load_lm("miniature/llama"), AutoTokenizer.from_pretrained(resolve("miniature/llama"))
     assert (tok.unk_token_id, tok.bos_token_id, tok.eos_token_id) == (0, 1, 2)
     assert tok("a circle")["input_ids"][0] == 1 and tok.decode(tok("a circle")["input_ids"][1:]) == "a circle"
     asked = [p for p in load("val", problems=200).problems.values() if p.image is None]

@@ -9,7 +9,7 @@ from eim_jax.models.connector import STConfig, make_st
 from eim_jax.models.gpt2 import GPT2Config
 from eim_jax.models.llama import Llama, LlamaConfig
 from eim_jax.models.peft import Router, ZeroInit
-from eim_jax.weights import clip_shapes, gpt2_shapes
+from eim_jax.weights import clip_shapes, lm_shapes
 
 LOGIT_SCALE = 1  # CLIP's count includes it; our trees do not
 GPT2_LARGE = GPT2Config(width=1280, layers=36, heads=20)
@@ -28,7 +28,7 @@ def st_count(**config) -> int:
 
 
 CLIP_B32 = count(clip_shapes(CLIPVisionConfig(), CLIPTextConfig())) + LOGIT_SCALE
-SMALL, MLP, FFN = count(gpt2_shapes(GPT2Config())), st_count(kind="mlp", width_in=512), st_count(kind="ffn")
+SMALL, MLP, FFN = count(lm_shapes(GPT2Config())), st_count(kind="mlp", width_in=512), st_count(kind="ffn")
 PROMPTS = count(clip_shapes(PROMPTED_B32, CLIPTextConfig()), "visual/prompt/")
 
 
@@ -62,7 +62,7 @@ def test_other_clips_have_openais_counts(vision, text, total):
 @pytest.mark.parametrize(("config", "total"), [(GPT2Config(), 124_439_808), (GPT2_LARGE, 774_030_080)])
 def test_gpt2_counts(config, total, scan):
     scanned = GPT2Config(width=config.width, layers=config.layers, heads=config.heads, scan=scan)
-    assert count(gpt2_shapes(scanned)) == total
+    assert count(lm_shapes(scanned)) == total
 
 
 def test_st_counts():
@@ -90,7 +90,7 @@ def test_clipcap_eim_trains_155_23m_of_306_11m():
 
 def test_clipcap_large_has_956_78m_and_eim_is_a_third_of_it():
     """The paper counts the ST at its size for GPT-2 small."""
-    large = CLIP_B32 + MLP + count(gpt2_shapes(GPT2_LARGE))
+    large = CLIP_B32 + MLP + count(lm_shapes(GPT2_LARGE))
     assert round(large / 1e6, 2) == 956.78
     assert round(100 * 306.11 / (large / 1e6), 2) == 31.99
     assert round(large / 306.11e6, 2) == 3.13

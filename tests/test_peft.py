@@ -69,6 +69,10 @@ def dense(p: dict, x: np.ndarray) -> np.ndarray:
     return x @ p["kernel"] + p["bias"]
 
 
+def qkv(p: dict, x: np.ndarray) -> list[np.ndarray]:
+    return [x @ p["kernel"][:, i] + p["bias"][i] for i in range(3)]
+
+
 def block(p: dict, leaf: dict | None, prompt: np.ndarray | None, x: np.ndarray, config: CLIPVisionConfig):
     """A CLIP block: LayerNorm, adapter, attention to x and to the prompt (not adapted), MLP."""
     z = layer_norm(p["ln_1"], x)
@@ -78,8 +82,7 @@ def block(p: dict, leaf: dict | None, prompt: np.ndarray | None, x: np.ndarray, 
     if prompt is not None:
         shared = np.broadcast_to(layer_norm(p["ln_1"], prompt), (len(x), *prompt.shape))
         keys = np.concatenate([z, shared], axis=1)
-    q = np.split(dense(p["attn"]["qkv"], z), 3, axis=-1)[0]
-    _, k, v = np.split(dense(p["attn"]["qkv"], keys), 3, axis=-1)
+    q, (_, k, v) = qkv(p["attn"]["qkv"], z)[0], qkv(p["attn"]["qkv"], keys)
     width = config.width // config.heads
     mixed = []
     for h in range(config.heads):

@@ -111,6 +111,44 @@ def test_interrupted_at_every_step_equals_uninterrupted(threads):
         assert before + [digest(batch) for batch in second] == whole
 
 
+def test_batches_placed_ahead_leave_the_state_at_the_batch_last_returned():
+    whole = [digest(batch) for batch in stream(fields=ALL)]
+    placed = []
+
+    def place(batch):
+        placed.append(digest(batch))
+        return len(placed)
+
+    for step in range(len(whole) + 1):
+        placed.clear()
+        first, plain = stream(fields=ALL, place=place), stream(fields=ALL)
+        before = [next(first) for _ in range(step)]
+        assert [number for _, number in before] == list(range(1, step + 1))  # each with what its own placing gave
+        for _ in range(step):
+            next(plain)
+        state = first.get_state()
+        assert state == plain.get_state()
+        first.close()
+        assert placed == whole[: len(placed)] and step <= len(placed) <= step + 4  # a few ahead, and no more
+        second = stream(fields=ALL)
+        second.set_state(state)
+        assert [digest(batch) for batch, _ in before] + [digest(batch) for batch in second] == whole
+
+
+def test_an_error_of_placing_is_raised_where_the_batch_was_wanted():
+    def place(batch):
+        if batch.index[0] == third.index[0]:
+            raise ValueError("no room")
+
+    third = [next(iterator := stream()), next(iterator), next(iterator)][2]
+    iterator.close()
+    broken = stream(place=place)
+    next(broken), next(broken)
+    with pytest.raises(ValueError, match="no room"):
+        next(broken)
+    broken.close()
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_see_disjoint_rows_whose_concatenation_is_the_single_process_batch(count):
     alone = list(stream(fields=ALL))

@@ -146,6 +146,24 @@ def test_bfloat16_rows_are_stored_as_their_bits(tmp_path):
     assert json.loads((tmp_path / "q" / "manifest.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("read_on", MESHES.values(), ids=MESHES.keys())
+def test_a_queue_in_one_file_a_device_reads_as_one(tmp_path, read_on):
+    """As several processes write it: each device's rows in a file named by the first one."""
+    keys = np.random.default_rng(0).normal(size=(N, D)).astype(jnp.bfloat16)
+    (tmp_path / "q").mkdir()
+    facts = described(dtype="bfloat16")
+    (tmp_path / "q" / "manifest.json").write_text(json.dumps({**facts, "width": D}))
+    for start in range(0, N, 10):
+        np.save(tmp_path / "q" / f"keys-{start:012d}.npy", keys[start : start + 10].view(np.uint16))
+        np.save(tmp_path / "q" / f"groups-{start:012d}.npy", np.arange(N, dtype=np.int32)[start : start + 10])
+    read = load(tmp_path / "q", facts, mesh_of(read_on))
+    np.testing.assert_array_equal(np.asarray(read.keys)[:N], keys)
+    np.testing.assert_array_equal(np.asarray(read.groups)[:N], np.arange(N))
+    (tmp_path / "q" / "keys-000000000010.npy").unlink()
+    with pytest.raises(StaleQueue, match="damaged"):
+        load(tmp_path / "q", facts)
+
+
 def test_a_stale_queue_is_refused_and_every_difference_named(tmp_path):
     tokens, valid, groups, table = samples()
     save(
@@ -202,3 +220,20 @@ def test_progress_bar_reaches_the_number_of_samples(capsys):
     tokens, valid, groups, table = samples()
     build("embed", mean_embedding, table, tokens, valid, groups, batch=8, progress=True)
     assert f"queue embed: {N} keys in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shape", [None, (1, 3, 1)])
+def test_an_int8_queue_rounds_to_half_a_step_of_its_row_and_comes_back_the_same(tmp_path, shape):
+    tokens, valid, groups, table = samples()
+    encoded = (tokens, valid, groups)
+    queue = build("embed", mean_embedding, table, *encoded, batch=8, mesh=mesh_of(shape), dtype="int8")
+    keys, scale = np.asarray(queue.keys)[:N], np.asarray(queue.scale)[:N, None]
+    assert keys.dtype == np.int8 and (np.abs(keys).max(1) == 127).all()
+    assert (np.abs(keys * scale - expected_keys(tokens, valid, table)) <= 0.5001 * scale).all()
+    save(tmp_path / "q", queue, described(dtype="int8"))
+    for mesh in (None, mesh_of((2, 2, 2))):
+        found = load(tmp_path / "q", described(dtype="int8"), mesh)
+        np.testing.assert_array_equal(np.asarray(found.keys)[:N], keys)
+        np.testing.assert_array_equal(np.asarray(found.scale)[:N, None], scale)
+    with pytest.raises(StaleQueue, match="dtype"):
+        load(tmp_path / "q", described(dtype="bfloat16"))

@@ -116,7 +116,7 @@ def test_golden_specs_of_llama():
         "lm/adapter/modality": P(None, "fsdp"),
         "lm/adapter/router/kernel": P(None, "fsdp"),
         "lm/adapter/up/kernel": P(None, None, None, None, "fsdp"),
-        "lm/adapter/up/bias": P(),
+        "lm/adapter/up/bias": P(None, None, "fsdp"),
     }
     found = {row.path: row.spec for row in table(llama_shapes(LLAMAS["LaVIN in 4 bits"]), mesh)}
     assert {path: found[path] for path in golden} == golden
@@ -131,8 +131,8 @@ def test_golden_specs():
     golden = {
         "visual/class_embedding": P(),
         "visual/patch_embedding/kernel": P(None, None, None, "fsdp"),
-        "visual/blocks_0/attn/qkv/kernel": P("fsdp", "tensor"),
-        "visual/blocks_0/attn/qkv/bias": P("tensor"),
+        "visual/blocks_0/attn/qkv/kernel": P("fsdp", None, "tensor"),
+        "visual/blocks_0/attn/qkv/bias": P(None, "tensor"),
         "visual/blocks_0/attn/out/kernel": P("tensor", "fsdp"),
         "visual/blocks_0/attn/out/bias": P(),
         "visual/projection/kernel": P("fsdp", "tensor"),
@@ -160,10 +160,13 @@ def test_a_scanned_stack_keeps_its_layer_axis_whole_and_the_layers_specs():
             assert row.spec == layer
 
 
-def test_an_axis_that_does_not_divide_a_dimension_leaves_it_replicated():
+def test_an_axis_that_does_not_divide_its_dimension_splits_the_rules_other_one_or_nothing():
     mesh = make_mesh((1, 4, 2))
-    assert param_spec("lm/token_embedding/embedding", (50257, 768), mesh) == P(None, "fsdp")
-    assert param_spec("st/up/kernel", (30, 64), mesh) == P(None, "tensor")
+    assert param_spec("lm/token_embedding/embedding", (50257, 768), mesh) == P(None, ("fsdp", "tensor"))
+    assert param_spec("lm/token_embedding/embedding", (50257, 12), mesh) == P(None, "fsdp")
+    assert param_spec("st/up/kernel", (30, 64), mesh) == P(None, ("tensor", "fsdp"))
+    assert param_spec("st/up/kernel", (30, 63), mesh) == P("tensor", None)
+    assert param_spec("lm/ln_f/scale", (64,), mesh) == P()
 
 
 def test_an_unknown_path_and_a_short_shape_are_refused():

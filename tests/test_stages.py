@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_vlm
 import tiny
 
 from eim_jax import partition, stages
 from eim_jax.config import Losses, LossWeights, Stage
-from eim_jax.train import make_step
+from eim_jax.step import make_step
+from eim_jax.types import Batch
 
 COUNTS = {"caption": tiny.SAMPLES, "embed": tiny.SAMPLES, "hidden": tiny.SAMPLES}
 ALL = ("visual/prompt/.*", "st/.*", "lm/.*")
@@ -192,3 +194,41 @@ def test_dropout_follows_the_key_and_the_step(world):
     (_, _, other), _ = run_step(vlm, params, one, batch, train=True, key=1)
     assert float(a["loss"]) == float(again["loss"])
     assert float(a["loss"]) != float(other["loss"])
+
+
+def gradients(vlm, params, batch, weights):
+    """(losses, the gradient of their sum for every parameter) of a batch."""
+    one = stage(**weights)
+    tree = partition.unflatten(params)
+    queues = {k: q._replace(count=0) for k, q in tiny.queues().items() if k in stages.queue_kinds(one)}
+    objective = stages.objective(vlm, one, Losses(), COUNTS)
+
+    def loss_of(tree, batch, queues):
+        return objective(tree, batch, queues, stages.normalisers(vlm, one, batch), None)
+
+    found, metrics = jax.jit(jax.grad(loss_of, has_aux=True))(tree, batch, queues)
+    return metrics, found
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "lavin", "prompts"])
+def test_texts_cut_to_the_longest_have_the_losses_and_gradients_of_fully_padded_ones(world, kind):
+    if kind == "gpt2":
+        vlm, params, batch, _ = world
+        weights = {"base": 1.0, "ie": 1.0, "st": 1.0, "lm": 1.0}
+    else:  # a LLaMA with LaVIN's adapters and with LLaMA-Adapter's; its width is not the queues'
+        vlm, tree, tokens, valid, images, has_image = test_vlm.build(kind)
+        params, weights = partition.flatten(tree), {"base": 1.0}
+        rows = jnp.arange(3, dtype=jnp.int32)
+        batch = Batch(rows, tokens, valid, valid & (jnp.arange(6) > 1)[None], images, has_image=has_image)
+    texts = ("tokens", "valid", "supervised")
+    wide = {field: jnp.pad(getattr(batch, field), ((0, 0), (0, 6))) for field in texts}
+    narrow = int(batch.valid.sum(1).max())
+    cut = {field: getattr(batch, field)[:, :narrow] for field in texts}
+    (full, full_slopes), (short, slopes) = (
+        gradients(vlm, params, batch._replace(**fields), weights) for fields in (wide, cut)
+    )
+    assert {name for name in full if name.startswith("loss")} == {"loss", *(f"loss/{name}" for name in weights)}
+    for name, value in full.items():
+        assert float(short[name]) == pytest.approx(float(value), rel=1e-6, abs=1e-6), name
+    for one, other in zip(jax.tree.leaves(full_slopes), jax.tree.leaves(slopes), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-6, atol=1e-6 * max(1.0, float(jnp.abs(one).max())))

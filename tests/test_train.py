@@ -1,6 +1,7 @@
 """The loop on the miniature world, on eight devices: what it leaves behind, what it refuses."""
 
 import dataclasses
+import gzip
 import importlib
 import json
 
@@ -73,6 +74,41 @@ def test_the_arms_record_tells_what_each_stage_did(finished, config):
     lines = read_metrics(inputs.workdir / "eim" / "metrics.jsonl")
     assert [(line["stage"], line["step"]) for line in lines] == [(s, n) for s in ("st", "lm", "ie") for n in (2, 4)]
     assert {"loss/base", "loss/ie", "queue/ie/recall1", "queue/ie/effective", "lr/visual/prompt"} <= lines[-1].keys()
+
+
+def test_texts_are_cut_to_the_configured_number_of_widths_and_steps_are_traced_by_a_profile(config, tmp_path, capsys):
+    cut = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, buckets=2, length_window=2),
+        arm={"eim": dataclasses.replace(config.arm["eim"], sequence=("lm",))},
+        stages={"lm": dataclasses.replace(config.stages["lm"], steps=10)},
+        profile="7:9",
+        log_every=5,
+    )
+    inputs = loading.load(cut, tmp_path)
+    train.run_arm(inputs, "eim")
+    said = capsys.readouterr().out
+    widths = {int(line.split("texts of ")[1].split()[0]) for line in said.splitlines() if "compiling lm" in line}
+    assert len(widths) == 2 and max(widths) <= inputs.encoded.tokens.shape[1]
+    lines = read_metrics(tmp_path / "eim" / "metrics.jsonl")
+    (summary,) = json.loads((tmp_path / "eim" / "run.json").read_text())["stages"]
+    for record in (*lines, summary):
+        shares = [record[kind] for kind in ("data_wait", "host", "device")]
+        assert sum(shares) == pytest.approx(1) and min(shares) >= 0
+        real, longest = inputs.encoded.valid.sum(1).mean(), inputs.encoded.tokens.shape[1]
+        assert 0 <= record["padding"] < 1 - real / longest  # less than without cutting
+    assert f"trace in {tmp_path}" in said.replace("\n", "")
+    (trace,) = (tmp_path / "eim" / "profile" / "0-lm").rglob("perfetto_trace.json.gz")
+    marks = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert "train" in marks
+    assert list(trace.parent.glob("*.xplane.pb"))
+
+
+def test_a_width_beyond_the_configured_number_is_an_error(config):
+    with pytest.raises(RuntimeError, match="stage lm: texts of 9 tokens are a width beyond the 2 that"):
+        train._compile("lm", None, (), 9, 2, 2)
+    with pytest.raises(RuntimeError, match="a defect of eim_jax"):
+        train._compile("st", None, (), 0, 1, 4)  # without texts there is one
 
 
 def test_a_second_start_restores_the_results_without_training(finished, monkeypatch):

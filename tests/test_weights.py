@@ -19,12 +19,12 @@ from eim_jax.weights import (
     clip_config,
     clip_shapes,
     export_clip,
-    export_gpt2,
+    export_lm,
     fingerprint,
-    gpt2_config,
-    gpt2_shapes,
+    lm_config,
+    lm_shapes,
     load_clip,
-    load_gpt2,
+    load_lm,
     resolve,
 )
 
@@ -47,8 +47,8 @@ def assert_same(a, b) -> None:
 
 def test_every_leaf_of_the_models_is_filled_with_its_shape():
     for scan in (False, True):
-        clip, lm = load_clip(GOLDENS / "clip", scan=scan), load_gpt2(GOLDENS / "gpt2", scan=scan)
-        expected = {**clip_shapes(clip.vision, clip.text), **gpt2_shapes(lm.config)}
+        clip, lm = load_clip(GOLDENS / "clip", scan=scan), load_lm(GOLDENS / "gpt2", scan=scan)
+        expected = {**clip_shapes(clip.vision, clip.text), **lm_shapes(lm.config)}
         got = flatten_dict({**clip.params, "lm": lm.params}, sep="/")
         assert {k: x.shape for k, x in got.items()} == {k: x.shape for k, x in expected.items()}
 
@@ -56,18 +56,18 @@ def test_every_leaf_of_the_models_is_filled_with_its_shape():
 @pytest.mark.parametrize("scan", [False, True])
 def test_export_writes_the_very_tensors_that_were_loaded(tmp_path, scan):
     export_clip(tmp_path / "clip", load_clip(GOLDENS / "clip", scan=scan))
-    export_gpt2(tmp_path / "gpt2", load_gpt2(GOLDENS / "gpt2", scan=scan))
+    export_lm(tmp_path / "gpt2", load_lm(GOLDENS / "gpt2", scan=scan))
     for name in ("clip", "gpt2"):
         written = load_file(tmp_path / name / "model.safetensors")
         assert_same(written, load_file(GOLDENS / name / "model.safetensors"))
-    assert gpt2_config(tmp_path / "gpt2") == gpt2_config(GOLDENS / "gpt2")
+    assert lm_config(tmp_path / "gpt2") == lm_config(GOLDENS / "gpt2")
     assert clip_config(tmp_path / "clip") == clip_config(GOLDENS / "clip")
 
 
 def test_exported_configurations_are_those_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     export_clip(tmp_path / "clip", load_clip(GOLDENS / "clip"))
-    export_gpt2(tmp_path / "gpt2", load_gpt2(GOLDENS / "gpt2"))
+    export_lm(tmp_path / "gpt2", load_lm(GOLDENS / "gpt2"))
     gpt2 = transformers.AutoConfig.from_pretrained(tmp_path / "gpt2")
     assert (gpt2.model_type, gpt2.n_layer, gpt2.n_embd, gpt2.vocab_size) == ("gpt2", 3, 24, 97)
     clip = transformers.AutoConfig.from_pretrained(tmp_path / "clip")
@@ -96,7 +96,7 @@ def test_keys_with_and_without_prefix_and_known_buffers_load_alike(tmp_path):
         mask = np.tril(np.ones((1, 1, 32, 32), np.uint8))
         return {**tensors, "h.0.attn.bias": mask, "h.2.attn.masked_bias": np.float32([-1e4])}
 
-    assert_same(load_gpt2(rewritten("gpt2", tmp_path, bare)).params, load_gpt2(GOLDENS / "gpt2").params)
+    assert_same(load_lm(rewritten("gpt2", tmp_path, bare)).params, load_lm(GOLDENS / "gpt2").params)
 
 
 def test_shards_load_as_one_file_does(tmp_path):
@@ -109,10 +109,10 @@ def test_shards_load_as_one_file_does(tmp_path):
         save_file({k: tensors[k] for k in part}, tmp_path / file)
         index |= dict.fromkeys(part, file)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    assert_same(load_gpt2(tmp_path).params, load_gpt2(GOLDENS / "gpt2").params)
+    assert_same(load_lm(tmp_path).params, load_lm(GOLDENS / "gpt2").params)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"model-00002-of-00002\.safetensors.*missing"):
-        load_gpt2(tmp_path)
+        load_lm(tmp_path)
 
 
 def test_tied_head_is_accepted_only_if_it_is_the_embedding(tmp_path):
@@ -120,10 +120,10 @@ def test_tied_head_is_accepted_only_if_it_is_the_embedding(tmp_path):
         return {**tensors, "lm_head.weight": tensors["transformer.wte.weight"] + head}
 
     head = np.float32(0)
-    load_gpt2(rewritten("gpt2", tmp_path, with_head))
+    load_lm(rewritten("gpt2", tmp_path, with_head))
     head = np.float32(1e-3)
     with pytest.raises(WeightsError, match=r"'lm_head\.weight' differs from 'wte\.weight'"):
-        load_gpt2(rewritten("gpt2", tmp_path, with_head))
+        load_lm(rewritten("gpt2", tmp_path, with_head))
 
 
 def test_a_missing_an_unexpected_and_a_misshapen_key_are_named_together(tmp_path):
@@ -133,7 +133,7 @@ def test_a_missing_an_unexpected_and_a_misshapen_key_are_named_together(tmp_path
         return tensors
 
     with pytest.raises(WeightsError) as error:
-        load_gpt2(rewritten("gpt2", tmp_path, spoil))
+        load_lm(rewritten("gpt2", tmp_path, spoil))
     message = str(error.value)
     assert "'h.1.ln_1.weight' (our lm/blocks_1/ln_1/scale) is missing" in message
     assert "'h.1.ln_9.weight' is unexpected" in message
@@ -142,29 +142,29 @@ def test_a_missing_an_unexpected_and_a_misshapen_key_are_named_together(tmp_path
 
 def test_deeper_configuration_than_file_names_what_is_missing(tmp_path):
     with pytest.raises(WeightsError, match=r"'h\.3\.ln_1\.weight'.*and \d+ more"):
-        load_gpt2(rewritten("gpt2", tmp_path, n_layer=4))
+        load_lm(rewritten("gpt2", tmp_path, n_layer=4))
 
 
 def test_missing_and_broken_files_are_named_with_a_remedy(tmp_path):
     with pytest.raises(WeightsError, match=r"config\.json is missing"):
-        load_gpt2(tmp_path)
+        load_lm(tmp_path)
     rewritten("gpt2", tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(WeightsError, match=r"model\.safetensors cannot be read.*download it again"):
-        load_gpt2(tmp_path)
+        load_lm(tmp_path)
     weights.rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(WeightsError, match="save_pretrained"):
-        load_gpt2(tmp_path)
+        load_lm(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"config\.json is not JSON"):
-        load_gpt2(tmp_path)
+        load_lm(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model_type", "llama"),
+        ("model_type", "mamba"),
         ("tie_word_embeddings", False),
         ("scale_attn_by_inverse_layer_idx", True),
         ("attn_pdrop", 0.3),
@@ -173,7 +173,7 @@ def test_missing_and_broken_files_are_named_with_a_remedy(tmp_path):
 )
 def test_a_gpt2_of_another_kind_is_refused_by_field(tmp_path, field, value):
     with pytest.raises(WeightsError, match=field):
-        load_gpt2(rewritten("gpt2", tmp_path, **{field: value}))
+        load_lm(rewritten("gpt2", tmp_path, **{field: value}))
 
 
 def test_a_clip_of_another_kind_is_refused_by_field(tmp_path):
@@ -188,20 +188,20 @@ def test_bfloat16_files_and_parameters(tmp_path):
     def lower(tensors):
         return {k: x.astype(ml_dtypes.bfloat16) for k, x in tensors.items()}
 
-    exact, low = load_gpt2(GOLDENS / "gpt2"), load_gpt2(rewritten("gpt2", tmp_path, lower), param_dtype=jnp.bfloat16)
+    exact, low = load_lm(GOLDENS / "gpt2"), load_lm(rewritten("gpt2", tmp_path, lower), param_dtype=jnp.bfloat16)
     assert_same(low.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact.params))
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_leaves_land_in_their_shardings(scan):
     mesh = sharding.make_mesh((2, 2, 2))
-    shardings = sharding.param_shardings(gpt2_shapes(gpt2_config(GOLDENS / "gpt2", scan=scan)), mesh)
-    lm = load_gpt2(GOLDENS / "gpt2", scan=scan, shardings=shardings.__getitem__)
+    shardings = sharding.param_shardings(lm_shapes(lm_config(GOLDENS / "gpt2", scan=scan)), mesh)
+    lm = load_lm(GOLDENS / "gpt2", scan=scan, shardings=shardings.__getitem__)
     block = lm.params["blocks" if scan else "blocks_0"]
     kernel = block["mlp"]["up"]["kernel"]
     assert kernel.sharding == shardings[f"lm/blocks{'' if scan else '_0'}/mlp/up/kernel"]
     assert not kernel.sharding.is_fully_replicated
-    assert_same(lm.params, load_gpt2(GOLDENS / "gpt2", scan=scan).params)
+    assert_same(lm.params, load_lm(GOLDENS / "gpt2", scan=scan).params)
 
 
 def test_fingerprint_sees_weights_and_configuration_but_not_the_directory(tmp_path):
@@ -210,10 +210,10 @@ def test_fingerprint_sees_weights_and_configuration_but_not_the_directory(tmp_pa
     other = tmp_path / "other"
     other.mkdir()
     assert fingerprint(rewritten("gpt2", other, layer_norm_epsilon=1e-6)) != fingerprint(GOLDENS / "gpt2")
-    params = load_gpt2(GOLDENS / "gpt2").params
+    params = load_lm(GOLDENS / "gpt2").params
     changed = jax.tree.map(lambda x: x, params)
     changed["ln_f"]["bias"] = changed["ln_f"]["bias"].at[0].add(1e-6)
-    assert fingerprint(params) == fingerprint(load_gpt2(GOLDENS / "gpt2").params) != fingerprint(changed)
+    assert fingerprint(params) == fingerprint(load_lm(GOLDENS / "gpt2").params) != fingerprint(changed)
 
 
 def test_paths_that_are_no_directory_say_what_to_give(tmp_path, monkeypatch):

@@ -84,31 +84,23 @@ def load_coco(
         )
     used = {image_id for _, image_id, _ in kept}
     ids = [image_id for image_id in ids if image_id in used]
-    result = _build(split or path.stem, kept, ids, raw.images, folder)
+    names = [raw.images[image_id] for image_id in ids]
+    source = DrawnImages(ids, _no_image, names) if folder is None else FileImages(folder, ids, names)
+    result = caption_split(split or path.stem, kept, source)
     report = LoadReport(tuple(raw.bad), len(raw.images) - len(ids), len(raw.captions) - len(kept))
     if raw.bad:
         console.print(f"{path}: {report}", soft_wrap=True)
     return Loaded(result, report)
 
 
-def _build(
-    name: str,
-    captions: Sequence[tuple[str, str, str]],
-    ids: list[str],
-    files: dict[str, str],
-    folder: pathlib.Path | None,
-) -> Split:
-    source: ImageSource
-    if folder is None:
-        source = DrawnImages(ids, _no_image, [files[image_id] for image_id in ids])
-    else:
-        source = FileImages(folder, ids, [files[image_id] for image_id in ids])
-    row_of = {image_id: row for row, image_id in enumerate(ids)}
+def caption_split(name: str, captions: Sequence[tuple[str, str, str]], images: ImageSource) -> Split:
+    """Returns one sample a caption (id, image id, text), in order, with every image's captions as its references."""
+    row_of = {image_id: row for row, image_id in enumerate(images.ids)}
     references = defaultdict(list)
     for _, image_id, text in captions:
         references[image_id].append(text)
     samples = tuple(Sample(caption_id, row_of[image_id], "", text) for caption_id, image_id, text in captions)
-    return Split(name, samples, source, dict(references))
+    return Split(name, samples, images, dict(references))
 
 
 def _no_image(row: int) -> Image.Image:

@@ -11,11 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from eim_jax import distributed
 from eim_jax.console import console, progress
 from eim_jax.data.pipeline import eval_images
 from eim_jax.data.records import Split
+from eim_jax.sharding import parts_of
 
 # What is written is part of the manifest: a change of any of these makes older caches stale.
 _PREPROCESSING = {
@@ -38,14 +41,15 @@ def cached_features(
     batch_size: int = 64,
     dtype: str = "float32",
     threads: int = 4,
+    mesh: Mesh | None = None,
 ) -> Float[np.ndarray, "images n v"]:
     """Returns `see` of every image of the split, row = image row, memory-mapped read-only from `directory`.
 
     `see` takes CLIP's crops uint8[b h w 3] and returns [b n v]; jit it. `manifest` says what `see` depends on (the
     weights' fingerprint); images, preprocessing, dtype and shape are added here. A complete cache with the same
     manifest is opened, an interrupted one is continued, any other is rebuilt with a line naming the fields that differ.
-    `dtype`: float32, or bfloat16 (half the disk, 3 significant digits). One directory serves one split; one process
-    writes it.
+    `dtype`: float32, or bfloat16 (half the disk, 3 significant digits). One directory serves one split. With a `mesh`,
+    the rows of a batch are split over its devices; each process decodes the images of its devices, process 0 writes.
 
     Errors: OSError when the disk lacks room; ValueError for an unknown dtype, an unreadable image, or features that are
     not finite, naming the image.
@@ -53,6 +57,8 @@ def cached_features(
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r}: give {' or '.join(_DTYPES)}")
     cache = _Cache(pathlib.Path(directory), dtype)
+    if mesh is not None:
+        batch_size += -batch_size % parts_of(mesh)
     seen = jax.eval_shape(see, jax.ShapeDtypeStruct((batch_size, image_size, image_size, 3), jnp.uint8))
     if len(seen.shape) != 3 or seen.shape[0] != batch_size:
         raise ValueError(f"`see` maps a batch of {batch_size} images to shape {seen.shape}: it must be [b n v]")
@@ -69,11 +75,17 @@ def cached_features(
             }
         )
     )
-    if cache.matches(cache.manifest, wanted):
-        return cache.open(shape)
-    done = cache.prepare(wanted, shape)
-    _fill(cache, split, see, shape, done, image_size, fit, batch_size, threads)
-    cache.finish()
+    # Process 0 looks at the files and tells the others how many rows are there.
+    first = distributed.is_first()
+    done = 0
+    if first:
+        done = shape[0] if cache.matches(cache.manifest, wanted) else cache.prepare(wanted, shape)
+    done = distributed.agreed(done)
+    if done < shape[0]:
+        _fill(cache, split, see, shape, done, image_size, fit, batch_size, threads, mesh)
+    if first and not cache.manifest.exists():
+        cache.finish()
+    distributed.barrier("vision features")
     return cache.open(shape)
 
 
@@ -87,9 +99,10 @@ def _fill(
     fit: str,
     batch_size: int,
     threads: int,
+    mesh: Mesh | None,
 ) -> None:
     """Computes the rows from `done` on; the device works on one batch while the one before it is written."""
-    target = np.lib.format.open_memmap(cache.partial, mode="r+")
+    target = np.lib.format.open_memmap(cache.partial, mode="r+") if distributed.is_first() else None
     if done:
         console.print(f"vision features: continuing after {done:,} of {shape[0]:,} images")
     marked = time.monotonic()
@@ -97,8 +110,7 @@ def _fill(
 
     def write() -> int:
         rows, values = waiting.pop(0)
-        rows = rows[rows >= 0]
-        found = np.asarray(values)[: len(rows)].astype(np.float32)
+        found = distributed.fetch(values)[: len(rows)].astype(np.float32)
         wrong = ~np.isfinite(found).all(axis=(1, 2))
         if wrong.any():
             row = int(rows[wrong.argmax()])
@@ -106,19 +118,26 @@ def _fill(
                 f"the features of image id {split.images.ids[row]} ({split.images.names[row]}) are not finite: "
                 "check the CLIP weights, or compute in float32"
             )
-        target[rows] = found if cache.dtype == "float32" else found.astype(jnp.bfloat16).view(np.uint16)
+        if target is not None:
+            target[rows] = found if cache.dtype == "float32" else found.astype(jnp.bfloat16).view(np.uint16)
         advance(len(rows))
         return len(rows)
 
     def mark() -> None:
-        target.flush()
-        cache.mark(done)
+        if target is not None:
+            target.flush()
+            cache.mark(done)
 
+    remaining = np.arange(done, shape[0], dtype=np.int32)
+    mine = remaining.copy()
+    if mesh is not None:  # the others decode their own
+        mine[~np.resize(distributed.own_rows(mesh, batch_size), len(mine))] = -1
     try:
-        with progress("vision features", shape[0] - done, "images") as advance:
-            remaining = range(done, shape[0])
-            for rows, images in eval_images(split, batch_size, image_size, rows=remaining, fit=fit, threads=threads):
-                waiting.append((rows, see(jnp.asarray(images))))
+        with progress("vision features", len(remaining), "images") as advance:
+            crops = eval_images(split, batch_size, image_size, rows=mine.tolist(), fit=fit, threads=threads)
+            for batch, (_, images) in enumerate(crops):
+                placed = jnp.asarray(images) if mesh is None else distributed.place_rows(mesh, [images])[0]
+                waiting.append((remaining[batch * batch_size : (batch + 1) * batch_size], see(placed)))
                 if len(waiting) == 2:
                     done += write()
                 if time.monotonic() - marked > _MARK_SECONDS:

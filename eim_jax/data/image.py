@@ -1,5 +1,6 @@
 """From a picture file to CLIP's input: RGB, CLIP's resize and crop on the host, normalisation on the device."""
 
+import io
 import os
 
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ FITS = ("crop", "stretch")  # how a picture becomes a square
 MAX_PIXELS = 89_478_485
 
 
-def load_rgb(path: str | os.PathLike[str]) -> Image.Image:
-    """Returns the picture in `path` decoded in full, upright, in mode RGB.
+def load_rgb(path: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
+    """Returns the picture in `path`, or in a file's bytes, decoded in full, upright, in mode RGB.
 
     Errors: OSError (missing, truncated, not a picture), ValueError (more than MAX_PIXELS pixels, no 8-bit meaning).
     """

@@ -138,6 +138,11 @@ def load_instruct(
     return Instructions(split, report)
 
 
+def shares(sources: Sequence[Any] | str | os.PathLike[str]) -> list[list[Any]]:
+    """Returns [file name, share] of each source: what a mix of files is, wherever they lie."""
+    return [[path.name, share] for path, share, _ in _sources(sources)]
+
+
 def _sources(sources: Sequence[Any] | str | os.PathLike[str]) -> list[tuple[pathlib.Path, float, str]]:
     """Returns (file, share, stem made unique) of each source."""
     listed: list[tuple[pathlib.Path, float, str]] = []

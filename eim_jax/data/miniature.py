@@ -91,6 +91,32 @@ def has_held_out(scene: Scene) -> bool:
     return bool(scene.pairs & HELD_OUT)
 
 
+def attribute_counts(captions: Mapping[str, str], scenes: Mapping[str, Scene]) -> dict[str, dict[str, np.ndarray]]:
+    """Returns what each caption {image id: text} names: {image id: {kind: (rightly named, named, there)}}.
+
+    Kinds: shape_colour, shape, colour, and shape_colour again as "held_out" or "seen" by the scene's pairs.
+    Errors: a caption of an image that is not in `scenes`.
+    """
+    unknown = [name for name in captions if name not in scenes]
+    if unknown:
+        raise ValueError(f"captions of images that are not among the scenes: {', '.join(map(str, unknown[:5]))}")
+
+    def count(said: frozenset, true: frozenset) -> np.ndarray:
+        return np.array([len(said & true), len(said), len(true)])
+
+    found = {}
+    for name, text in captions.items():
+        scene, mentions = scenes[name], parse(text)
+        pairs = count(mentions.pairs, scene.pairs)
+        found[name] = {
+            "shape_colour": pairs,
+            "held_out" if has_held_out(scene) else "seen": pairs,
+            "colour": count(mentions.colours, frozenset(colour for colour, _ in scene.pairs)),
+            "shape": count(mentions.shapes, frozenset(shape for _, shape in scene.pairs)),
+        }
+    return found
+
+
 def attribute_f1(captions: Mapping[str, str], scenes: Mapping[str, Scene]) -> dict[str, float]:
     """Scores what captions {image id: text} name against the exact scenes, as micro-averaged precision, recall and F1.
 
@@ -99,20 +125,10 @@ def attribute_f1(captions: Mapping[str, str], scenes: Mapping[str, Scene]) -> di
     there are none). Captions may leave things out, so true ones score a little below 1 (the references: 0.98).
     Errors: a caption of an image that is not in `scenes`.
     """
-    unknown = [name for name in captions if name not in scenes]
-    if unknown:
-        raise ValueError(f"captions of images that are not among the scenes: {', '.join(map(str, unknown[:5]))}")
     counts: dict[str, np.ndarray] = {}
-
-    def add(key: str, said: frozenset, true: frozenset) -> None:
-        counts[key] = counts.get(key, np.zeros(3)) + np.array([len(said & true), len(said), len(true)])
-
-    for name, text in captions.items():
-        scene, mentions = scenes[name], parse(text)
-        add("shape_colour", mentions.pairs, scene.pairs)
-        add("held_out" if has_held_out(scene) else "seen", mentions.pairs, scene.pairs)
-        add("colour", mentions.colours, frozenset(colour for colour, _ in scene.pairs))
-        add("shape", mentions.shapes, frozenset(shape for _, shape in scene.pairs))
+    for of_one in attribute_counts(captions, scenes).values():
+        for key, count in of_one.items():
+            counts[key] = counts.get(key, np.zeros(3)) + count
 
     def f1(key: str) -> float:
         hit, said, true = counts[key]

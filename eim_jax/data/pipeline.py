@@ -1,18 +1,20 @@
 """Batches: shuffled anew each epoch, split over processes, resumable at every step, loading only what a stage reads."""
 
 import dataclasses
-import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from eim_jax.data.image import clip_preprocess
+from eim_jax.data.order import Order
 from eim_jax.data.records import Split
 from eim_jax.data.text import Encoded
 from eim_jax.types import Batch
 
+_PLACED = 2  # batches that wait on the device while the step runs
 _TEXT_FIELDS = ("tokens", "valid", "supervised")
 
 
@@ -45,6 +47,9 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
+    buckets: int = 1,
+    window: int = 1,
+    place: Callable[[Batch], Any] | None = None,
 ) -> grain.DatasetIterator:
     """Returns an iterator of `Batch` of NumPy arrays with get_state / set_state (resumes exactly) and close.
 
@@ -52,8 +57,12 @@ def batches(
     no image. Given `features` [images n v], "image" is served from them and no image is opened either. `batch_size` is
     global: each of `process_count` processes gets its own consecutive part of every batch, and the parts of all
     processes, concatenated, are the single process's batch. `epochs=None` never ends. Each epoch is a fresh permutation
-    from `seed`, its incomplete last batch dropped. `threads` build batches ahead
-    (PIL decodes outside the GIL).
+    from `seed`, its incomplete last batch dropped. `threads` build batches ahead (PIL decodes outside the GIL).
+
+    Each batch's texts are cut to the smallest of at most `buckets` widths that holds the longest of them in all
+    processes; with 1, all batches are as wide as `encoded`. With `window` > 1, batches are of similar lengths
+    (order.Order). With `place`, which puts a batch on the devices, it yields (batch, place(batch)), two ahead of the
+    step in a thread of their own; the state is always that of the pair last returned.
 
     Errors: ValueError naming the argument; while iterating, ValueError with the id and file of an unreadable image.
     """
@@ -64,13 +73,28 @@ def batches(
         raise ValueError(f"process_index is {process_index}, but there are {process_count} processes")
     if batch_size % process_count:
         raise ValueError(f"a batch of {batch_size} does not divide over {process_count} processes: choose a multiple")
+    if buckets < 1 or window < 1:
+        raise ValueError(f"buckets is {buckets} and window {window}: give at least 1")
     load = _Loader.make(split, encoded, frozenset(fields), features, image_size, fit)
     part = batch_size // process_count
-    rows = _Rows(len(split), batch_size, seed, slice(process_index * part, (process_index + 1) * part))
+    own = slice(process_index * part, (process_index + 1) * part)
+    order = Order(len(split), batch_size, seed)
+    if encoded is not None and set(fields) & set(_TEXT_FIELDS):
+        order = Order(len(split), batch_size, seed, encoded.valid.sum(1), window)
+        order = order.with_widths(buckets) if buckets > 1 else order
+
+    def load_step(step: int, _: int) -> Any:  # a Batch, still of NumPy arrays: not of jax.Array
+        rows = order.rows(step)
+        return load(rows[own], order.width(rows))
+
     steps = grain.MapDataset.range(steps_per_epoch(split, batch_size) * (epochs or 1))
     # Without an end, the one epoch of steps is repeated: map then still sees 0, 1, 2, ...
     dataset = steps if epochs else steps.repeat()
-    return iter(dataset.map_with_index(rows).map(load).to_iter_dataset(_read_options(threads)))
+    loaded = dataset.map_with_index(load_step).to_iter_dataset(_read_options(threads))
+    if place is not None:
+        pairs = loaded.map(lambda batch: (batch, place(batch)))
+        loaded = grain.experimental.ThreadPrefetchIterDataset(pairs, prefetch_buffer_size=_PLACED)
+    return iter(loaded)
 
 
 def eval_images(
@@ -116,32 +140,6 @@ def _crops(split: Split, image_rows: Int[np.ndarray, "b"], size: int, fit: str) 
         if row >= 0:
             crops[place] = clip_preprocess(split.images[int(row)], size, fit)
     return crops
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """This process's part of the sample rows of step k, from the permutation of the step's epoch.
-
-    A permutation is drawn once an epoch and cut, which costs a tenth of shuffling row by row in grain; two are kept
-    because threads work ahead of the epoch's end.
-    """
-
-    samples: int
-    batch_size: int
-    seed: int
-    own: slice
-
-    def __call__(self, step: int, _: int) -> Int[np.ndarray, "b"]:
-        epoch, step = divmod(step, self.samples // self.batch_size)
-        order = _permutation(self.samples, self.seed, epoch)
-        return order[step * self.batch_size : (step + 1) * self.batch_size][self.own]
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(samples: int, seed: int, epoch: int) -> Int[np.ndarray, "N"]:
-    order = np.random.default_rng([seed, epoch]).permutation(samples).astype(np.int32)
-    order.flags.writeable = False  # shared by all batches of the epoch
-    return order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,11 +190,11 @@ class _Loader:
         image_of = np.fromiter((-1 if s.image is None else s.image for s in split.samples), np.int32, len(split))
         return cls(split, encoded, fields, features, image_size, fit, image_of)
 
-    def __call__(self, rows: Int[np.ndarray, "b"]) -> tuple:  # a Batch, still of NumPy arrays: not of jax.Array
+    def __call__(self, rows: Int[np.ndarray, "b"], width: int | None) -> tuple:
         loaded: dict[str, np.ndarray] = {}
         for name in _TEXT_FIELDS:
             if name in self.fields:
-                loaded[name] = getattr(self.encoded, name)[rows]
+                loaded[name] = getattr(self.encoded, name)[rows, :width]
         images = self.image_of[rows]
         if "image" in self.fields:
             loaded["image"] = _crops(self.split, images, self.image_size, self.fit)

@@ -13,6 +13,7 @@ from eim_jax.data.records import FileImages, ImageSource, Sample, Split
 from eim_jax.data.scienceqa_prompt import Problem, fault, parse_form, prompt
 
 _PROBLEMS, _SPLITS, _CAPTIONS = "problems.json", "pid_splits.json", "captions.json"
+FILES = (_PROBLEMS, _SPLITS, _CAPTIONS)
 _HOME = ("train", "val", "test")  # the splits that name image folders; trainval, minitrain ... draw from them
 _SHOWN = 20  # bad items that a report shows; `bad` holds all
 

@@ -92,10 +92,19 @@ def prompt(problem: Problem, form: str = "QCM-ALE", use_caption: bool = False) -
     for part in re.findall("[QCM]|[LE]+", inputs):  # neighbouring L and E share a line
         given = lines[part] if part in lines else _because(_explanation(problem, part))
         parts += [given] if given else []
-    answer = f"The answer is {LETTERS[problem.answer]}."
+    answer = answer_sentence(problem.answer)
     explained = _explanation(problem, outputs.replace("A", ""))
     response = [answer, _because(explained)] if outputs[0] == "A" else [explained, answer]
     return _single_spaces("\n".join([*parts, "Response:"])), _single_spaces(" ".join(response))
+
+
+def answer_sentence(option: int) -> str:
+    """Returns what names an option in every form.
+
+    >>> answer_sentence(1)
+    'The answer is B.'
+    """
+    return f"The answer is {LETTERS[option]}."
 
 
 def _explanation(problem: Problem, letters: str) -> str:

@@ -4,8 +4,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
+
+from eim_jax.sharding import ROWS, parts_of
 
 
 class Cache(NamedTuple):
@@ -18,17 +21,47 @@ class Cache(NamedTuple):
     kv: Any  # unrolled: a tuple of (k, v) [b slots h e], one a layer; scanned: one (k, v) [L b slots h e]
     valid: Bool[Array, "b slots"]
     length: Int[Array, ""]  # slots filled so far
-
-    def take(self, rows: Int[Array, "c"]) -> "Cache":
-        """Returns the cache of the given batch rows, e.g. of the beams that survive."""
-        kv = jax.tree.map(lambda a: jnp.take(a, rows, axis=a.ndim - 4), self.kv)
-        return Cache(kv, jnp.take(self.valid, rows, axis=0), self.length)
+    mask: Bool[Array, "b 1 t slots"] | None = None  # which slots the next t tokens see, where time does not say it
 
     def sees(self, valid: Bool[Array, "b t"]) -> tuple[Bool[Array, "b 1 t slots"], Bool[Array, "b slots"]]:
         """Returns which slots each of t new tokens sees, and the slots' flags with the new tokens written."""
         flags = jax.lax.dynamic_update_slice(self.valid, valid, (0, self.length))
+        if self.mask is not None:
+            return self.mask, flags
+        if valid.shape[1] == 1:  # all that is there was read before, also in a ring
+            return flags[:, None, None, :], flags
         slot, query = jnp.arange(flags.shape[1]), self.length + jnp.arange(valid.shape[1])
         return (slot[None, :] <= query[:, None])[None, None] & flags[:, None, None, :], flags
+
+    def admit(self, rows: Int[Array, "g"], other: "Cache") -> "Cache":
+        """Returns this cache as a ring whose `rows` hold what `other` does, in the slots just before the next one.
+
+        A row from the batch size on is left out. What the rows held before is forgotten.
+        """
+        total, read = self.valid.shape[1], other.valid.shape[1]
+        slots = (self.length - read + jnp.arange(read)) % total
+        at = (rows[:, None], slots[None])
+        kv = jax.tree.map(
+            lambda a, new: a.at[(..., *at, slice(None), slice(None))].set(new, mode="drop"), self.kv, other.kv
+        )
+        valid = self.valid.at[rows].set(False, mode="drop").at[at].set(other.valid, mode="drop")
+        return Cache(kv, valid, self.length)
+
+    def turn(self) -> "Cache":
+        """Returns the ring after a token was written: from its last slot on to its first."""
+        return self._replace(length=self.length % self.valid.shape[1])
+
+    def place(self, mesh: Mesh | None) -> "Cache":
+        """Returns the cache laid out over a mesh inside jit: rows over "data" and "fsdp", heads over "tensor"."""
+        if mesh is None:
+            return self
+
+        def lay(a: Array, *axes) -> Array:
+            fits = (axis if axis and a.shape[i] % parts_of(mesh, axis) == 0 else None for i, axis in enumerate(axes))
+            return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(*fits)))
+
+        kv = jax.tree.map(lambda a: lay(a, *[()] * (a.ndim - 4), ROWS, (), ("tensor",), ()), self.kv)
+        return Cache(kv, lay(self.valid, ROWS, ()), self.length)
 
 
 def init_cache(config, batch: int, slots: int, dtype: DTypeLike | None = None) -> Cache:

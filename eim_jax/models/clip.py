@@ -35,6 +35,7 @@ class CLIPVisionConfig:
       mean, std: the channel statistics by which images in [0, 1] are normalised before `see`.
       scan: stack the blocks' parameters and scan over them.
       remat: "none", "full" or "dots" (layers.REMAT_POLICIES).
+      attention: a name in layers.ATTENTIONS.
     """
 
     image_size: int = 224
@@ -53,6 +54,7 @@ class CLIPVisionConfig:
     std: tuple[float, ...] = OPENAI_STD
     scan: bool = False
     remat: str = "none"
+    attention: str = "softmax"
     dtype: DTypeLike = jnp.float32
 
     @property
@@ -77,6 +79,7 @@ class CLIPTextConfig:
     eos_id: int = 49407
     scan: bool = False
     remat: str = "none"
+    attention: str = "softmax"
     dtype: DTypeLike = jnp.float32
 
 
@@ -92,6 +95,7 @@ def _block_config(c: CLIPVisionConfig | CLIPTextConfig) -> BlockConfig:
         adapter=c.adapter if isinstance(c, CLIPVisionConfig) else None,
         init=init,
         residual_init=residual,
+        attention=c.attention,
         dtype=c.dtype,
     )
 

@@ -23,6 +23,7 @@ class GPT2Config:
       mlp: hidden width of the blocks' MLPs; 0 for 4 x width.
       scan: stack the blocks' parameters and scan over them.
       remat: "none", "full" or "dots" (layers.REMAT_POLICIES).
+      attention: a name in layers.ATTENTIONS.
     """
 
     vocab: int = 50257
@@ -36,6 +37,7 @@ class GPT2Config:
     eps: float = 1e-5
     scan: bool = False
     remat: str = "none"
+    attention: str = "softmax"
     dtype: DTypeLike = jnp.float32
 
     @property
@@ -68,6 +70,7 @@ class GPT2(nn.Module):
             eps=c.eps,
             dropout=c.dropout,
             residual_init=normal(0.02 * (2 * c.layers) ** -0.5),  # keeps the residual stream's variance with depth
+            attention=c.attention,
             dtype=c.dtype,
         )
         self.blocks = make_blocks(block, c.layers, scan=c.scan, remat=c.remat)
@@ -124,9 +127,13 @@ class GPT2(nn.Module):
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t V"]:
         """Returns float32 next-token logits by the tied head."""
         c = self.config
-        weight = self.token_embedding.embedding.astype(c.dtype)
+        weight = self.head_weights()[0].astype(c.dtype)
         contract_width = (((2,), (1,)), ((), ()))
         return jax.lax.dot_general(hidden.astype(c.dtype), weight, contract_width, preferred_element_type=jnp.float32)
+
+    def head_weights(self) -> tuple[Float[Array, "V d"], int]:
+        """Returns the tied head's weights, and which of their axes counts the vocabulary."""
+        return self.token_embedding.embedding, 0
 
     def __call__(
         self, tokens: Int[Array, "b t"], valid: Bool[Array, "b t"] | None = None, train: bool = False

@@ -29,6 +29,8 @@ REMAT_POLICIES = {
 
 NORMAL = nn.initializers.normal(0.02)
 
+ATTENTIONS = ("softmax", "xla", "cudnn")  # ours, float32 softmax; or jax.nn.dot_product_attention's implementations
+
 KeyValue = tuple[Float[Array, "b s h e"], Float[Array, "b s h e"]]
 
 
@@ -49,6 +51,7 @@ class BlockConfig:
     adapter: Router | None = None
     init: Callable = NORMAL
     residual_init: Callable = NORMAL
+    attention: str = "softmax"
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):  # noqa: D105
@@ -56,6 +59,7 @@ class BlockConfig:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not one of {sorted(ACTIVATIONS)}")
+        check_attention(self.attention)
         if self.adapter is not None:
             self.adapter.check(self.width)
 
@@ -65,14 +69,36 @@ def layer_norm(eps: float, dtype: DTypeLike) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False)
 
 
+def check_attention(name: str) -> None:
+    """Raises ValueError for a name that is not in ATTENTIONS."""
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention {name!r} is not one of {ATTENTIONS}")
+
+
+def flash(q, k, v, mask, implementation: str) -> Float[Array, "b t h e"]:
+    """Returns jax.nn.dot_product_attention of q [b t h e], already scaled, over k, v [b s kv e], in v's dtype.
+
+    mask [#b 1 t s], True where a query may see a key, or None. A row that may see nothing is never read.
+    """
+    q, k = q.astype(v.dtype), k.astype(v.dtype)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:]))
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0, implementation=implementation)
+
+
 class Attention(nn.Module):
-    """Multi-head attention with fused qkv, float32 softmax and dropout on the attention weights."""
+    """Multi-head attention with fused qkv, float32 softmax and dropout on the attention weights.
+
+    Where `attention` names one of JAX's implementations, it takes over what has no dropout on the weights and is not
+    the decoding of one token.
+    """
 
     config: BlockConfig
 
     def setup(self):  # noqa: D102
         c = self.config
-        self.qkv = nn.Dense(3 * c.width, use_bias=c.qkv_bias, kernel_init=c.init, dtype=c.dtype)
+        # [d, 3, d], not [d, 3 d]: split over devices along its last dimension, it is split by heads.
+        self.qkv = nn.DenseGeneral((3, c.width), use_bias=c.qkv_bias, kernel_init=c.init, dtype=c.dtype)
         self.out = nn.Dense(c.width, kernel_init=c.residual_init, dtype=c.dtype)
         self.drop = nn.Dropout(c.dropout)
 
@@ -101,6 +127,8 @@ class Attention(nn.Module):
             kv = (k, v)
         q = q * q.shape[-1] ** -0.5
         one = kv is not None and q.shape[1] == 1  # decoding: too little work a head for a matrix product
+        if self.config.attention != "softmax" and not one and not (train and self.config.dropout):
+            return self.out(flash(q, k, v, mask, self.config.attention).reshape(x.shape).astype(x.dtype)), kv
         if one:
             logits = jnp.sum(q * k, axis=-1, dtype=jnp.float32).transpose(0, 2, 1)[:, :, None]
         else:

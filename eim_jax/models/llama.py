@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from eim_jax.models.cache import Cache
-from eim_jax.models.layers import NORMAL, REMAT_POLICIES
+from eim_jax.models.layers import NORMAL, REMAT_POLICIES, check_attention, flash
 from eim_jax.models.peft import ModalityAdapter, PromptAdapter, Router, ZeroInit, mix, route, shrink
 from eim_jax.models.quant import QDense
 
@@ -32,6 +32,7 @@ class LlamaConfig:
       qkv_bias: biases of the query, key and value maps, which LLaMA lacks and a folded adapter needs (fold.py).
       scan: stack the blocks' parameters and scan over them.
       remat: "none", "full" or "dots" (layers.REMAT_POLICIES).
+      attention: a name in layers.ATTENTIONS, for all but the decoding of one token and the prompts' own softmax.
     """
 
     vocab: int = 32000
@@ -49,6 +50,7 @@ class LlamaConfig:
     qkv_bias: bool = False
     scan: bool = False
     remat: str = "none"
+    attention: str = "softmax"
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):  # noqa: D105
@@ -57,6 +59,7 @@ class LlamaConfig:
             raise ValueError(f"width {self.width}, heads {self.heads}, kv_heads {self.kv_heads}: each divides the last")
         if self.head_width % 2:
             raise ValueError(f"head width {self.head_width} is odd: RoPE turns pairs")
+        check_attention(self.attention)
         if isinstance(self.adapter, ZeroInit) and not 1 <= self.adapter.layers <= self.layers:
             raise ValueError(f"the adapter's {self.adapter.layers} topmost layers are not among {self.layers}")
         if isinstance(self.adapter, Router):
@@ -74,10 +77,6 @@ class Steer(NamedTuple):
     weights: Float[Array, "L b 2"] | None = None  # LaVIN: each layer's routing weights
     keys: Float[Array, "l b K kv e"] | None = None  # LLaMA-Adapter: keys and values of the topmost layers' prompts
     values: Float[Array, "l b K kv e"] | None = None
-
-    def take(self, rows: Int[Array, "c"]) -> "Steer":
-        """Returns the steering of the given batch rows."""
-        return jax.tree.map(lambda x: x[:, rows], self)
 
 
 def rotation(positions: Int[Array, "b t"], head_width: int, theta: float) -> tuple[Array, Array]:
@@ -122,13 +121,16 @@ class LlamaAttention(nn.Module):
         k, v = self.keys_values(x)
         k = rotate(k, turn)
         q = rotate(self.q(x).reshape(b, t, c.heads, c.head_width), turn) * c.head_width**-0.5
-        q = q.reshape(b, t, c.kv_heads, c.heads // c.kv_heads, c.head_width)
+        whole, q = q, q.reshape(b, t, c.kv_heads, c.heads // c.kv_heads, c.head_width)
         if kv is not None:
             at = (0, start, 0, 0)
             k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), at)
             v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), at)
             kv = (k, v)
-        mixed = _attend(q, k, v, None if mask is None else mask[:, None])
+        if c.attention == "softmax" or (kv is not None and t == 1):
+            mixed = _attend(q, k, v, None if mask is None else mask[:, None])
+        else:
+            mixed = flash(whole, k, v, mask, c.attention).reshape(q.shape)
         if prompt is not None:
             keys, values, gate = prompt
             gate = jnp.tanh(gate.astype(jnp.float32)).astype(mixed.dtype).reshape(1, 1, c.kv_heads, -1, 1)
@@ -338,13 +340,14 @@ class Llama(nn.Module):
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t V"]:
         """Returns float32 next-token logits."""
         c = self.config
-        if c.tied:
-            weight, axis = self.token_embedding.embedding, 1
-        else:
-            weight, axis = self.head.kernel, 0
-        contract_width = (((2,), (axis,)), ((), ()))
+        weight, axis = self.head_weights()
+        contract_width = (((2,), (1 - axis,)), ((), ()))
         weight = weight.astype(c.dtype)
         return jax.lax.dot_general(hidden.astype(c.dtype), weight, contract_width, preferred_element_type=jnp.float32)
+
+    def head_weights(self) -> tuple[Float[Array, "_ _"], int]:
+        """Returns the head's weights, [d V] or tied [V d], and which of their axes counts the vocabulary."""
+        return (self.token_embedding.embedding, 0) if self.config.tied else (self.head.kernel, 1)
 
     def __call__(
         self, tokens: Int[Array, "b t"], valid: Bool[Array, "b t"] | None = None, train: bool = False

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 QUANTS = ("none", "nf4")
 BLOCK = 64  # weights along `in` that share a scale
 GROUP = 256  # scales along `out` that share a scale
+NF4_SCALES = ("scale_scale", "scale_mean")  # the leaves that stay float32 whatever the compute dtype
 
 NF4 = np.array(
     [

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from eim_jax.data.image import normalise
@@ -26,6 +27,7 @@ from eim_jax.models.clip import CLIPText, CLIPVision, select
 from eim_jax.models.gpt2 import GPT2
 from eim_jax.models.llama import Llama, Steer
 from eim_jax.models.peft import Router, ZeroInit
+from eim_jax.sharding import by_row
 
 EVERY = 4  # features="blocks": the [CLS] row after every fourth block
 
@@ -56,6 +58,7 @@ class VLM:
     bos: int | None = None  # the token that every text starts with; GPT-2 has none
     with_image: tuple[int, ...] = ()  # LaVIN: the tokens of "Image: "
     without_image: tuple[int, ...] = ()  # LaVIN: the tokens of "Image: N/A"
+    mesh: Mesh | None = None  # over whose data axes the rows of activations lie
 
     @property
     def dropout(self) -> float:
@@ -76,7 +79,7 @@ class VLM:
             options["every"] = EVERY
         method = "cls_of_blocks" if self.features == "blocks" else "see"
         seen = self.visual.apply({"params": params["visual"]}, pixels, method=method, **options)
-        return seen if self.features == "blocks" else select(seen, self.features)
+        return by_row(seen if self.features == "blocks" else select(seen, self.features), self.mesh)
 
     def project(self, params: dict, seen: Float[Array, "b n v"]) -> Float[Array, "b j"]:
         """[CLS] through CLIP's frozen output layer into the joint space: loss_IE's query."""
@@ -87,11 +90,11 @@ class VLM:
         """The ST's output tokens, in the LM's embedding space (Table 9's two switches choose its input)."""
         if self.output_layer:
             seen = self.visual.apply({"params": params["visual"]}, seen, method="project")
-        return self.st.apply({"params": params["st"]}, seen)
+        return by_row(self.st.apply({"params": params["st"]}, seen), self.mesh)
 
     def embed(self, params: dict, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """LM_e: the LM's input embeddings."""
-        return self.lm.apply({"params": params["lm"]}, tokens, method="embed")
+        return by_row(self.lm.apply({"params": params["lm"]}, tokens, method="embed"), self.mesh)
 
     def lm_input(
         self,
@@ -154,7 +157,7 @@ class VLM:
             rngs=None if dropout is None else {"dropout": dropout},
             **({} if read.steer is None else {"steer": read.steer}),
         )
-        return hidden
+        return by_row(hidden, self.mesh)
 
     def read(
         self,
@@ -182,13 +185,30 @@ class VLM:
         dropout: Array | None = None,
     ) -> Float[Array, "b t V"]:
         """Logits where [:, i] predicts tokens[:, i], given the visual tokens and tokens[:, :i]."""
+        return self.logits(params, self.foresee(params, visual, tokens, valid, has_image=has_image, dropout=dropout))
+
+    def foresee(
+        self,
+        params: dict,
+        visual: Float[Array, "b m d"],
+        tokens: Int[Array, "b t"],
+        valid: Bool[Array, "b t"],
+        *,
+        has_image: Bool[Array, "b"] | None = None,
+        dropout: Array | None = None,
+    ) -> Float[Array, "b t d"]:
+        """LM_block's output from which the head predicts: [:, i] has read the visual tokens and tokens[:, :i]."""
         found = self.lm_input(params, tokens, valid, visual=visual, has_image=has_image)
         hidden = self.blocks(params, found, dropout)
         before = hidden.shape[1] - tokens.shape[1]
         # What stands before the text's first token: in a row without image not the last slot, but the last valid one.
         last = before - 1 - jnp.argmax(found.valid[:, :before][:, ::-1], axis=1)
         first = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-        return self.logits(params, jnp.concatenate([first, hidden[:, before:-1]], axis=1))
+        return jnp.concatenate([first, hidden[:, before:-1]], axis=1)
+
+    def head_weights(self, params: dict) -> tuple[Float[Array, "_ _"], int]:
+        """The weights that turn `foresee` into logits, and which of their axes counts the vocabulary."""
+        return self.lm.apply({"params": params["lm"]}, method="head_weights")
 
     def logits(self, params: dict, hidden: Float[Array, "b t d"]) -> Float[Array, "b t V"]:
         """Next-token logits in float32."""

@@ -29,7 +29,7 @@ def test_transformer_mapper_agrees_with_torchs_own_attention(agree):
     x = torch.cat([dense(p["linear"], seen[:, 0]).reshape(2, 3, 32), p["constant"].expand(2, 4, 32)], dim=1)
     for i in range(2):
         b = p[f"blocks_{i}"]
-        qkv = dense(b["attn"]["qkv"], norm(b["ln_1"], x)).chunk(3, dim=-1)
+        qkv = torch.einsum("btd,dke->kbte", norm(b["ln_1"], x), b["attn"]["qkv"]["kernel"])
         q, k, v = (a.reshape(2, 7, 4, 8).transpose(1, 2) for a in qkv)
         mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 7, 32)
         x = x + dense(b["attn"]["out"], mixed)

@@ -7,7 +7,7 @@ import pytest
 
 from eim_jax.decode import DecodeConfig, generate
 from eim_jax.models.gpt2 import GPT2, GPT2Config
-from eim_jax.weights import LM, export_gpt2
+from eim_jax.weights import LM, export_lm
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.parity
@@ -19,7 +19,7 @@ def test_greedy_equals_transformers_generate(tmp_path):
     config = GPT2Config(vocab=61, context=48, width=32, layers=2, heads=4)
     lm = GPT2(config)
     params = jax.tree.map(lambda x: 6 * x, lm.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
-    export_gpt2(tmp_path, LM(config, params))
+    export_lm(tmp_path, LM(config, params))
     model = GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     prefix = np.asarray(jax.random.normal(jax.random.key(1), (5, 4, 32)), np.float32)
     with torch.no_grad():

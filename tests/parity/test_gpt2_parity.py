@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from eim_jax.models.gpt2 import GPT2
-from eim_jax.weights import export_gpt2, load_gpt2
+from eim_jax.weights import export_lm, load_lm
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
@@ -30,7 +30,7 @@ def test_gpt2_after_an_image_prefix_agrees_in_values_and_gradients(config, moved
     loss.backward()
 
     weights, gradient = saved(model)
-    lm = load_gpt2(weights, scan=scan)
+    lm = load_lm(weights, scan=scan)
     ids, mask = jnp.asarray(tokens.numpy(), jnp.int32), jnp.asarray(valid.numpy())
 
     def ours(params, prefix):
@@ -50,7 +50,7 @@ def test_gpt2_after_an_image_prefix_agrees_in_values_and_gradients(config, moved
     agree("hidden", np.asarray(hidden)[real], out.hidden_states[-1].detach().numpy()[real])
     agree("logits", np.asarray(logits)[real], out.logits.detach().numpy()[real])
     agree("loss", value, loss.item())
-    agree("gradient", grads, (load_gpt2(gradient, scan=scan).params, prefix.grad.numpy()))
+    agree("gradient", grads, (load_lm(gradient, scan=scan).params, prefix.grad.numpy()))
 
 
 def test_exported_gpt2_gives_the_same_logits_in_transformers(perturbed, saved, tmp_path):
@@ -58,7 +58,7 @@ def test_exported_gpt2_gives_the_same_logits_in_transformers(perturbed, saved, t
         transformers.GPT2LMHeadModel(transformers.GPT2Config(**TINY, bos_token_id=0, eos_token_id=0)), 0.05
     )
     weights, _ = saved(model)
-    export_gpt2(tmp_path / "export", load_gpt2(weights, scan=True))
+    export_lm(tmp_path / "export", load_lm(weights, scan=True))
     again, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "export", output_loading_info=True)
     assert not any(info.values()), info
     tokens = torch.randint(0, 97, (2, 8))

@@ -1,0 +1,173 @@
+"""What a plan is for: chips with their published figures, topologies by name, and the devices to compile for.
+
+`v5e:4x4` and its like need no TPU: libtpu compiles for a topology that is not here. For GPUs there is no such way
+through public JAX, so as many fake CPU devices stand in for them.
+"""
+
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import psutil
+
+from eim_jax.config import ConfigError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device: bytes of memory, bf16 FLOP/s, bytes/s from memory, bytes/s out to other chips (one direction)."""
+
+    name: str
+    memory: int
+    flops: float
+    bandwidth: float
+    link: float
+    source: str
+
+
+_TPU = "cloud.google.com/tpu/docs/"
+_NVIDIA = "nvidia.com/en-us/data-center/"
+# Interconnect is published for both directions together (TPU v5e, v5p, v6e; NVLink): half of it here.
+CHIPS = {
+    "v4": Chip("TPU v4", 32 * GIB, 275e12, 1200e9, 300e9, _TPU + "v4"),
+    "v5e": Chip("TPU v5e", 16 * GIB, 197e12, 819e9, 200e9, _TPU + "v5e"),
+    "v5p": Chip("TPU v5p", 95 * GIB, 459e12, 2765e9, 600e9, _TPU + "v5p"),
+    "v6e": Chip("TPU v6e", 32 * GIB, 918e12, 1638e9, 400e9, _TPU + "v6e"),
+    "a100": Chip("A100 SXM 80 GB", 80 * 10**9, 312e12, 2039e9, 300e9, _NVIDIA + "a100"),
+    "h100": Chip("H100 SXM", 80 * 10**9, 989e12, 3350e9, 450e9, _NVIDIA + "h100"),
+    "h200": Chip("H200 SXM", 141 * 10**9, 989e12, 4800e9, 450e9, _NVIDIA + "h200"),
+}
+KINDS = {  # a device's own name -> the chip
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "A100": "a100",
+    "H100": "h100",
+    "H200": "h200",
+}
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # v5e and v6e
+SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")  # v4 and v5p, and larger
+FORMS = (
+    f"v5e: or v6e: and {', '.join(FLAT)}; v4: or v5p: and {', '.join(SOLID)} (larger ones too); "
+    "gpu:a100xN, gpu:h100xN, gpu:h200xN; cpu:N"
+)
+
+# configs/NAME.py -> the smallest v5e slice that its heaviest stage fits, at the batch of the paper; and that stage.
+SMALLEST = {
+    "clipcap_small_coco": ("v5e:1x1", "base"),
+    "clipcap_large_coco": ("v5e:2x2", "base"),
+    "clipcap_eim_coco": ("v5e:1x1", "ie"),
+    "llama_adapter_scienceqa": ("v5e:2x2", "base"),
+    "llama_adapter_eim_scienceqa": ("v5e:2x2", "ie"),
+    "lavin7b_scienceqa": ("v5e:2x2", "base"),
+    "lavin7b_eim_scienceqa": ("v5e:2x2", "ie"),
+    "lavin7b_eim_chat": ("v5e:2x2", "ie"),
+    "lavin13b_scienceqa": ("v5e:2x2", "base"),
+}
+
+
+class Target(NamedTuple):
+    """Where the planned program would run. `exact`: its own compiler made it; else fake CPU devices stand in."""
+
+    name: str
+    chip: Chip
+    devices: list
+    platform: str
+    exact: bool
+    note: str
+
+
+def parse(topology: str) -> tuple[str, str, int]:
+    """Returns (tpu | gpu | cpu, chip, number of devices); raises ConfigError with the valid forms."""
+    kind, _, size = topology.partition(":")
+    if kind in ("v5e", "v6e", "v4", "v5p") and re.fullmatch(r"\d+(x\d+){1,2}", size):
+        sides = [int(n) for n in size.split("x")]
+        number = 1
+        for side in sides:
+            number *= side
+        if number and len(sides) == (2 if kind in ("v5e", "v6e") else 3):
+            return "tpu", kind, number
+    if kind == "gpu" and (found := re.fullmatch(r"(a100|h100|h200)x([1-9]\d*)", size)):
+        return "gpu", found[1], int(found[2])
+    if kind == "cpu" and re.fullmatch(r"[1-9]\d*", size):
+        return "cpu", "cpu", int(size)
+    raise ConfigError(f"--topology={topology}: no such topology. Valid: {FORMS}")
+
+
+def prepare(topology: str) -> None:
+    """Before JAX looks for devices: a named topology needs the CPU alone, and maybe more fake devices of it."""
+    if not topology:
+        return
+    _, _, number = parse(topology)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", max(number, 1))
+
+
+def has_libtpu() -> bool:
+    """Whether the TPU compiler is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def target(topology: str) -> Target:
+    """The devices of a named topology, or with "" those that are here.
+
+    Raises ConfigError for a name that does not exist, and where fewer fake devices can be had.
+    """
+    if not topology:
+        devices = jax.devices()
+        chip, note = _here(devices)
+        return Target("the devices here", chip, devices, devices[0].platform, True, note)
+    platform, kind, number = parse(topology)
+    if platform == "cpu":
+        chip, note = _host(number)
+        return Target(topology, chip, _fake(number, topology), "cpu", True, note)
+    if platform == "tpu" and has_libtpu():
+        from jax.experimental import topologies
+
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to ask
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        cores = {"chip_config_name": "megacore"} if kind == "v4" else {}  # both cores of a chip as one device
+        try:
+            found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **cores)
+        except Exception as error:  # libtpu raises its own kinds
+            raise ConfigError(f"--topology={topology}: {str(error).splitlines()[0]}. Valid: {FORMS}") from error
+        return Target(topology, CHIPS[kind], list(found.devices), "tpu", True, "compiled by libtpu for this topology")
+    stand_in = "fake CPU devices stand in: arguments and shardings are exact, temporaries an upper bound"
+    missing = "libtpu is not installed (EXTRAS=tpu, or pip install libtpu): " if platform == "tpu" else ""
+    return Target(topology, CHIPS[kind], _fake(number, topology), platform, False, missing + stand_in)
+
+
+def _fake(number: int, topology: str) -> list:
+    devices = jax.devices("cpu")
+    if len(devices) < number:
+        raise ConfigError(
+            f"--topology={topology}: {number} CPU devices are needed and this process began with {len(devices)}: "
+            f"set jax_num_cpu_devices before JAX starts, or use python -m eim_jax.main --mode=plan"
+        )
+    return devices[:number]
+
+
+def _host(number: int) -> tuple[Chip, str]:
+    """A share of this machine's memory and cores; its rates are assumed, not published."""
+    memory, cores = psutil.virtual_memory().total, os.cpu_count() or 1
+    chip = Chip("CPU", memory // number, 50e9 * cores / number, 20e9 / number, 20e9 / number, "assumed")
+    return chip, f"{number} device(s) share {memory / GIB:.0f} GiB and {cores} cores; 50 GFLOP/s a core is assumed"
+
+
+def _here(devices: list) -> tuple[Chip, str]:
+    if devices[0].platform == "cpu":
+        return _host(len(devices))
+    kind = devices[0].device_kind
+    name = next((chip for word, chip in sorted(KINDS.items(), reverse=True) if word in kind), None)
+    if name is None:
+        raise ConfigError(f"no figures for the device {kind!r}: name a --topology. Valid: {FORMS}")
+    return CHIPS[name], f"compiled for the {len(devices)} {kind} here"
