@@ -1,6 +1,6 @@
 """One training step of LaVIN-7B with EIM: its memory from abstract shapes, or its time on the device at hand.
 
-python benchmarks/lavin_step.py --compile [--quant none nf4] [--accumulate 1 8] [--stage adapter|ie] [--batch 32]
+python benchmarks/lavin_step.py --compile [--quant none nf4] [--accumulate 1 8] [--stage st|lm|adapter|ie] [--batch 32]
     compiles make_step from shapes (nothing is allocated) and states its buffers: for this machine's device, or with
     --target for a GPU that is not here (needs the CUDA plugin's packages; FILE holds XLA's GpuTargetConfigProto as
     text; run under JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1). A CPU is no measure for a GPU: XLA converts
@@ -9,8 +9,9 @@ python benchmarks/lavin_step.py --run --quant nf4 --accumulate 8 [--steps 10] [-
     the same step on random weights that are drawn on the device, beside the device's own matmul and copy rates.
 
 Without either, a CPU compiles and an accelerator runs. The LM reads 512 slots: BOS, LaVIN's markers, 50 visual tokens,
-text. Stage "adapter" (loss_base; trains the LM's adapters and the ST) reads cached features; "ie" (loss_base + loss_IE)
-reads images, trains CLIP's adapters too and holds K_t of ScienceQA's 12,726 samples.
+text. Stage "st" (loss_ST) runs no LM, "lm" (loss_LM) no vision; "adapter" (loss_base; trains the LM's adapters and the
+ST) reads cached features; "ie" (loss_base + loss_IE) reads images and trains CLIP's adapters too. Queues hold one key
+for each of ScienceQA's 12,726 samples.
 
 On a GPU XLA takes 75 % of the memory: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 lets a larger step in.
 """
@@ -27,8 +28,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from lavin_case import SIZES, Case, Size, arrays, flops, make_case, nbytes, placed
+from lavin_case import SIZES, STAGES, Case, Size, flops, lavin_case
 from pairs import machine
+from step_case import arrays, compiled, nbytes
 
 GIB = 2**30
 
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     form.add_argument("--run", action="store_true", help="time steps on random weights")
     parser.add_argument("--size", choices=sorted(SIZES), default="7b")
     parser.add_argument("--layers", type=int, default=0, help="of the LM instead of the size's")
-    parser.add_argument("--stage", choices=("adapter", "ie"), default="adapter")
+    parser.add_argument("--stage", choices=STAGES, default="adapter")
     parser.add_argument("--quant", choices=("none", "nf4"), nargs="+", default=["none", "nf4"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--accumulate", type=int, nargs="+", default=[1])
@@ -66,21 +68,6 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
     return rows
-
-
-def compiled(case: Case, device=None):
-    """Returns (the compiled step, seconds that tracing and compiling took, {buffer kind: bytes})."""
-    start = time.perf_counter()
-    made = case.step.lower(*(case.arguments if device is None else placed(case.arguments, device))).compile()
-    seconds, found = time.perf_counter() - start, made.memory_analysis()
-    sizes = {
-        "arguments": found.argument_size_in_bytes,
-        "temporaries": found.temp_size_in_bytes,
-        "outputs": found.output_size_in_bytes,
-        "aliased": found.alias_size_in_bytes,
-    }
-    sizes["peak"] = sizes["arguments"] + sizes["temporaries"] + sizes["outputs"] - sizes["aliased"]
-    return made, seconds, sizes
 
 
 def state_memory(options: argparse.Namespace, size: Size) -> list[dict]:
@@ -121,7 +108,7 @@ def absent_gpu(target: str):
 def case_of(options: argparse.Namespace, size: Size, quant: str, accumulate: int) -> Case:
     """The case that the command line names."""
     chosen = {"batch": options.batch, "remat": options.remat, "dtype": options.dtype}
-    return make_case(size, options.stage, quant=quant, accumulate=accumulate, **chosen)
+    return lavin_case(size, options.stage, quant=quant, accumulate=accumulate, **chosen)
 
 
 def rates(size: Size, dtype) -> dict[str, float]:

@@ -25,9 +25,17 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def version(package: str) -> str:
+    """The installed version, or "absent"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "absent"
+
+
 def machine(*packages: str) -> str:
     """The date, the machine and the packages' versions, for the head of a table."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     place = f"{platform.machine()}, {cores()} core(s), Python {platform.python_version()}"
     return f"{datetime.date.today()}, {place}, {versions}"
 
