@@ -1,0 +1,106 @@
+"""Means over seeds, and intervals of differences that know both noises: another training seed, other test items.
+
+Two rows were trained with the same seeds and answered the same test items, so their difference is paired in both. One
+replicate draws test items with replacement (one draw for all seeds: they share the test set) and, from these, seeds
+with replacement; the interval holds the middle 95 % of the replicates' mean differences.
+
+With S seeds, a mean of resampled seeds spreads by sd sqrt((S-1)/S) / sqrt(S): too little, and 1.96 of it is too short
+where Student's t says otherwise. So the part of a replicate that the seeds' draw causes, its deviation from the mean
+of all seeds on the same items, is multiplied by sqrt(S/(S-1)) t(S-1)/z, which in the normal case gives Student's
+interval. With one seed the interval holds the items' noise alone, and says so.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from eim_jax.evals import items
+
+GAPS = {"nll_gap": ("nll_shuffled", "nll"), "nll_image_gap": ("nll_image_shuffled", "nll_image")}
+REPLICATES = 4000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean, its standard deviation over seeds (None: one seed), and its 95 % interval (None: not known)."""
+
+    mean: float
+    sd: float | None
+    interval: tuple[float, float] | None
+    seeds: int
+
+
+def score(results: Mapping[int, Mapping[str, Any]], metric: str) -> Spread | None:
+    """A row's score over its cells {seed: result}; None if a cell lacks it."""
+    values = [cell["scores"].get(metric) for cell in results.values()]
+    if not values or None in values:
+        return None
+    table = _replicates(list(results.values()), metric)
+    interval = None if table is None else _interval(*table)
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Spread(float(np.mean(values)), sd, interval, len(values))
+
+
+def difference(
+    left: Mapping[int, Mapping[str, Any]], right: Mapping[int, Mapping[str, Any]], metric: str
+) -> Spread | None:
+    """`right` minus `left` over the seeds that both have; None if there is none, or a cell lacks the score.
+
+    Raises ValueError when the two rows were tested on other items.
+    """
+    seeds = sorted(left.keys() & right.keys())
+    values = [(left[seed]["scores"].get(metric), right[seed]["scores"].get(metric)) for seed in seeds]
+    if not values or any(None in pair for pair in values):
+        return None
+    for seed in seeds:
+        if left[seed]["items"]["ids"] != right[seed]["items"]["ids"]:
+            rows = f"{left[seed]['row']} and {right[seed]['row']}"
+            raise ValueError(f"{rows} were tested on other items: run them again with one version of the code")
+    per_seed = [b - a for a, b in values]
+    one, other = (_replicates([row[seed] for seed in seeds], metric) for row in (left, right))
+    interval = None
+    if one is not None and other is not None:
+        interval = _interval(other[0] - one[0], other[1] - one[1])
+    sd = float(np.std(per_seed, ddof=1)) if len(per_seed) > 1 else None
+    return Spread(float(np.mean(per_seed)), sd, interval, len(per_seed))
+
+
+def bootstrap(full: np.ndarray, resampled: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Replicates [B] of a mean over seeds. `full` [S]: each seed's value on all items; `resampled` [B S]: on the items
+    of replicate b. The values may be differences."""
+    count = len(full)
+    centre = resampled.mean(axis=1)
+    if count == 1:
+        return centre
+    draw = np.random.default_rng(seed).integers(count, size=resampled.shape)
+    drawn = np.take_along_axis(resampled, draw, axis=1).mean(axis=1)
+    tail = 1 - (1 - LEVEL) / 2
+    widen = np.sqrt(count / (count - 1)) * stats.t.ppf(tail, count - 1) / stats.norm.ppf(tail)
+    return centre + widen * (drawn - centre)
+
+
+def _interval(full: np.ndarray, resampled: np.ndarray) -> tuple[float, float] | None:
+    found = bootstrap(full, resampled)
+    if not np.isfinite(found).all():
+        return None
+    low, high = np.quantile(found, [(1 - LEVEL) / 2, 1 - (1 - LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _replicates(cells: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """([S] on all items, [B S] on resampled items) of a score, None if the cells do not hold its items."""
+    if metric in GAPS:
+        more, less = (_replicates(cells, name) for name in GAPS[metric])
+        return None if more is None or less is None else (more[0] - less[0], more[1] - less[1])
+    if any(metric not in cell["items"] for cell in cells):
+        return None
+    rows = [np.asarray(cell["items"][metric], np.float64) for cell in cells]
+    number = len(rows[0])
+    # The same draws for every row and metric of one test set: differences stay paired.
+    weights = np.random.default_rng(number).multinomial(number, np.full(number, 1 / number), size=REPLICATES)
+    full = np.array([items.value(metric, row.sum(axis=0)) for row in rows])
+    return full, np.stack([items.value(metric, weights @ row) for row in rows], axis=1)

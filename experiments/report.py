@@ -1,0 +1,205 @@
+"""The tables as measured: one self-contained page, and the same tables in Markdown for a README.
+
+python -m experiments.report --scale=miniature        # experiments/results/miniature.html and .md
+"""
+
+import argparse
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eim_jax.console import console
+from eim_jax.data import miniature
+from eim_jax.report import environment
+from eim_jax.report_charts import Interval, intervals
+from eim_jax.report_gallery import gallery
+from experiments import results, training_efficiency
+from experiments.cells import BUDGETS, SCALES, Row, cell
+from experiments.claims import CLAIMS, Verdict, judge
+from experiments.layout import Table
+from experiments.report_tables import Found, charts, column, efficiency, entries, stages, told
+from experiments.tables import TABLES
+
+WORDS = {"supported": "up", "not supported": "down"}  # verdict -> class of its badge
+COLOURS = {"supported": 2, "not supported": 5}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Writes the page and the Markdown of what is finished."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="miniature")
+    parser.add_argument("--budget", choices=BUDGETS, help="as for experiments.run")
+    parser.add_argument("--seeds", type=int, default=100, help="seeds 0 ... N-1, those that are there")
+    parser.add_argument("--out", type=Path, default=results.OUT)
+    options = parser.parse_args(arguments)
+    budget = options.budget or ("steps" if options.scale == "miniature" else "paper")
+    found = read(options.out, options.scale, budget, options.seeds)
+    if not any(found.values()):
+        parser.exit(2, f"error: no finished cell of budget {budget} in {options.out / options.scale}\n")
+    name = options.scale if options.budget is None else f"{options.scale}-{budget}"
+    page, text = options.out / f"{name}.html", options.out / f"{name}.md"
+    page.write_text(html(found, options.scale, budget), encoding="utf-8")
+    text.write_text(markdown(found, options.scale), encoding="utf-8")
+    console.print(f"{page}\n{text}", soft_wrap=True)
+
+
+def read(out: Path, scale: str, budget: str, seeds: int) -> Found:
+    """The finished cells of every row; in budget "time" what was run under the measured pace."""
+    rows = {row.name: row for table in TABLES.values() for row in table.rows if row.at(scale)}
+    files = [results.load(file) for file in sorted((out / scale).glob("*-s*.json"))]
+    if budget == "time":
+        return {name: {f["seed"]: f for f in files if (f["row"], f["budget"]) == (name, budget)} for name in rows}
+    found = {}
+    for name, row in rows.items():
+        cells = {seed: results.read(out, cell(row, scale, seed, budget)) for seed in sorted({f["seed"] for f in files})}
+        found[name] = {seed: one for seed, one in cells.items() if one is not None and seed < seeds}
+    return found
+
+
+def verdicts(found: Found, scale: str) -> list[Verdict]:
+    """Every claim that this scale can judge."""
+    return [judge(claim, found) for claim in CLAIMS if claim.better.at(scale) and claim.worse.at(scale)]
+
+
+def examples(table: Table, found: Found, scale: str) -> dict | None:
+    """The first test pictures by the hash of their ids, with a caption of each row (its lowest seed)."""
+    cells = [(row, found[row.name][min(found[row.name])]) for row in table.rows if found.get(row.name)]
+    if not cells or "Bleu_4" not in table.metrics or scale != "miniature":
+        return None
+    scenes = _scenes()
+    where = {str(key): place for place, key in enumerate(scenes.images.ids)}
+    captions = {row.title: one["examples"] for row, one in cells}
+    return gallery(captions, lambda key: scenes.images[where[key]], scenes.references)
+
+
+@functools.cache
+def _scenes() -> miniature.MiniatureSplit:
+    return miniature.load("test")
+
+
+def forest(judged: Sequence[Verdict]) -> str:
+    """The claims about captions as intervals of BLEU-4, the paper's effect a diamond."""
+    rows = [
+        Interval(
+            f"{v.claim.name} (Table {v.claim.table})",
+            100 * v.change.mean,
+            (100 * v.change.interval[0], 100 * v.change.interval[1]),
+            100 * v.expected if v.expected else None,
+            COLOURS.get(v.word, 4),
+        )
+        for v in judged
+        if v.word != "not measured" and v.claim.metric == "Bleu_4"
+    ]
+    return intervals(rows, unit="difference in BLEU-4, points", name="claims") if rows else ""
+
+
+def html(found: Found, scale: str, budget: str) -> str:
+    """The page."""
+    cells = [one for row in found.values() for one in row.values()]
+    judged = verdicts(found, scale)
+    tables = [
+        {
+            "table": table,
+            "columns": [column(key) for key in table.metrics],
+            "rows": entries(table, found),
+            "stages": stages(table, found),
+            "charts": charts(table, found),
+            "gallery": examples(table, found, scale),
+        }
+        for table in TABLES.values()
+        if _shown(table, found)
+    ]
+    diagnosed = {
+        row.title: one
+        for name, row in _rows().items()
+        for one in [one for one in found.get(name, {}).values() if "diagnostics" in one][:1]
+    }
+    return (
+        environment(Path(__file__).parent)
+        .get_template("page.html.j2")
+        .render(
+            title=f"EIM's tables, {scale}",
+            scale=scale,
+            budget=budget,
+            seeds=sorted({one["seed"] for one in cells}),
+            count=len(cells),
+            hours=sum(one["seconds"] for one in cells) / 3600,
+            dates=sorted({one["date"] for one in cells}),
+            machines=sorted({_facts(one["machine"]) for one in cells}),
+            versions=sorted({_facts(one["versions"]) for one in cells}),
+            judged=[_judged(v) for v in judged],
+            forest=forest(judged),
+            tables=tables,
+            efficiency=efficiency(found),
+            diagnosed=diagnosed,
+            commands=[(row, one) for name, row in _rows().items() for one in list(found.get(name, {}).values())[:1]],
+        )
+    )
+
+
+def _judged(v: Verdict) -> dict[str, str]:
+    how = column(v.claim.metric)
+    return {
+        "claim": v.claim.statement,
+        "table": v.claim.table,
+        "metric": how.name,
+        "rows": f"{v.claim.better.title} − {v.claim.worse.title}",
+        "word": v.word,
+        "badge": WORDS.get(v.word, ""),
+        "seeds": str(v.change.seeds) if v.change else "–",
+        "change": told(how, v.change) if v.change else "–",
+        "expected": f"{v.expected * how.factor:+.{how.decimals}f}".replace("-", "−") if v.expected else "–",
+        "paper": f"{100 * v.claim.effect:+.1f} %".replace("-", "−") if v.claim.effect else "not known",
+    }
+
+
+def markdown(found: Found, scale: str) -> str:
+    """Verdicts and tables for a README."""
+    lines = [
+        "| claim | table | paper, relative | the same here | measured, 95 % interval | seeds | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in map(_judged, verdicts(found, scale)):
+        kept = ("claim", "table", "paper", "expected", "change", "seeds", "word")
+        cells = [f"{row[key]} {row['metric']}" if key == "change" and row[key] != "–" else row[key] for key in kept]
+        lines.append(f"| {' | '.join(cells)} |")
+    for table in TABLES.values():
+        if not _shown(table, found):
+            continue
+        heads = [f"{how.label} ({how.unit})" if how.unit else how.label for how in map(column, table.metrics)]
+        lines += ["", f"Table {table.name}: {table.title}" if table.name.isdigit() else table.title, ""]
+        paper = any(key in row.paper for row in table.rows for key in table.metrics[:1])
+        lines.append("| | " + " | ".join((["paper"] if paper else []) + heads) + " |")
+        lines.append("|---|" + "---|" * (len(heads) + paper))
+        for row, _, scores in entries(table, found):
+            if any(entry.value for entry in scores):
+                cells = [f"{entry.value}{f' ({entry.change})' if entry.change else ''}" or "–" for entry in scores]
+                lines.append(
+                    f"| {row.title} | " + " | ".join(([scores[0].paper or "–"] if paper else []) + cells) + " |"
+                )
+    if rows := efficiency(found):
+        lines += ["", "Seconds of an epoch, stage by stage (in brackets the paper's minutes)", "", "| | |", "|---|---|"]
+        for row in rows:
+            told_of = [
+                f"{s['name']} {s['seconds']}" + (f" ({s['paper']})" if s["paper"] else "") for s in row["stages"]
+            ]
+            lines.append(f"| {row['row'].title} | {', '.join(told_of)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(table: Table, found: Found) -> bool:
+    """Whether there is something to compare."""
+    return table is not training_efficiency.TABLE and sum(bool(found.get(row.name)) for row in table.rows) > 1
+
+
+def _rows() -> dict[str, Row]:
+    return {row.name: row for table in TABLES.values() for row in table.rows}
+
+
+def _facts(mapping: Mapping[str, Any]) -> str:
+    return " · ".join(f"{key} {value}" for key, value in mapping.items())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""The tables of the report: what stands in each cell, the queues' figures, the curves, the training times."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from eim_jax.report_charts import Line, panel
+from eim_jax.report_scores import Metric, metric
+from experiments import training_efficiency
+from experiments.cells import Row
+from experiments.intervals import Spread, difference, score
+from experiments.layout import Table
+
+Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # row name -> seed -> result
+
+OWN = {
+    "shape_colour_f1": Metric("shape_colour_f1", "object F1", 100, 1, 1, "points"),
+    "nll_gap": Metric("nll_gap", "NLL gap", 1, 3, 1, "nats, other picture", "NLL gap to another picture"),
+    "nll_image_gap": Metric("nll_image_gap", "NLL gap", 1, 3, 1, "nats, other picture", "NLL gap to another picture"),
+}
+
+
+def column(key: str) -> Metric:
+    """How a score is called and shown."""
+    return OWN.get(key) or metric(key)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One score of one row as shown; `sense` +1 better than the table's first row, -1 worse, 0 not told apart."""
+
+    paper: str = ""
+    value: str = ""
+    change: str = ""
+    sense: int | None = None
+
+
+def entries(table: Table, found: Found) -> list[tuple[Row, list[str], list[Entry]]]:
+    """The rows of a table, each with its ticks and its scores."""
+    shown = []
+    for i, row in enumerate(table.rows):
+        ticks = list(table.ticks[i]) if table.ticks else []
+        shown.append((row, ticks, [_entry(table, row, key, found) for key in table.metrics]))
+    return shown
+
+
+def _entry(table: Table, row: Row, key: str, found: Found) -> Entry:
+    how = column(key)
+    paper = "" if key not in row.paper else f"{row.paper[key]:g}"
+    here, first = found.get(row.name, {}), found.get(table.rows[0].name, {})
+    spread = score(here, key) if here else None
+    if spread is None:
+        return Entry(paper)
+    value = how.text(spread.mean) + (f" ± {how.text(spread.sd)}" if spread.sd is not None else "")
+    change = difference(first, here, key) if row is not table.rows[0] and first else None
+    if change is None:
+        return Entry(paper, value)
+    return Entry(paper, value, told(how, change), sense(how, change))
+
+
+def told(how: Metric, change: Spread) -> str:
+    """A difference with its interval, in the score's unit."""
+    digits = f"+.{how.decimals}f"
+    text = f"{change.mean * how.factor:{digits}}"
+    if change.interval is not None:
+        text += " [" + ", ".join(f"{bound * how.factor:{digits}}" for bound in change.interval) + "]"
+    return text.replace("-", "−")
+
+
+def sense(how: Metric, change: Spread) -> int | None:
+    """Whether the interval says better (+1), worse (-1) or neither (0); None where it is not judged."""
+    if change.interval is None or not how.sense:
+        return None
+    low, high = change.interval
+    return how.sense * (int(low > 0) - int(high < 0))
+
+
+def stages(table: Table, found: Found) -> list[dict[str, str]]:
+    """First -> last value of every queue loss of a table's rows, its recall@1 and effective negatives, seeds' mean."""
+    rows = []
+    for row in table.rows:
+        cells = list(found.get(row.name, {}).values())
+        for index in range(len(cells[0]["stages"])) if cells else ():
+            curves = [one["stages"][index]["curves"] for one in cells]
+            for loss in (
+                key.split("/")[1] for key in curves[0] if key.startswith("queue/") and key.endswith("recall1")
+            ):
+                ends = {
+                    name: _ends(curves, key)
+                    for name, key in (
+                        ("loss", f"loss/{loss}"),
+                        ("recall", f"queue/{loss}/recall1"),
+                        ("effective", f"queue/{loss}/effective"),
+                    )
+                }
+                rows.append({"row": row.title, "stage": cells[0]["stages"][index]["name"], "of": loss, **ends})
+    return rows
+
+
+def _ends(curves: Sequence[Mapping[str, Sequence[float]]], key: str) -> str:
+    first, last = (sum(one[key][i] for one in curves) / len(curves) for i in (0, -1))
+    return f"{first:.3g} → {last:.3g}"
+
+
+def charts(table: Table, found: Found) -> list[dict[str, str]]:
+    """Each loss of the table's rows over the steps of the stage that reads it last, seeds' mean."""
+    lines: dict[str, list[Line]] = {}
+    for i, row in enumerate(table.rows):
+        cells = list(found.get(row.name, {}).values())
+        for stage in range(len(cells[0]["stages"])) if cells else ():
+            curves = [one["stages"][stage]["curves"] for one in cells]
+            for key in (key for key in curves[0] if key.startswith("loss/")):
+                values = [sum(points) / len(points) for points in zip(*(one[key] for one in curves), strict=True)]
+                line = Line(row.title, curves[0]["step"], values, i, dashed=i >= 6)
+                kept = [old for old in lines.get(key, []) if old.label != row.title]
+                lines[key] = [*kept, line]
+    names = {"base": "loss_base", "ie": "loss_IE", "st": "loss_ST", "lm": "loss_LM"}
+    return [
+        {
+            "title": names[key.removeprefix("loss/")],
+            "range": "",
+            "svg": panel(drawn, unit="nats", name=f"t{table.name}-{key}"),
+        }
+        for key, drawn in lines.items()
+    ]
+
+
+def efficiency(found: Found) -> list[dict[str, Any]]:
+    """Seconds an epoch of every stage, beside the paper's minutes."""
+    rows = []
+    for row in training_efficiency.TABLE.rows:
+        cells, paper = list(found.get(row.name, {}).values()), training_efficiency.MINUTES.get(row.name, {})
+        if not cells:
+            continue
+        stages = {}
+        for i, stage in enumerate(cells[0]["stages"]):
+            per_epoch = [one["stages"][i]["steps"] / one["stages"][i]["epochs"] for one in cells]
+            paces = [one["stages"][i]["seconds_per_step"] for one in cells]
+            stages[stage["name"]] = sum(n * s for n, s in zip(per_epoch, paces, strict=True)) / len(cells)
+        shown = [
+            {"name": name, "seconds": f"{seconds:.1f} s", "paper": _minutes(paper.get(name))}
+            for name, seconds in [*stages.items(), ("all", sum(stages.values()))]
+        ]
+        rows.append({"row": row, "stages": shown})
+    return rows
+
+
+def _minutes(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g} min"

@@ -1,0 +1,112 @@
+"""The result of a cell as one JSON file, made from what its run left in its work directory."""
+
+import hashlib
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from eim_jax.config import from_config_dict
+from eim_jax.logs import read_metrics
+from eim_jax.report_scores import flatten
+from experiments.cells import Cell, hash_of
+from experiments.intervals import GAPS
+
+OUT = Path("experiments/results")
+CURVES = ("loss", "queue/")  # keys of metrics.jsonl that are kept
+POINTS = 20  # of a stage's curve
+EXAMPLES = 8  # test items whose captions or answers are kept: the first by the hash of their id
+
+
+def path(out: Path, cell: Cell) -> Path:
+    """Where the cell's result stands, or will."""
+    found = sorted((out / cell.scale).glob(f"*-{cell.hash}.json"))
+    return found[0] if found else out / cell.scale / f"{cell.name}.json"
+
+
+def read(out: Path, cell: Cell) -> dict[str, Any] | None:
+    """The cell's result, None while there is none."""
+    file = path(out, cell)
+    return load(file) if file.exists() else None
+
+
+def load(file: Path) -> Any:
+    """A JSON file's content."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def save(out: Path, cell: Cell, workdir: Path) -> dict[str, Any]:
+    """Collects a finished run into the cell's file; the file appears whole or not at all.
+
+    Raises ValueError when the work directory was trained with another config than the cell's.
+    """
+    found = collect(cell, workdir)
+    target = path(out, cell)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_suffix(".partial")
+    lines = (f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in found.items())
+    fresh.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    fresh.replace(target)
+    return found
+
+
+def collect(cell: Cell, workdir: Path) -> dict[str, Any]:
+    """What is kept of a run: settings, scores, what each test item adds to them, stages, a few captions or answers."""
+    run, arm = load(workdir / "run.json"), workdir / cell.row.arm
+    if hash_of(from_config_dict(run["config"]), cell.row.arm) != cell.hash:
+        raise ValueError(f"{workdir} was trained with another config than {cell.name}: delete it")
+    method = cell.config.decode.methods[0]
+    scores = flatten(load(arm / "scores_test.json")[method])
+    for name, (more, less) in GAPS.items():
+        if scores.get(more) is not None and scores.get(less) is not None:
+            scores[name] = scores[more] - scores[less]
+    items = load(arm / "items_test.json")[method]
+    said = load(arm / "predictions_test.json")
+    outputs = said["outputs"] if isinstance(said, dict) else {str(row["image_id"]): row["caption"] for row in said}
+    shown = sorted(outputs, key=lambda key: hashlib.sha256(key.encode()).hexdigest())[:EXAMPLES]
+    diagnostics = arm / "diagnostics.json"
+    return {
+        "row": cell.row.name,
+        "scale": cell.scale,
+        "budget": cell.budget,
+        "seed": cell.seed,
+        "hash": cell.hash,
+        "file": cell.file,
+        "overrides": cell.overrides,
+        "versions": run["versions"],
+        "machine": run["machine"],
+        "date": run["started"][:10],
+        "seconds": run["seconds"],
+        "decoding": method,
+        "scores": {name: value for name, value in scores.items() if value is not None},
+        "items": items,
+        "stages": _stages(arm),
+        "examples": {key: outputs[key] for key in shown},
+        **({"diagnostics": load(diagnostics)} if diagnostics.exists() else {}),
+    }
+
+
+def _stages(arm: Path) -> list[dict[str, Any]]:
+    """Of each stage: steps, steady seconds a step, size, and its curves at POINTS steps at most."""
+    records, stages = read_metrics(arm / "metrics.jsonl"), []
+    for index, stage in enumerate(load(arm / "run.json")["stages"]):
+        rows = [row for row in records if row["stage_index"] == index]
+        speed = statistics.median(row["examples_per_second"] for row in rows)
+        every = -(-len(rows) // POINTS)
+        kept = rows[::-1][::every][::-1]  # the last one always
+        keys = [key for key in kept[-1] if key.startswith(CURVES)]
+        stages.append(
+            {
+                **{key: stage[key] for key in ("name", "losses", "steps", "epochs", "batch", "trained_params")},
+                "seconds": round(stage["seconds"], 2),
+                "seconds_per_step": stage["batch"] / speed,
+                "peak_memory_bytes": stage["peak_memory_bytes"],
+                "curves": {"step": [row["step"] for row in kept]}
+                | {key: [_short(row.get(key)) for row in kept] for key in keys},
+            }
+        )
+    return stages
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")

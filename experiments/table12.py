@@ -1,0 +1,14 @@
+"""Table 12: perception of the chatbot, by MME's subtasks."""
+
+from eim_jax.data.mme import PERCEPTION
+from experiments.layout import Table
+from experiments.rows import CHAT, CHAT_13B, CHAT_EIM
+
+METRICS = ("mme/perception", *(f"mme/{task}" for task in PERCEPTION), "nll", "nll_image_gap")
+TABLE = Table(
+    "12",
+    "The chatbot's perception (MME)",
+    (CHAT, CHAT_13B, CHAT_EIM),
+    METRICS,
+    about="The miniature asks about existence, count, position and color alone.",
+)

@@ -1,0 +1,14 @@
+"""Table 13: cognition of the chatbot, by MME's subtasks."""
+
+from eim_jax.data.mme import COGNITION
+from experiments.layout import Table
+from experiments.rows import CHAT, CHAT_13B, CHAT_EIM
+
+METRICS = ("mme/cognition", *(f"mme/{task}" for task in COGNITION))
+TABLE = Table(
+    "13",
+    "The chatbot's cognition (MME)",
+    (CHAT, CHAT_13B, CHAT_EIM),
+    METRICS,
+    about="The miniature has no such tasks: full scale only.",
+)

@@ -1,0 +1,37 @@
+"""All tables by their names on the command line."""
+
+from experiments import (
+    controls,
+    open_questions,
+    table02,
+    table03,
+    table04,
+    table05,
+    table06,
+    table07,
+    table08,
+    table09,
+    table10,
+    table11,
+    table12,
+    table13,
+    training_efficiency,
+    tuning,
+)
+from experiments.cells import Row
+from experiments.layout import Table
+
+MODULES = (table02, table03, table04, table05, table06, table07, table08, table09, table10, table11, table12, table13)
+ALL = (
+    *(module.TABLE for module in MODULES),
+    controls.TABLE,
+    open_questions.TABLE,
+    open_questions.QUESTIONS,
+    tuning.TABLE,
+)
+TABLES: dict[str, Table] = {table.name: table for table in (*ALL, training_efficiency.TABLE)}
+
+
+def rows_of(tables: list[Table], scale: str) -> list[Row]:
+    """The rows that these tables need at a scale, each once, in order."""
+    return list({row.name: row for table in tables for row in table.rows if row.at(scale)}.values())
