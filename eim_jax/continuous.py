@@ -106,7 +106,10 @@ def _admit(lm, config, eos_id, period_id, mesh, params, held: _Held, read: LMInp
     logits, cache = prefill(lm, params, read, 0, mesh)
     new = begin(cache, read.positions[:, -1], config.max_tokens)
     new = extend(config, stops(config, eos_id, period_id), new, logits, index)
-    put = lambda a, b: a.at[places].set(b, mode="drop")  # noqa: E731
+
+    def put(a: Array, b: Array) -> Array:
+        return a.at[places].set(b, mode="drop")
+
     fields = ("last", "position", "tokens", "length", "total", "done")
     state = held.state._replace(
         cache=held.state.cache.admit(places, cache).place(mesh),

@@ -59,7 +59,7 @@ def look(
         wanted[~np.resize(own_rows(inputs.mesh, batch), len(wanted))] = -1  # other processes decode their own
         for at, (_, pixels) in enumerate(eval_images(split, batch, size, rows=wanted.tolist(), **options)):
             real = min(batch, len(rows) - at * batch)
-            found.append(fetch(_connect(vlm, tree, *_place(inputs, [pixels])))[:real])
+            found.append(fetch(_connect(vlm, tree, *place_rows(inputs.mesh, [pixels])))[:real])
             advance(real)
     return Seen(np.concatenate(found), {row: place for place, row in enumerate(rows)})
 
@@ -89,7 +89,7 @@ def respond(
 
     def read(rows: Int[np.ndarray, "b"], width: int) -> LMInput:
         visual = seen.of([images[row] for row in rows])
-        return _read(vlm, tree, *_place(inputs, [*visual, tokens[rows, :width], valid[rows, :width]]))
+        return _read(vlm, tree, *place_rows(inputs.mesh, [*visual, tokens[rows, :width], valid[rows, :width]]))
 
     size = batch if few else rounded(-(-batch // GROUPS), inputs.mesh)
     groups = ((rows, real, read(rows, width)) for rows, real, width in _batches(lengths, size, batch))
@@ -102,7 +102,7 @@ def respond(
     with _progress(quiet, label, len(images), "rows") as advance:
         if few:
             for rows, real, prefix in groups:
-                (index,) = _place(inputs, [rows])
+                (index,) = place_rows(inputs.mesh, [rows])
                 said = continue_text(vlm.lm, tree["lm"], prefix, config, **options, index=index)
                 for row, words in zip(rows[:real], texts(fetch(said), inputs.lm_tokenizer), strict=False):
                     found[row] = words
@@ -150,7 +150,7 @@ def likelihoods(
         for rows, real, width in _batches(encoded.valid.sum(1), batch, batch):
             words = (getattr(encoded, name)[rows, :width] for name in ("tokens", "valid", "supervised"))
             visual = seen.of([images[row] for row in rows])
-            pair = _likelihood(vlm, tree, *_place(inputs, [*visual, *words]))
+            pair = _likelihood(vlm, tree, *place_rows(inputs.mesh, [*visual, *words]))
             found[:, rows[:real]] = np.asarray(fetch(pair), np.float64)[:, :real]
             advance(real)
     return found[0], found[1]
@@ -179,11 +179,6 @@ def _batches(lengths: Int[np.ndarray, "N"], size: int, batch: int) -> Iterator[t
         for begin in range(0, len(rows), size):
             at = np.minimum(np.arange(begin, begin + size), len(rows) - 1)
             yield rows[at], min(size, len(rows) - begin), width
-
-
-def _place(inputs: Inputs, arrays: Sequence[np.ndarray]) -> list[jax.Array]:
-    """The arrays with their rows over the mesh's data axes."""
-    return place_rows(inputs.mesh, arrays)
 
 
 def _tree(params: Flat, *under: str) -> dict:

@@ -219,7 +219,7 @@ def fresh(vlm: VLM, key: jax.Array) -> Flat:
     if visual.prompts or visual.adapter:  # the tower around them is shape alone: XLA drops what is not returned
         tower = vlm.visual.init(jax.random.fold_in(key, 2), jnp.zeros((1, size, size, 3)))["params"]
         drawn["visual"] = {name: tower[name] for name in ("prompt", "adapter") if name in tower}
-    if getattr(vlm.lm.config, "adapter", None) is not None:
+    if vlm.lm.config.adapter is not None:
         tower = vlm.lm.init(jax.random.fold_in(key, 3), jnp.zeros((1, 1), jnp.int32))["params"]
         drawn["lm"] = {"adapter": tower["adapter"]}
     return partition.flatten(drawn)

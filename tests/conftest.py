@@ -24,7 +24,7 @@ def programs_of_one_module():
     jax.clear_caches()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared_data():
     """Returns a function: name of a folder of small real data beside the checkout -> its path, or a skipped test."""
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import json
 import math
 import shutil
@@ -11,10 +10,10 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tiny import config_of
 
 from eim_jax import hf, plan
 from eim_jax import inputs as loading
-from eim_jax.config import from_config_dict
 from eim_jax.plan_inputs import abstract_inputs
 from eim_jax.sharding import make_mesh
 
@@ -54,19 +53,6 @@ def small_towers(folder) -> dict[str, str]:
         (target / "config.json").write_text(json.dumps(config))
         made[name] = str(target)
     return made
-
-
-def config_of(name, **changes):
-    """A config file with fields changed: {"data.scenes": 24}."""
-    values = importlib.import_module(f"configs.{name}").get_config()
-    with values.unlocked():
-        for field, value in changes.items():
-            *path, last = field.split(".")
-            holder = values
-            for key in path:
-                holder = holder[key]
-            holder[last] = value
-    return from_config_dict(values)
 
 
 @functools.cache

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import loud
 
 from eim_jax.models.fold import fold_router
 from eim_jax.models.llama import Llama, LlamaConfig
 from eim_jax.models.peft import Router
 
+ONE = jnp.zeros((1, 2), jnp.int32)  # tokens, for shapes
 TINY = LlamaConfig(
     vocab=19,
     context=16,
@@ -21,13 +23,6 @@ TINY = LlamaConfig(
     mlp=24,
     adapter=Router(rank=4, temperature=2.0),
 )
-
-
-def loud_params(config: LlamaConfig) -> dict:
-    """Parameters of which none is zero, so that every term of the adapter counts."""
-    shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), shapes)
 
 
 def logits(config: LlamaConfig, params: dict, tokens, has_image=None):
@@ -46,7 +41,7 @@ def logits(config: LlamaConfig, params: dict, tokens, has_image=None):
 @pytest.mark.parametrize("options", [{}, {"scan": True}, {"qkv_bias": True}], ids=["unrolled", "scan", "biases"])
 def test_folded_logits_equal_those_of_rows_of_that_modality_and_of_no_other(options, modality):
     config = dataclasses.replace(TINY, **options)
-    params = loud_params(config)
+    params = loud(Llama(config).init, ONE)
     tokens = jax.random.randint(jax.random.key(2), (4, 7), 0, config.vocab)
     has_image = jnp.array([False, True, True, False])
     expected = np.asarray(logits(config, params, tokens, has_image))
@@ -59,7 +54,7 @@ def test_folded_logits_equal_those_of_rows_of_that_modality_and_of_no_other(opti
 
 
 def test_folded_parameters_are_exactly_those_of_a_llama_with_biases():
-    folded = fold_router(loud_params(TINY), TINY, 0)
+    folded = fold_router(loud(Llama(TINY).init, ONE), TINY, 0)
     plain = Llama(dataclasses.replace(TINY, adapter=None, qkv_bias=True))
     shapes = jax.eval_shape(plain.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     assert jax.tree.map(lambda x: x.shape, folded) == jax.tree.map(lambda x: x.shape, shapes)
@@ -73,7 +68,7 @@ def test_an_untrained_adapter_folds_into_the_same_kernels_and_zero_biases():
 
 
 def test_what_cannot_be_folded_is_refused():
-    params = loud_params(TINY)
+    params = loud(Llama(TINY).init, ONE)
     with pytest.raises(ValueError, match="no router"):
         fold_router(params, dataclasses.replace(TINY, adapter=None), 0)
     with pytest.raises(ValueError, match="neither 0"):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import loud
 
 from eim_jax.models.clip import CLIPVision, CLIPVisionConfig
 from eim_jax.models.peft import Router, RouterAdapter, mix, route, shrink
@@ -28,18 +29,6 @@ PIXELS = np.random.default_rng(0).standard_normal((3, 16, 16, 3)).astype(np.floa
 
 def double(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
-
-
-def loud(init, *args, **options) -> dict:
-    """Parameters of which none is zero, in the shapes that `init` would give (not compiled: it takes seconds)."""
-    shapes = jax.eval_shape(lambda: init(jax.random.key(0), *args, **options)["params"])
-    rng = np.random.default_rng(1)
-
-    def draw(path, leaf):
-        centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(centre + 0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def softmax(x):

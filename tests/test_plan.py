@@ -1,17 +1,17 @@
 """A plan is the training step itself, its bytes are those of the arrays that training places."""
 
 import dataclasses
-import importlib
 import pathlib
 import subprocess
 import sys
 
 import jax
 import pytest
+from tiny import config_of
 
 from eim_jax import inputs as loading
 from eim_jax import plan, plan_targets, train
-from eim_jax.config import ConfigError, from_config_dict
+from eim_jax.config import ConfigError
 from eim_jax.partition import groups
 from eim_jax.plan_inputs import abstract_inputs
 from eim_jax.plan_report import sharding_table
@@ -20,19 +20,6 @@ from eim_jax.sharding import make_mesh
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
 GIB = plan_targets.GIB
-
-
-def config_of(name, **changes):
-    """A config file with fields changed: {"data.scenes": 24}."""
-    values = importlib.import_module(f"configs.{name}").get_config()
-    with values.unlocked():
-        for field, value in changes.items():
-            *path, last = field.split(".")
-            holder = values
-            for key in path:
-                holder = holder[key]
-            holder[last] = value
-    return from_config_dict(values)
 
 
 def program_of(config, arm, devices, samples=0, **kwargs):

@@ -38,11 +38,9 @@ def run(*arguments, stdin=None):
 
 
 @pytest.fixture(scope="module")
-def towers(tmp_path_factory):
+def towers(tmp_path_factory, shared_data):
     """Small random towers with the real tokenizers of CLIP and of a SentencePiece LLaMA."""
-    tokenizers = ROOT.parent / "shared" / "data" / "tokenizers"
-    if not tokenizers.exists():
-        pytest.skip("no folder shared/data/tokenizers beside the checkout")
+    tokenizers = shared_data("tokenizers")
     out = tmp_path_factory.mktemp("towers")
     names = (f"--clip_tokenizer={tokenizers / 'clip'}", f"--lm_tokenizer={tokenizers / 'tok512'}")
     run("scripts/make_towers.py", "--size=small", "--lm=llama", *names, f"--out={out}")

@@ -209,3 +209,33 @@ def test_shapes_that_cannot_be_meant_are_refused(change, words):
             jnp.ones((rows, T), bool),
             mesh=mesh,
         )
+
+
+def test_response_xent_matches_float64_and_plain_autodiff():
+    rng = np.random.default_rng(0)
+    logits = (5 * rng.normal(size=(3, 4, 9))).astype(np.float32)
+    targets, mask = rng.integers(0, 9, (3, 4)), rng.random((3, 4)) < 0.5
+    x = logits.astype(np.float64)
+    p = np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+    picked = np.take_along_axis(p, targets[..., None], -1)[..., 0]
+    (total, count), gradient = (
+        response_xent(jnp.asarray(logits), jnp.asarray(targets), jnp.asarray(mask)),
+        jax.grad(lambda x: response_xent(x, jnp.asarray(targets), jnp.asarray(mask))[0])(jnp.asarray(logits)),
+    )
+    np.testing.assert_allclose(total, -np.log(picked)[mask].sum(), rtol=1e-6)
+    assert count == mask.sum()
+    np.testing.assert_allclose(gradient, (p - np.eye(9)[targets]) * mask[..., None], atol=1e-6)
+
+
+def test_response_xent_with_nothing_supervised_is_zero_even_where_logits_are_nan():
+    logits, targets, mask = jnp.full((2, 3, 5), jnp.nan), jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3), bool)
+    (total, count), gradient = jax.value_and_grad(response_xent, has_aux=True)(logits, targets, mask)
+    assert total == 0 and count == 0 and not gradient.any()
+
+
+def test_response_xent_of_bfloat16_logits_is_computed_in_float32():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 50)), jnp.bfloat16)
+    targets, mask = jnp.ones((2, 3), jnp.int32), jnp.ones((2, 3), bool)
+    total, _ = response_xent(logits, targets, mask)
+    assert total.dtype == jnp.float32
+    assert total == response_xent(logits.astype(jnp.float32), targets, mask)[0]

@@ -1,10 +1,13 @@
 """A model of a few thousand parameters and a batch of noise, for tests of the loop and its losses."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from eim_jax import partition
+from eim_jax.config import from_config_dict
 from eim_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from eim_jax.models.connector import STConfig, make_st
 from eim_jax.models.gpt2 import GPT2, GPT2Config
@@ -13,6 +16,31 @@ from eim_jax.queues import Queue
 from eim_jax.types import Batch
 
 SAMPLES, TOKENS, WIDTH, JOINT, VOCAB = 24, 7, 12, 8, 31
+
+
+def config_of(name, **changes):
+    """A config file with fields changed: {"data.scenes": 24}."""
+    values = importlib.import_module(f"configs.{name}").get_config()
+    with values.unlocked():
+        for field, value in changes.items():
+            *path, last = field.split(".")
+            holder = values
+            for key in path:
+                holder = holder[key]
+            holder[last] = value
+    return from_config_dict(values)
+
+
+def loud(init, *args, **options) -> dict:
+    """Parameters of which none is zero, in the shapes that `init` would give (not compiled: it takes seconds)."""
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0), *args, **options)["params"])
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        centre = 1.0 if path[-1].key == "scale" else 0.0
+        return jnp.asarray(centre + 0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def model(dropout=0.0, **switches) -> tuple[VLM, dict]:

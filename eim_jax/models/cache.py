@@ -8,6 +8,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int
 
+from eim_jax.models.layers import causal_mask
 from eim_jax.sharding import ROWS, parts_of
 
 
@@ -62,6 +63,20 @@ class Cache(NamedTuple):
 
         kv = jax.tree.map(lambda a: lay(a, *[()] * (a.ndim - 4), ROWS, (), ("tensor",), ()), self.kv)
         return Cache(kv, lay(self.valid, ROWS, ()), self.length)
+
+
+def visible(
+    cache: Cache | None, valid: Bool[Array, "b t"] | None, rows: int, tokens: int
+) -> tuple[Bool[Array, "#b 1 t s"], Bool[Array, "b s"] | None]:
+    """Returns which keys (or cache slots) each of t new tokens sees, and the slots' flags with these tokens written.
+
+    `valid` is False for padding, which nothing sees; None means all `rows` x `tokens` are real. Without a cache a token
+    sees itself and those before it, and there are no flags.
+    """
+    if cache is None:
+        mask = causal_mask(tokens)
+        return mask if valid is None else mask & valid[:, None, None, :], None
+    return cache.sees(jnp.ones((rows, tokens), bool) if valid is None else valid)
 
 
 def init_cache(config, batch: int, slots: int, dtype: DTypeLike | None = None) -> Cache:

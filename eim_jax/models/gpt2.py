@@ -8,8 +8,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from eim_jax.models.cache import Cache, init_cache
-from eim_jax.models.layers import BlockConfig, causal_mask, layer_norm, make_blocks, run_blocks
+from eim_jax.models.cache import Cache, init_cache, visible
+from eim_jax.models.layers import BlockConfig, layer_norm, make_blocks, run_blocks
 
 __all__ = ["GPT2", "Cache", "GPT2Config", "init_cache"]
 
@@ -39,6 +39,11 @@ class GPT2Config:
     remat: str = "none"
     attention: str = "softmax"
     dtype: DTypeLike = jnp.float32
+
+    @property
+    def adapter(self) -> None:
+        """GPT-2 takes none."""
+        return None
 
     @property
     def kv_heads(self) -> int:
@@ -113,16 +118,12 @@ class GPT2(nn.Module):
         x = embeds.astype(c.dtype) + position.astype(c.dtype)
         x = self.drop(x, deterministic=not train)
 
+        mask, flags = visible(cache, valid, b, t)
         if cache is None:
-            mask = causal_mask(t)
-            if valid is not None:
-                mask = mask & valid[:, None, None, :]
             x, _ = run_blocks(self.blocks, x, mask=mask, train=train)
             return self.ln_f(x), None
-
-        mask, seen = cache.sees(jnp.ones((b, t), bool) if valid is None else valid)
         x, kv = run_blocks(self.blocks, x, mask=mask, train=train, start=cache.length, kv=cache.kv)
-        return self.ln_f(x), Cache(kv, seen, cache.length + t)
+        return self.ln_f(x), Cache(kv, flags, cache.length + t)
 
     def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t V"]:
         """Returns float32 next-token logits by the tied head."""

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from eim_jax.models.cache import Cache
+from eim_jax.models.cache import Cache, visible
 from eim_jax.models.layers import NORMAL, REMAT_POLICIES, check_attention, flash
 from eim_jax.models.peft import ModalityAdapter, PromptAdapter, Router, ZeroInit, mix, route, shrink
 from eim_jax.models.quant import QDense
@@ -250,13 +250,8 @@ class Llama(nn.Module):
             if cache is not None:
                 raise ValueError("with a cache the positions of the new tokens must be given")
             positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-        if cache is None:
-            mask, flags, start, kv = jnp.tril(jnp.ones((1, 1, t, t), bool)), None, None, None
-            if valid is not None:
-                mask = mask & valid[:, None, None, :]
-        else:
-            mask, flags = cache.sees(jnp.ones((b, t), bool) if valid is None else valid)
-            start, kv = cache.length, cache.kv
+        mask, flags = visible(cache, valid, b, t)
+        start, kv = (None, None) if cache is None else (cache.length, cache.kv)
         x, kv, _ = self._run(embeds.astype(c.dtype), positions, mask, train, start, self._leaves(steer), steer, kv)
         return self.norm_f(x), None if cache is None else Cache(kv, flags, cache.length + t)
 

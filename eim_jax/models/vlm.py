@@ -68,7 +68,7 @@ class VLM:
 
     @property
     def _adapters(self) -> tuple:
-        return self.visual.config.adapter, getattr(self.lm.config, "adapter", None)
+        return self.visual.config.adapter, self.lm.config.adapter
 
     def see(self, params: dict, images: UInt8[Array, "b h w 3"], dropout: Array | None = None) -> Float[Array, "b n v"]:
         """The visual tokens that `features` names, before CLIP's output layer; `dropout` (of adapters) is a key."""
@@ -115,7 +115,7 @@ class VLM:
           has_image: False hides a row's visual tokens; None means that all rows have an image, if `visual` is given.
           original: the LM without its adapter: how K_b is built.
         """
-        b, adapter = tokens.shape[0], None if original else getattr(self.lm.config, "adapter", None)
+        b, adapter = tokens.shape[0], None if original else self.lm.config.adapter
         texts, flags = [], []  # token ids before the text, [b k] each
 
         def say(ids, shown):

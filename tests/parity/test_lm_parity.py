@@ -1,8 +1,11 @@
+"""GPT-2 and LLaMA against transformers: values, gradients and exported directories."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eim_jax.models.gpt2 import GPT2
 from eim_jax.models.llama import Llama
 from eim_jax.weights import export_lm, load_lm
 
@@ -10,6 +13,7 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
 transformers = pytest.importorskip("transformers")
 
+GPT2_TINY = {"vocab_size": 97, "n_positions": 40, "n_embd": 32, "n_layer": 3, "n_head": 4}
 TINY = {
     "vocab_size": 97,
     "max_position_embeddings": 40,
@@ -26,25 +30,45 @@ SMALL = {
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
 }
+TIED = {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}
+ROPE = {"rope_parameters": {"rope_theta": 5e5}}
+# Ours, theirs, the config's fields, by how much the initial weights are moved, whether the blocks are scanned.
 CASES = {
-    "ungrouped": (TINY, 0.05, False),
-    "grouped": ({**TINY, "num_key_value_heads": 2}, 0.05, False),
-    "grouped-scan": ({**TINY, "num_key_value_heads": 4, "rope_parameters": {"rope_theta": 5e5}}, 0.05, True),
-    "tied": ({**TINY, "num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}, 0.05, False),
-    "small": (SMALL, 0.01, True),
+    "gpt2-tiny": (GPT2, "GPT2", GPT2_TINY, 0.05, False),
+    "gpt2-tiny-scan": (GPT2, "GPT2", GPT2_TINY, 0.05, True),
+    "gpt2-small": (GPT2, "GPT2", {}, 0.01, False),
+    "llama-ungrouped": (Llama, "Llama", TINY, 0.05, False),
+    "llama-grouped": (Llama, "Llama", {**TINY, "num_key_value_heads": 2}, 0.05, False),
+    "llama-grouped-scan": (Llama, "Llama", {**TINY, **ROPE, "num_key_value_heads": 4}, 0.05, True),
+    "llama-tied": (Llama, "Llama", {**TINY, **TIED, "num_key_value_heads": 2}, 0.05, False),
+    "llama-small": (Llama, "Llama", SMALL, 0.01, True),
+}
+EXPORTS = {
+    "gpt2": ("GPT2", GPT2_TINY),
+    "llama": ("Llama", {**TINY, "num_key_value_heads": 2}),
+    "llama-tied": ("Llama", {**TINY, "num_key_value_heads": 2, "tie_word_embeddings": True}),
 }
 
 
-@pytest.mark.parametrize(("config", "moved", "scan"), CASES.values(), ids=CASES)
-def test_llama_after_an_image_prefix_agrees_in_values_and_gradients(config, moved, scan, perturbed, saved, agree):
+def causal_lm(family, config, moved, perturbed):
+    """A model of transformers with weights that are nowhere trivial."""
+    ends = {"bos_token_id": 0, "eos_token_id": 0} if family == "GPT2" else {}
+    model = {"GPT2": transformers.GPT2LMHeadModel, "Llama": transformers.LlamaForCausalLM}[family]
+    return perturbed(model(model.config_class(**config, **ends)), moved)
+
+
+@pytest.mark.parametrize(("ours_class", "family", "config", "moved", "scan"), CASES.values(), ids=CASES)
+def test_lm_after_an_image_prefix_agrees_in_values_and_gradients(
+    ours_class, family, config, moved, scan, perturbed, saved, agree
+):
     """The captioning graph: 4 prefix embeddings, then text with padding; cross-entropy over the text."""
-    hf_config = transformers.LlamaConfig(**config)
-    model = perturbed(transformers.LlamaForCausalLM(hf_config), moved)
-    tokens = torch.randint(0, hf_config.vocab_size, (2, 8))
-    prefix = torch.randn(2, 4, hf_config.hidden_size, requires_grad=True)
+    model = causal_lm(family, config, moved, perturbed)
+    words = model.get_input_embeddings()
+    tokens = torch.randint(0, words.num_embeddings, (2, 8))
+    prefix = torch.randn(2, 4, words.embedding_dim, requires_grad=True)
     valid = torch.arange(8)[None] < torch.tensor([[8], [5]])
     everything = torch.cat([torch.ones(2, 4, dtype=torch.bool), valid], dim=1)
-    embeds = torch.cat([prefix, model.model.embed_tokens(tokens)], dim=1)
+    embeds = torch.cat([prefix, words(tokens)], dim=1)
     out = model(inputs_embeds=embeds, attention_mask=everything.long(), output_hidden_states=True)
     target = torch.where(valid, tokens, -100)
     loss = torch.nn.functional.cross_entropy(out.logits[:, 3:-1].flatten(0, 1), target.flatten())
@@ -55,12 +79,12 @@ def test_llama_after_an_image_prefix_agrees_in_values_and_gradients(config, move
     ids, mask = jnp.asarray(tokens.numpy(), jnp.int32), jnp.asarray(valid.numpy())
 
     def ours(params, prefix):
-        def method(llama):
-            embeds = jnp.concatenate([prefix, llama.embed(ids)], axis=1)
-            hidden, _ = llama.hidden(embeds, valid=jnp.concatenate([jnp.ones((2, 4), bool), mask], axis=1))
-            return hidden, llama.logits(hidden)
+        def method(module):
+            embeds = jnp.concatenate([prefix, module.embed(ids)], axis=1)
+            hidden, _ = module.hidden(embeds, valid=jnp.concatenate([jnp.ones((2, 4), bool), mask], axis=1))
+            return hidden, module.logits(hidden)
 
-        hidden, logits = Llama(lm.config).apply({"params": params}, method=method)
+        hidden, logits = ours_class(lm.config).apply({"params": params}, method=method)
         logp = jax.nn.log_softmax(logits[:, 3:-1])
         picked = jnp.take_along_axis(logp, ids[..., None], axis=2)[..., 0]
         return -jnp.mean(picked, where=mask), (hidden, logits)
@@ -74,13 +98,12 @@ def test_llama_after_an_image_prefix_agrees_in_values_and_gradients(config, move
     agree("gradient", grads, (load_lm(gradient, scan=scan).params, prefix.grad.numpy()))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_exported_llama_gives_the_same_logits_in_transformers(tied, perturbed, saved, tmp_path):
-    config = transformers.LlamaConfig(**TINY, num_key_value_heads=2, tie_word_embeddings=tied)
-    model = perturbed(transformers.LlamaForCausalLM(config), 0.05)
+@pytest.mark.parametrize(("family", "config"), EXPORTS.values(), ids=EXPORTS)
+def test_an_exported_lm_gives_the_same_logits_in_transformers(family, config, perturbed, saved, tmp_path):
+    model = causal_lm(family, config, 0.05, perturbed)
     weights, _ = saved(model)
     export_lm(tmp_path / "export", load_lm(weights, scan=True))
-    again, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True)
+    again, info = type(model).from_pretrained(tmp_path / "export", output_loading_info=True)
     assert not any(info.values()), info
     tokens = torch.randint(0, 97, (2, 8))
     assert torch.equal(again.eval()(tokens).logits, model(tokens).logits)
