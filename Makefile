@@ -22,8 +22,11 @@ demo: .venv/run$(EXTRAS)
 	@echo "$$ $(DEMO)"
 	@$(DEMO)
 
+# Most of the time goes to compiling programs that run for milliseconds: LLVM's costly passes are left out here.
+QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+
 test: .venv/test$(EXTRAS)
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/parity -m "not topology"
+	XLA_FLAGS="$(QUICK)" $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/parity -m "not topology"
 
 # The live comparison with PyTorch and transformers, full-size towers included.
 parity: .venv/parity$(EXTRAS)

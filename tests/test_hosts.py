@@ -49,7 +49,7 @@ class Run:
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
         }
         self.processes, self.outputs = [], []
         with socket.socket() as free:
@@ -194,10 +194,12 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_with_the_state_sa
 
 @pytest.mark.parametrize(("processes", "devices"), [(1, 8), (2, 2), (1, 1)], ids=["1x8", "2x2", "1x1"])
 def test_a_checkpoint_of_four_processes_continues_on_other_numbers_of_processes(
-    runs, alone, stopped, processes, devices
+    runs, alone, pair, stopped, processes, devices
 ):
     here = runs / f"elastic{processes}x{devices}"
     shutil.copytree(stopped.workdir, here, ignore=shutil.ignore_patterns("xla"))
+    if (processes, devices) == (2, 2):
+        shutil.copytree(pair.workdir / "cache" / "xla", here / "cache" / "xla")  # compiled programs
     before = losses(here)
     run = Run(here, processes, devices).finished()
     assert "resuming ie after step" in run.said(0)

@@ -26,6 +26,8 @@ def command(workdir, *more):
         "data.eval_limit": 4,
         "decode.methods": "('greedy',)",
         "decode.max_tokens": 6,
+        "decode.java": False,
+        "data.cache": workdir.with_name("cache"),
         "towers.dropout": 0.1,
         "checkpoint.every_steps": 2,
         "log_every": 1,
