@@ -7,6 +7,8 @@ peak rates would allow at best: the larger of arithmetic, memory traffic and col
 
 import math
 import re
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -161,7 +163,7 @@ def _stage_plan(
     capacity = int(USABLE * target.chip.memory)
     sent = dict.fromkeys(KINDS, 0.0)
     try:
-        compiled = traced.lower().compile()
+        compiled, text = _compile(traced.lower(), target)
     except Exception as error:  # the TPU compiler refuses a program that exceeds the memory
         used = out_of_memory(str(error))
         if used is None:
@@ -170,7 +172,7 @@ def _stage_plan(
         notes.append("the compiler refuses it: temporaries are at least this, collectives are not known")
         known = False
     else:
-        found = moved(compiled.as_text(), devices)
+        found = moved(text, devices)
         sent = {kind: found.total(kind) for kind in KINDS}
         if found.counted_once:
             notes.append(f"{found.counted_once} loop(s) of unknown length: a loop body counted once")
@@ -199,6 +201,21 @@ def _stage_plan(
         steps,
         tuple(notes),
     )
+
+
+def _compile(lowered, target: Target):
+    """The compiled program and its text.
+
+    For TPUs the text is what the compiler itself writes to a file: libtpu 0.0.51's programs with asynchronous updates
+    (v5p, v6e) cannot be read back by JAX's as_text.
+    """
+    if target.platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        [file] = Path(folder).glob("*.jit_step.*.after_optimizations.txt")  # others are parts for SparseCores
+        return compiled, file.read_text()
 
 
 def _temporaries(compiled, arguments: int) -> int:
