@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from eim_jax.models.dense import Dense
 from eim_jax.models.layers import ACTIVATIONS, BlockConfig, layer_norm, make_blocks, run_blocks
 
 # torch.nn.Linear's own initialisation, U(+-1/sqrt(fan_in)), from which ClipCap's mappers start.
@@ -88,8 +89,8 @@ class MLPMapper(nn.Module):
 
     def setup(self):  # noqa: D102
         c = self.config
-        self.up = nn.Dense(c.hidden_width, kernel_init=LINEAR_INIT, dtype=c.dtype)
-        self.down = nn.Dense(c.width_out * c.tokens, kernel_init=LINEAR_INIT, dtype=c.dtype)
+        self.up = Dense(c.hidden_width, kernel_init=LINEAR_INIT, dtype=c.dtype)
+        self.down = Dense(c.width_out * c.tokens, kernel_init=LINEAR_INIT, dtype=c.dtype)
 
     def __call__(self, seen: Float[Array, "b n v"]) -> Float[Array, "b m d"]:
         """Maps token 0 of each image."""
@@ -104,7 +105,7 @@ class TransformerMapper(nn.Module):
 
     def setup(self):  # noqa: D102
         c = self.config
-        self.linear = nn.Dense(c.clip_length * c.width_out, kernel_init=LINEAR_INIT, dtype=c.dtype)
+        self.linear = Dense(c.clip_length * c.width_out, kernel_init=LINEAR_INIT, dtype=c.dtype)
         self.constant = self.param("constant", nn.initializers.normal(1.0), (c.tokens, c.width_out))
         block = BlockConfig(
             width=c.width_out,
@@ -139,8 +140,8 @@ class FFN(nn.Module):
     def setup(self):  # noqa: D102
         c = self.config
         init = nn.initializers.xavier_uniform() if c.kind == "projector" else LINEAR_INIT
-        self.up = nn.Dense(c.hidden_width, kernel_init=init, dtype=c.dtype)
-        self.down = nn.Dense(c.width_out, kernel_init=init, dtype=c.dtype)
+        self.up = Dense(c.hidden_width, kernel_init=init, dtype=c.dtype)
+        self.down = Dense(c.width_out, kernel_init=init, dtype=c.dtype)
 
     def __call__(self, seen: Float[Array, "b n v"]) -> Float[Array, "b n d"]:
         """Maps every token."""
@@ -158,7 +159,7 @@ class QueryMapper(nn.Module):
 
     def setup(self):  # noqa: D102
         c, width = self.config, self.config.hidden_width
-        self.down = nn.Dense(width, kernel_init=LINEAR_INIT, dtype=c.dtype)
+        self.down = Dense(width, kernel_init=LINEAR_INIT, dtype=c.dtype)
         self.ln_in = layer_norm(1e-5, c.dtype)
         self.queries = self.param("queries", nn.initializers.normal(1.0), (c.tokens, width))
         block = BlockConfig(
@@ -171,7 +172,7 @@ class QueryMapper(nn.Module):
             dtype=c.dtype,
         )
         self.blocks = make_blocks(block, c.layers, scan=False, remat="none")
-        self.up = nn.Dense(c.width_out, kernel_init=LINEAR_INIT, dtype=c.dtype)
+        self.up = Dense(c.width_out, kernel_init=LINEAR_INIT, dtype=c.dtype)
         self.ln_out = layer_norm(1e-5, c.dtype)
 
     def __call__(self, seen: Float[Array, "b n v"]) -> Float[Array, "b m d"]:

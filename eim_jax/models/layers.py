@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from eim_jax.models.dense import Dense, DenseGeneral
 from eim_jax.models.peft import Router, mix, route, shrink
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -98,8 +99,8 @@ class Attention(nn.Module):
     def setup(self):  # noqa: D102
         c = self.config
         # [d, 3, d], not [d, 3 d]: split over devices along its last dimension, it is split by heads.
-        self.qkv = nn.DenseGeneral((3, c.width), use_bias=c.qkv_bias, kernel_init=c.init, dtype=c.dtype)
-        self.out = nn.Dense(c.width, kernel_init=c.residual_init, dtype=c.dtype)
+        self.qkv = DenseGeneral((3, c.width), use_bias=c.qkv_bias, kernel_init=c.init, dtype=c.dtype)
+        self.out = Dense(c.width, kernel_init=c.residual_init, dtype=c.dtype)
         self.drop = nn.Dropout(c.dropout)
 
     def _heads(self, x: Float[Array, "b t d"]) -> list[Float[Array, "b t h e"]]:
@@ -151,8 +152,8 @@ class MLP(nn.Module):
 
     def setup(self):  # noqa: D102
         c = self.config
-        self.up = nn.Dense(c.mlp, kernel_init=c.init, dtype=c.dtype)
-        self.down = nn.Dense(c.width, kernel_init=c.residual_init, dtype=c.dtype)
+        self.up = Dense(c.mlp, kernel_init=c.init, dtype=c.dtype)
+        self.down = Dense(c.width, kernel_init=c.residual_init, dtype=c.dtype)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Maps every token by itself."""

@@ -1,0 +1,54 @@
+"""The product of a trained linear layer, whose weight gradient comes in the kernel's own layout.
+
+JAX's transpose rule forms d loss / d kernel as [out in] and transposes it. XLA's CPU compiler lets that layout spread
+into the optimizer, which then copies the kernel and both of Adam's moments there and back in every step.
+"""
+
+import functools
+
+import jax
+from flax import linen as nn
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def linear(
+    x: Float[Array, "*b d"], kernel: Float[Array, "d *c"], dimensions=None, precision=None
+) -> Float[Array, "*_"]:
+    """Returns x times kernel, summed over d: lax.dot_general's result to the bit, as the `dot_general` of nn.Dense.
+
+    Raises ValueError for any other contraction, or a `precision`.
+    """
+    if precision is not None or dimensions not in (None, (((x.ndim - 1,), (0,)), ((), ()))):
+        raise ValueError(f"linear contracts the last axis of x with the first of the kernel, not {dimensions}")
+    return _product(x, kernel)
+
+
+@jax.custom_vjp
+def _product(x, kernel):
+    return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def _forward(x, kernel):
+    """Keeps x for a trained kernel only, and the kernel where x has a gradient."""
+    kept = (x.value if kernel.perturbed else None, kernel.value if x.perturbed else None)
+    return _product(x.value, kernel.value), kept
+
+
+def _backward(kept, dy):
+    x, kernel = kept
+    dx = dkernel = None
+    if kernel is not None:
+        inner = kernel.ndim - 1
+        outputs = tuple(range(dy.ndim - inner, dy.ndim)), tuple(range(1, kernel.ndim))
+        dx = lax.dot_general(dy, kernel, (outputs, ((), ())))
+    if x is not None:
+        rows = tuple(range(x.ndim - 1))
+        dkernel = lax.dot_general(x, dy, ((rows, rows), ((), ())))
+    return dx, dkernel
+
+
+_product.defvjp(_forward, _backward, symbolic_zeros=True)
+
+Dense = functools.partial(nn.Dense, dot_general=linear)
+DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=linear)
