@@ -15,7 +15,7 @@ from eim_jax.plan_targets import SMALLEST
 
 HEAD = (
     *("config", "topology", "stage", "parameters", "optimizer", "queue", "temporaries", "peak GiB", "TFLOP"),
-    *("GB sent", "step s", "bound by", "epoch", "verdict"),
+    *("GB sent", "step s", "bound by", "epoch min", "verdict"),
 )
 
 
@@ -59,7 +59,6 @@ def rows(plan: dict) -> list[list[str]]:
         m = {part: size / 2**30 for part, size in p["memory"].items()}
         parts = (m["trained"] + m["frozen"] + m["kept"], m["optimizer"], m["queue"], m["temporaries"])
         seconds = max(p["seconds"].values())
-        hours, minutes = divmod(round(seconds * p["steps_per_epoch"] / 60), 60)
         found.append(
             [
                 *(f"`{name}`", plan["topology"], p["stage"], *(f"{x:.2f}" for x in parts)),
@@ -68,7 +67,7 @@ def rows(plan: dict) -> list[list[str]]:
                 f"{sum(p['sent'].values()) / 1e9:.2f}",
                 f"{seconds:.4f}",
                 max(p["seconds"], key=p["seconds"].get),
-                f"{hours}:{minutes:02d} h",
+                f"{seconds * p['steps_per_epoch'] / 60:.1f}",
                 "fits" if p["fits"] else f"does not fit: {p['knob']}",
             ]
         )
