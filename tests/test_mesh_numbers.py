@@ -50,22 +50,8 @@ def meshes(case):
     return [*MESHES, (1, 1, 8)] if case[:3] == ("clipcap", "eim", "ie") else MESHES
 
 
-@pytest.mark.parametrize("case", STAGES, ids=lambda case: "-".join(case))
-def test_losses_and_gradients_are_those_of_one_device(towers, case):
-    want, moments = stepped(towers, *case, (1, 1, 1))
-    gradients = {path: leaf for path, leaf in moments.items() if ".mu" in path}
-    assert gradients and all(np.isfinite(leaf).all() and np.any(leaf != 0) for leaf in gradients.values())
-    for mesh in meshes(case):
-        metrics, found = stepped(towers, *case, mesh)
-        assert metrics == pytest.approx(want, rel=1e-5), mesh
-        assert found.keys() == moments.keys()
-        for path, leaf in moments.items():
-            limit = 1e-5 * np.abs(leaf).max()
-            np.testing.assert_allclose(found[path], leaf, rtol=1e-5, atol=limit, err_msg=f"{mesh} {path}")
-
-
 def test_parameters_after_the_stages_st_lm_ie_are_those_of_one_device(towers):
-    """Three steps a stage, parameters carried over; the steps are those compiled above.
+    """Three steps a stage, parameters carried over; the next test finds the steps compiled.
 
     To 1e-4 of each leaf's norm: where a gradient is next to nothing Adam divides rounding by rounding, so that single
     elements may differ by more.
@@ -84,3 +70,17 @@ def test_parameters_after_the_stages_st_lm_ie_are_those_of_one_device(towers):
     for mesh, end in ends.items():
         for path, leaf in alone.items():
             assert np.linalg.norm(end[path] - leaf) <= 1e-4 * np.linalg.norm(leaf), (mesh, path)
+
+
+@pytest.mark.parametrize("case", STAGES, ids=lambda case: "-".join(case))
+def test_losses_and_gradients_are_those_of_one_device(towers, case):
+    want, moments = stepped(towers, *case, (1, 1, 1))
+    gradients = {path: leaf for path, leaf in moments.items() if ".mu" in path}
+    assert gradients and all(np.isfinite(leaf).all() and np.any(leaf != 0) for leaf in gradients.values())
+    for mesh in meshes(case):
+        metrics, found = stepped(towers, *case, mesh)
+        assert metrics == pytest.approx(want, rel=1e-5), mesh
+        assert found.keys() == moments.keys()
+        for path, leaf in moments.items():
+            limit = 1e-5 * np.abs(leaf).max()
+            np.testing.assert_allclose(found[path], leaf, rtol=1e-5, atol=limit, err_msg=f"{mesh} {path}")
