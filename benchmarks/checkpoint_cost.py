@@ -53,6 +53,8 @@ def main() -> None:
     steps(2)
     check_finite(trained, options.stage, number)  # compiled at a stage's first save
     alone, finite, blocked, slower, left = [], [], [], [], []
+    if options.folder:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder, StageCheckpoints(Path(folder)) as store:
         store.save(number, trained, state, iterator, {"seconds": 0.0})  # makes the folders and starts the threads
         store.wait()
