@@ -1,4 +1,4 @@
-"""A trained linear layer's product: lax.dot_general's numbers to the bit, its weight gradient without a transpose."""
+"""A trained linear layer's product: Flax's values to the bit, its weight gradient without a transpose."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,9 @@ def test_values_and_gradients_are_flaxs(ours, theirs, features, dtype):
 
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), run(ours), run(theirs))
+    ((_, y), gradients), ((_, want), slopes) = run(ours), run(theirs)
+    np.testing.assert_array_equal(y, want)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), gradients, slopes)
 
 
 def test_only_what_the_backward_pass_needs_is_kept():
@@ -48,3 +50,5 @@ def test_the_weight_gradient_is_never_transposed():
 def test_another_contraction_is_refused():
     with pytest.raises(ValueError, match="last axis of x with the first"):
         linear(jnp.ones((2, 3)), jnp.ones((3, 2)), (((0,), (1,)), ((), ())))
+    with pytest.raises(ValueError, match="precision"):
+        linear(jnp.ones((2, 3)), jnp.ones((3, 2)), precision="highest")

@@ -20,7 +20,10 @@ def linear(
     Raises ValueError for any other contraction, or a `precision`.
     """
     if precision is not None or dimensions not in (None, (((x.ndim - 1,), (0,)), ((), ()))):
-        raise ValueError(f"linear contracts the last axis of x with the first of the kernel, not {dimensions}")
+        raise ValueError(
+            f"linear contracts the last axis of x with the first of the kernel at JAX's default precision, "
+            f"not {dimensions} at precision {precision}"
+        )
     return _product(x, kernel)
 
 
