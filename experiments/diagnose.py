@@ -31,6 +31,7 @@ from eim_jax.partition import Flat
 from eim_jax.run import after_stages
 from eim_jax.types import Batch
 from experiments import results, run
+from experiments.integration import integration_rate
 
 ROWS = 128  # samples of the batch, and of the test texts
 
@@ -50,7 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def diagnose(inputs: Inputs, arm: str, test: Split) -> list[dict]:
-    """One record for the start and each stage: "after", "perplexity", "queries" {loss: ...}, "cosines" {pair: ...}."""
+    """One record for the start and each stage: "after", "perplexity", "integration", "queries" {loss: ...},
+    "cosines" {pair: ...}."""
     sequence = [inputs.config.stages[name] for name in inputs.config.arm[arm].sequence]
     names = [name for name in stages.LOSSES if any(name in stages.weights(stage) for stage in sequence)]
     every = tuple(dict.fromkeys(pattern for stage in sequence for pattern in stage.train))
@@ -79,6 +81,7 @@ def diagnose(inputs: Inputs, arm: str, test: Split) -> list[dict]:
             {
                 "after": after,
                 "perplexity": float(np.exp(nats(params, quiet, {}))),
+                "integration": integration_rate(vlm, params, batch),
                 "queries": spreads,
                 "cosines": {pair: value for pair, value in cosines.items() if value is not None},
             }

@@ -18,7 +18,7 @@ from experiments import results, training_efficiency
 from experiments.cells import BUDGETS, SCALES, Row, cell
 from experiments.claims import CLAIMS, Verdict, judge
 from experiments.layout import Table
-from experiments.report_tables import Found, charts, column, efficiency, entries, stages, told
+from experiments.report_tables import Found, charts, column, diagnostics, efficiency, entries, stages, told
 from experiments.tables import TABLES
 
 WORDS = {"supported": "up", "not supported": "down"}  # verdict -> class of its badge
@@ -133,6 +133,7 @@ def html(found: Found, scale: str, budget: str) -> str:
             tables=tables,
             efficiency=efficiency(found),
             diagnosed=diagnosed,
+            diagnostics=diagnostics({title: one["diagnostics"] for title, one in diagnosed.items()}),
             commands=[(row, one) for name, row in _rows().items() for one in list(found.get(name, {}).values())[:1]],
         )
     )

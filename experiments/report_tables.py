@@ -103,26 +103,61 @@ def _ends(curves: Sequence[Mapping[str, Sequence[float]]], key: str) -> str:
 
 
 def charts(table: Table, found: Found) -> list[dict[str, str]]:
-    """Each loss of the table's rows over the steps of the stage that reads it last, seeds' mean."""
+    """Each loss, recall@1 and effective negatives over the steps of the stage that reads it last, seeds' mean."""
     lines: dict[str, list[Line]] = {}
     for i, row in enumerate(table.rows):
         cells = list(found.get(row.name, {}).values())
         for stage in range(len(cells[0]["stages"])) if cells else ():
             curves = [one["stages"][stage]["curves"] for one in cells]
-            for key in (key for key in curves[0] if key.startswith("loss/")):
+            for key in filter(_charted, curves[0]):
                 values = [sum(points) / len(points) for points in zip(*(one[key] for one in curves), strict=True)]
                 line = Line(row.title, curves[0]["step"], values, i, dashed=i >= 6)
                 kept = [old for old in lines.get(key, []) if old.label != row.title]
                 lines[key] = [*kept, line]
-    names = {"base": "loss_base", "ie": "loss_IE", "st": "loss_ST", "lm": "loss_LM"}
     return [
         {
-            "title": names[key.removeprefix("loss/")],
+            "title": title,
             "range": "",
-            "svg": panel(drawn, unit="nats", name=f"t{table.name}-{key}"),
+            "svg": panel(lines[key], unit=unit, name=f"t{table.name}-{key.replace('/', '-')}"),
         }
-        for key, drawn in lines.items()
+        for key in sorted(lines, key=lambda key: (key.startswith("queue"), key))
+        for title, unit in [_charted(key)]
     ]
+
+
+def _charted(key: str) -> tuple[str, str] | None:
+    """Title and unit of a curve's chart; None: it has none."""
+    names = {"base": "loss_base", "ie": "loss_IE", "st": "loss_ST", "lm": "loss_LM"}
+    match key.split("/"):
+        case ["loss", name]:
+            return names[name], "nats"
+        case ["queue", name, "recall1"]:
+            return f"{names[name]}: recall@1", "share of queries"
+        case ["queue", name, "effective"]:
+            return f"{names[name]}: effective negatives", "keys"
+    return None
+
+
+def diagnostics(diagnosed: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, str]]:
+    """What `diagnose` found, over the stages that a row has finished: {row title: records} -> charts."""
+    quantities: dict[str, tuple[str, Any]] = {
+        "text perplexity": ("perplexity", lambda record: record["perplexity"]),
+        "modality integration": ("MIR", lambda record: record["integration"]),
+    }
+    pairs = dict.fromkeys(pair for records in diagnosed.values() for record in records for pair in record["cosines"])
+    for pair in pairs:
+        quantities[f"gradients {pair}"] = ("cosine", lambda record, pair=pair: record["cosines"].get(pair))
+    drawn = []
+    for n, (title, (unit, value)) in enumerate(quantities.items()):
+        lines = []
+        for i, (row, records) in enumerate(diagnosed.items()):
+            values = [value(record) for record in records]
+            if any(v is not None for v in values):
+                lines.append(Line(row, range(len(values)), values, i, dashed=i >= 6))
+        if lines:
+            svg = panel(lines, unit=unit, name=f"diagnosed-{n}")
+            drawn.append({"title": title, "range": "over the stages done", "svg": svg})
+    return drawn
 
 
 def efficiency(found: Found) -> list[dict[str, Any]]:

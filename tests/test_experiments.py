@@ -1,5 +1,6 @@
 """The paper's tables as data: rows that resolve, cells that run once, intervals and verdicts in known cases."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -8,15 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from scipy import stats
 
 from eim_jax import inputs as loading
+from eim_jax import partition
 from eim_jax.config import ConfigError, from_config_dict
 from eim_jax.data.sources import load_split
+from eim_jax.models.gpt2 import GPT2
 from eim_jax.train import plan_arm
-from experiments import claims, diagnose, intervals, report, results, rows, run
+from experiments import claims, diagnose, integration, intervals, report, results, rows, run
 from experiments.cells import FAMILIES, SCALES, Row, cell, hash_of
 from experiments.tables import TABLES, rows_of
 
@@ -292,6 +298,42 @@ def test_gradients_are_compared_over_what_both_reach():
     assert diagnose.cosine(a, {"x": np.array([4.0, -3.0]), "y": np.zeros(1)}) == 0.0
     np.testing.assert_allclose(diagnose.cosine(a, {"x": np.array([6.0, 8.0]), "y": np.zeros(1)}), 1.0)
     assert diagnose.cosine(a, {"x": np.zeros(2), "y": np.zeros(1)}) is None
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_integration_rate_reads_every_block(scan):
+    # The output of block k, normed, is what the same LM gives that has its first k blocks alone.
+    vlm, params = tiny.model()
+    params = partition.unflatten(params)
+    first, second = params["lm"]["blocks_0"], params["lm"]["blocks_1"]
+    rest = {name: leaf for name, leaf in params["lm"].items() if not name.startswith("blocks")}
+    if scan:
+        vlm = dataclasses.replace(vlm, lm=GPT2(dataclasses.replace(vlm.lm.config, scan=True)))
+        params = {**params, "lm": {**rest, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)}}
+    batch = tiny.batch(text_only=(3,))
+    found = integration.layers(vlm, params, batch)
+    seen = vlm.connect(params, vlm.see(params, batch.image))
+    read = vlm.lm_input(params, batch.tokens, batch.valid, visual=seen, has_image=batch.has_image)
+    blocks = ({"blocks_0": first}, {"blocks_0": first, "blocks_1": second})
+    for (visual, text), kept in zip(found, blocks, strict=True):
+        lm = GPT2(dataclasses.replace(vlm.lm.config, scan=False, layers=len(kept)))
+        expected = dataclasses.replace(vlm, lm=lm).blocks({**params, "lm": {**rest, **kept}}, read)
+        both = np.concatenate([visual, text], axis=1).astype(np.float64)
+        both = (both - both.mean(-1, keepdims=True)) / np.sqrt(both.var(-1, keepdims=True) + 1e-5)  # ln_f as it begins
+        np.testing.assert_allclose(both, expected, atol=2e-5)
+    assert np.isfinite(integration.integration_rate(vlm, params, batch))
+
+
+def test_the_distance_of_two_clouds_is_that_of_their_gaussians():
+    rng = np.random.default_rng(0)
+    text = rng.normal(size=(200_000, 3)) * [1.0, 2.0, 0.5] + [3.0, 0.0, 0.0]
+    visual = rng.normal(size=(200_000, 3)) * [2.0, 1.0, 0.5] + [0.0, 1.0, 0.0]
+    length = np.linalg.norm(text, axis=1).mean()
+    expected = (9 + 1 + (1 - 2) ** 2 + (2 - 1) ** 2) / length**2  # |difference of means|^2 + sum (sd - sd')^2
+    np.testing.assert_allclose(integration.distance(visual, text), expected, rtol=0.03)
+    np.testing.assert_allclose(integration.distance(7 * visual, 7 * text), integration.distance(visual, text))
+    far = np.concatenate([visual, [[1e4, 0.0, 0.0]]])  # an outlier is left out
+    np.testing.assert_allclose(integration.distance(far, text), expected, rtol=0.03)
 
 
 # The report

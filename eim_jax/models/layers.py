@@ -223,7 +223,7 @@ def make_blocks(config: BlockConfig, layers: int, *, scan: bool, remat: str):
         return [block(config) for _ in range(layers)]
     scanned = nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0, nn.broadcast),
         length=layers,

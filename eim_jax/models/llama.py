@@ -363,7 +363,7 @@ def _make_blocks(c: LlamaConfig):
         return [block(c) for _ in range(c.layers)]
     scanned = nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0),
         length=c.layers,
