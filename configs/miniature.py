@@ -28,7 +28,9 @@ def get_config() -> ml_collections.ConfigDict:
             "base": Stage(train=("st/.*", "lm/.*"), losses=LossWeights(base=1.0), **short),
             "st": Stage(train=("st/.*",), losses=LossWeights(st=1.0), **short),
             "lm": Stage(train=("lm/.*",), losses=LossWeights(lm=1.0), **{**short, "lr": 1e-4, "epochs": 1}),
-            "st_lm": Stage(train=("st/.*", "lm/.*"), losses=LossWeights(st=1.0, lm=1.0), **{**short, "lr": 1e-4}),
+            "st_lm": Stage(
+                train=(("st/.*", 10.0), "lm/.*"), losses=LossWeights(st=1.0, lm=1.0), **{**short, "lr": 1e-4}
+            ),
             "joint": Stage(
                 train=("visual/prompt/.*", "st/.*", "lm/.*"),
                 losses=LossWeights(base=1.0, ie=1.0, st=1.0, lm=1.0),

@@ -5,7 +5,6 @@ is placed, so that at most one leaf is in memory twice.
 """
 
 import contextlib
-import importlib.resources
 import json
 import pathlib
 import re
@@ -18,9 +17,6 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-
-BUILTIN = {"miniature/clip": "clip", "miniature/gpt2": "gpt2", "miniature/llama": "llama"}
-HUB_FILES = ("*.json", "*.txt", "model*.safetensors", "prompt.safetensors", "tokenizer.model")
 
 
 class WeightsError(ValueError):
@@ -288,38 +284,6 @@ def write_leaves(flat: dict[str, jax.Array], leaves: dict[str, Leaf]) -> dict[st
             theirs = leaf.layout.save(layer)
             tensors |= {k: np.ascontiguousarray(x) for k, x in zip(keys, theirs, strict=True)}
     return tensors
-
-
-def resolve(path: str | pathlib.Path) -> pathlib.Path:
-    """Returns the local directory of a checkpoint.
-
-    Args:
-      path: "miniature/clip", "miniature/gpt2" or "miniature/llama" (shipped in the package), a local directory, or a
-        Hugging Face hub id, optionally with "@revision"; hub files are cached by huggingface_hub.
-
-    Raises:
-      WeightsError: no such directory, and the hub does not give it.
-    """
-    name = str(path)
-    if name in BUILTIN:
-        return pathlib.Path(str(importlib.resources.files("eim_jax"))) / "data" / "miniature_towers" / BUILTIN[name]
-    local = pathlib.Path(path).expanduser()
-    if local.is_dir():
-        return local
-    repo, _, revision = name.partition("@")
-    if local.exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", repo):
-        raise WeightsError(f"{name} is not a directory; give a checkpoint's directory or a Hugging Face hub id")
-    import huggingface_hub  # only here: most runs read local directories
-
-    try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=list(HUB_FILES))
-        )
-    except Exception as error:  # the hub's client raises many kinds; every one means that there are no files
-        raise WeightsError(
-            f"{name} is no local directory, and the hub did not give it ({type(error).__name__}): {error}. "
-            f"Without network: run `hf download {repo} --local-dir DIR` where there is one, and give DIR."
-        ) from error
 
 
 def hf_config(directory: pathlib.Path, model_type: str) -> dict:

@@ -182,12 +182,21 @@ def _arm(config: settings.Config) -> str:
 def _define_config(argv: list[str]) -> None:
     """--config is a file; without it, the config of the workdir's run, whose fields can be overridden all the same."""
     given = [a for a in argv if a.split("=")[0] in ("--config", "-config")]
-    workdir = next((a.partition("=")[2] for a in argv if a.startswith(("--workdir=", "-workdir="))), None)
+    workdir = _given(argv, "workdir")
     saved = settings.read_saved(Path(workdir)) if workdir and not given else None
     if saved is not None:
         config_flags.DEFINE_config_dict("config", settings.to_config_dict(saved))
     else:
         config_flags.DEFINE_config_file("config", None, "A file of configs/; any field: --config.data.max_tokens=30.")
+
+
+def _given(argv: list[str], flag: str) -> str | None:
+    """A flag's value before flags are parsed: --flag=value or --flag value."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        name, sign, value = word.partition("=")
+        if name in (f"--{flag}", f"-{flag}"):
+            return value if sign else following
+    return None
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -196,7 +205,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
-        file = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), None)
+        file = _given(argv, "config")
         if file is not None:
             alone = flags.FlagValues()  # the file as it stands, without what the command line changes
             command = [argv[0], f"--config={file}"]

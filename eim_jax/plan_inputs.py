@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from eim_jax import hf, partition, stages, weights
+from eim_jax import hub, partition, stages, weights
 from eim_jax.config import Config, ConfigError, Stage
 from eim_jax.data.records import Split
 from eim_jax.data.sources import load_split
@@ -121,8 +121,8 @@ def abstract_inputs(
 
 def _at_hand(name: str) -> Path | None:
     """The directory of a tower's config.json, if it is on this machine; nothing is downloaded."""
-    if name in hf.BUILTIN or Path(name).expanduser().is_dir():
-        return hf.resolve(name)
+    if name in hub.BUILTIN or Path(name).expanduser().is_dir():
+        return hub.resolve(name)
     repo, _, revision = name.partition("@")
     try:
         found = huggingface_hub.try_to_load_from_cache(repo, "config.json", revision=revision or None)

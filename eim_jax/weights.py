@@ -22,7 +22,8 @@ from safetensors.numpy import load_file, save_file
 
 from eim_jax import hf
 from eim_jax.distributed import fetch
-from eim_jax.hf import WeightsError, resolve
+from eim_jax.hf import WeightsError
+from eim_jax.hub import resolve
 from eim_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from eim_jax.weights_lm import LM, export_lm, lm_config, lm_shapes, load_lm
 

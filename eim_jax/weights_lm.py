@@ -13,7 +13,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from eim_jax import hf
-from eim_jax.hf import WeightsError, resolve
+from eim_jax.hf import WeightsError
+from eim_jax.hub import resolve
 from eim_jax.models.gpt2 import GPT2, GPT2Config
 from eim_jax.models.layers import ACTIVATIONS
 from eim_jax.models.llama import Llama, LlamaConfig

@@ -36,22 +36,26 @@ class Family:
     """Rows that start from one config: its file at each scale, and the budget that each of its rows gets.
 
     `steps` is the number of optimizer steps of a whole row, `warmup` the share of a stage that warms up (both the
-    baseline's own); `settings` are overrides that make cells comparable and cheap.
+    baseline's own); `settings` are overrides that make cells comparable and cheap. `rates` are the learning rates of
+    the last stage (base, ie, joint), by what the ST receives: chosen on the validation split (tuning.py).
     """
 
     configs: dict[str, ModuleType]
     steps: dict[str, int]
     warmup: dict[str, float]
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    rates: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
+LAST = {"base", "ie", "joint"}
 CHEAP = {"decode.methods": ("greedy",), "decode.java": False}
 FAMILIES = {
     "clipcap": Family(
         {"miniature": miniature, "full": clipcap_eim_coco},
-        {"miniature": 600, "full": 141_680},
+        {"miniature": 900, "full": 141_680},
         {"miniature": 1 / 12, "full": 5000 / 141_680},
         {"miniature": CHEAP},
+        {"miniature": {"cls": 1e-3, "full": 4e-3}},
     ),
     "clipcap_large": Family({"full": clipcap_large_coco}, {"full": 141_680}, {"full": 5000 / 141_680}),
     "llama_adapter": Family(
@@ -95,10 +99,11 @@ class Row:
     shares: Mapping[str, float] = field(default_factory=dict)
     paper: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    scales: tuple[str, ...] = SCALES
 
     def at(self, scale: str) -> bool:
         """Whether the row exists at this scale (the miniature has no larger language model)."""
-        return scale in FAMILIES[self.family].configs
+        return scale in self.scales and scale in FAMILIES[self.family].configs
 
 
 @dataclass(frozen=True)
@@ -162,6 +167,10 @@ def cell(row: Row, scale: str, seed: int, budget: str = "steps", pace: float = 1
     module = family.configs[scale]
     overrides = {"arms": (row.arm,), **family.settings.get(scale, {}), "seed": seed}
     overrides |= {k if "." in k else f"arm.{row.arm}.{k}": v for k, v in row.overrides.items()}
+    config = resolve(module, overrides)
+    rates = family.rates.get(scale, {})
+    for stage in LAST & set(config.arm[row.arm].sequence) if rates else ():
+        overrides.setdefault(f"stages.{stage}.lr", rates[config.arm[row.arm].features])
     config = resolve(module, overrides)
     if budget != "paper":
         sequence = config.arm[row.arm].sequence

@@ -1,13 +1,14 @@
 """Means over seeds, and intervals of differences that know both noises: another training seed, other test items.
 
-Two rows were trained with the same seeds and answered the same test items, so their difference is paired in both. One
-replicate draws test items with replacement (one draw for all seeds: they share the test set) and, from these, seeds
-with replacement; the interval holds the middle 95 % of the replicates' mean differences.
+Two rows answered the same test items, and a seed gives both the same draws where their models agree in form, so their
+difference is paired in both. A replicate is the mean over seeds on test items drawn with replacement (one draw for all
+seeds: they share the test set) plus what a draw of seeds with replacement changes in the mean on all items; the
+interval holds the middle 95 % of the replicates.
 
 With S seeds, a mean of resampled seeds spreads by sd sqrt((S-1)/S) / sqrt(S): too little, and 1.96 of it is too short
-where Student's t says otherwise. So the part of a replicate that the seeds' draw causes, its deviation from the mean
-of all seeds on the same items, is multiplied by sqrt(S/(S-1)) t(S-1)/z, which in the normal case gives Student's
-interval. With one seed the interval holds the items' noise alone, and says so.
+where Student's t says otherwise. So what the seeds' draw changes is multiplied by sqrt(S/(S-1)) t(S-1)/z, which in the
+normal case gives Student's interval. Noise that belongs to a seed and an item together enters with both draws: the
+interval is then somewhat too long, never too short. With one seed it holds the items' noise alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,10 +78,10 @@ def bootstrap(full: np.ndarray, resampled: np.ndarray, seed: int = 0) -> np.ndar
     if count == 1:
         return centre
     draw = np.random.default_rng(seed).integers(count, size=resampled.shape)
-    drawn = np.take_along_axis(resampled, draw, axis=1).mean(axis=1)
+    drawn = full[draw].mean(axis=1)
     tail = 1 - (1 - LEVEL) / 2
     widen = np.sqrt(count / (count - 1)) * stats.t.ppf(tail, count - 1) / stats.norm.ppf(tail)
-    return centre + widen * (drawn - centre)
+    return centre + widen * (drawn - full.mean())
 
 
 def _interval(full: np.ndarray, resampled: np.ndarray) -> tuple[float, float] | None:

@@ -9,15 +9,16 @@ from experiments.rows import (
     IE_WEAK,
     LAVIN_EIM,
     LAVIN_FIRST,
-    LAVIN_IE_ZERO,
     LM_DISTIL,
     LM_IMAGE,
+    LM_LAST,
     MASK,
     PROMPTS_1,
     PROMPTS_16,
     PROMPTS_PLAIN,
     SPLIT_EVEN,
     SPLIT_ST,
+    TAU,
 )
 
 ABOUT = "Compared with EIM as its config has it: cosine, tau 0.07, own key alone, text alone, 4 prompt tokens a block."
@@ -28,9 +29,11 @@ TABLE = Table(
         EIM,
         DOT,
         DOT_TAU,
+        TAU,
         GROUP,
         MASK,
         LM_IMAGE,
+        LM_LAST,
         LM_DISTIL,
         SPLIT_EVEN,
         SPLIT_ST,
@@ -42,4 +45,4 @@ TABLE = Table(
     CAPTIONS,
     about=ABOUT,
 )
-QUESTIONS = Table("open-lavin", "What the paper leaves open, LaVIN", (LAVIN_EIM, LAVIN_FIRST, LAVIN_IE_ZERO), ANSWERS)
+QUESTIONS = Table("open-lavin", "Which 50 tokens LaVIN keeps", (LAVIN_EIM, LAVIN_FIRST), ANSWERS)

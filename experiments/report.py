@@ -5,6 +5,7 @@ python -m experiments.report --scale=miniature        # experiments/results/mini
 
 import argparse
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def read(out: Path, scale: str, budget: str, seeds: int) -> Found:
-    """The finished cells of every row; in budget "time" what was run under the measured pace."""
+    """The finished cells of every row; in budget "time" those of the measured paces."""
     rows = {row.name: row for table in TABLES.values() for row in table.rows if row.at(scale)}
     files = [results.load(file) for file in sorted((out / scale).glob("*-s*.json"))]
+    pace = {}
     if budget == "time":
-        return {name: {f["seed"]: f for f in files if (f["row"], f["budget"]) == (name, budget)} for name in rows}
+        speeds = json.loads((out / scale / "pace.json").read_text()) if (out / scale / "pace.json").exists() else {}
+        pace = {name: speeds.get(cell(row, scale, 0, "steps").hash) for name, row in rows.items()}
+        rows = {name: row for name, row in rows.items() if pace[name] is not None}
     found = {}
     for name, row in rows.items():
-        cells = {seed: results.read(out, cell(row, scale, seed, budget)) for seed in sorted({f["seed"] for f in files})}
+        by_seed = {seed: cell(row, scale, seed, budget, pace.get(name, 1.0)) for seed in {f["seed"] for f in files}}
+        cells = {seed: results.read(out, by_seed[seed]) for seed in sorted(by_seed)}
         found[name] = {seed: one for seed, one in cells.items() if one is not None and seed < seeds}
     return found
 
@@ -70,6 +75,8 @@ def examples(table: Table, found: Found, scale: str) -> dict | None:
     scenes = _scenes()
     where = {str(key): place for place, key in enumerate(scenes.images.ids)}
     captions = {row.title: one["examples"] for row, one in cells}
+    if not set().union(*captions.values()) <= where.keys():  # rates are compared on the validation split
+        return None
     return gallery(captions, lambda key: scenes.images[where[key]], scenes.references)
 
 
@@ -106,6 +113,7 @@ def html(found: Found, scale: str, budget: str) -> str:
             "stages": stages(table, found),
             "charts": charts(table, found),
             "gallery": examples(table, found, scale),
+            "judged": [_judged(v) for v in judged if v.claim.table == table.name and v.word != "not measured"],
         }
         for table in TABLES.values()
         if _shown(table, found)
@@ -129,6 +137,7 @@ def html(found: Found, scale: str, budget: str) -> str:
             machines=sorted({_facts(one["machine"]) for one in cells}),
             versions=sorted({_facts(one["versions"]) for one in cells}),
             judged=[_judged(v) for v in judged],
+            decoding=" and ".join(sorted({one["decoding"] for one in cells})),
             forest=forest(judged),
             tables=tables,
             efficiency=efficiency(found),
@@ -139,10 +148,11 @@ def html(found: Found, scale: str, budget: str) -> str:
     )
 
 
-def _judged(v: Verdict) -> dict[str, str]:
+def _judged(v: Verdict) -> dict[str, Any]:
     how = column(v.claim.metric)
     return {
         "claim": v.claim.statement,
+        "ours": v.claim.ours,
         "table": v.claim.table,
         "metric": how.name,
         "rows": f"{v.claim.better.title} − {v.claim.worse.title}",
@@ -151,8 +161,12 @@ def _judged(v: Verdict) -> dict[str, str]:
         "seeds": str(v.change.seeds) if v.change else "–",
         "change": told(how, v.change) if v.change else "–",
         "expected": f"{v.expected * how.factor:+.{how.decimals}f}".replace("-", "−") if v.expected else "–",
-        "paper": f"{100 * v.claim.effect:+.1f} %".replace("-", "−") if v.claim.effect else "not known",
+        "paper": f"{100 * v.claim.effect:+.1f} %".replace("-", "−") if v.claim.effect else _unknown(v),
     }
+
+
+def _unknown(v: Verdict) -> str:
+    return "ours" if v.claim.ours else "not known"
 
 
 def markdown(found: Found, scale: str) -> str:
@@ -171,13 +185,15 @@ def markdown(found: Found, scale: str) -> str:
         heads = [f"{how.label} ({how.unit})" if how.unit else how.label for how in map(column, table.metrics)]
         lines += ["", f"Table {table.name}: {table.title}" if table.name.isdigit() else table.title, ""]
         paper = any(key in row.paper for row in table.rows for key in table.metrics[:1])
-        lines.append("| | " + " | ".join((["paper"] if paper else []) + heads) + " |")
-        lines.append("|---|" + "---|" * (len(heads) + paper))
-        for row, _, scores in entries(table, found):
+        lines.append("| | steps | " + " | ".join((["paper"] if paper else []) + heads) + " |")
+        lines.append("|---|---|" + "---|" * (len(heads) + paper))
+        for row, took, _, scores in entries(table, found):
             if any(entry.value for entry in scores):
                 cells = [f"{entry.value}{f' ({entry.change})' if entry.change else ''}" or "–" for entry in scores]
                 lines.append(
-                    f"| {row.title} | " + " | ".join(([scores[0].paper or "–"] if paper else []) + cells) + " |"
+                    f"| {row.title} | {took} | "
+                    + " | ".join(([scores[0].paper or "–"] if paper else []) + cells)
+                    + " |"
                 )
     if rows := efficiency(found):
         lines += ["", "Seconds of an epoch, stage by stage (in brackets the paper's minutes)", "", "| | |", "|---|---|"]

@@ -1,9 +1,11 @@
 """The tables of the report: what stands in each cell, the queues' figures, the curves, the training times."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from eim_jax.console import duration
 from eim_jax.report_charts import Line, panel
 from eim_jax.report_scores import Metric, metric
 from experiments import training_efficiency
@@ -35,13 +37,24 @@ class Entry:
     sense: int | None = None
 
 
-def entries(table: Table, found: Found) -> list[tuple[Row, list[str], list[Entry]]]:
-    """The rows of a table, each with its ticks and its scores."""
+def entries(table: Table, found: Found) -> list[tuple[Row, str, list[str], list[Entry]]]:
+    """The rows of a table, each with what it took, its ticks and its scores."""
     shown = []
     for i, row in enumerate(table.rows):
         ticks = list(table.ticks[i]) if table.ticks else []
-        shown.append((row, ticks, [_entry(table, row, key, found) for key in table.metrics]))
+        took = effort(list(found.get(row.name, {}).values()))
+        shown.append((row, took, ticks, [_entry(table, row, key, found) for key in table.metrics]))
     return shown
+
+
+def effort(cells: Sequence[Mapping[str, Any]]) -> str:
+    """The steps of a row's stages, the parameters that its last stage trains, and its training time (median seed)."""
+    if not cells:
+        return ""
+    stages = cells[0]["stages"]
+    steps = " + ".join(f"{stage['steps']:,} {stage['name']}" for stage in stages)
+    seconds = statistics.median(sum(s["steps"] * s["seconds_per_step"] for s in one["stages"]) for one in cells)
+    return f"{steps}; {stages[-1]['trained_params'] / 1e6:.2f}M trained; {duration(seconds)}"
 
 
 def _entry(table: Table, row: Row, key: str, found: Found) -> Entry:

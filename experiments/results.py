@@ -3,6 +3,7 @@
 import hashlib
 import json
 import statistics
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def collect(cell: Cell, workdir: Path) -> dict[str, Any]:
         "versions": run["versions"],
         "machine": run["machine"],
         "date": run["started"][:10],
+        "commit": commit(),
+        "identity": run["identity"],
         "seconds": run["seconds"],
         "decoding": method,
         "scores": {name: value for name, value in scores.items() if value is not None},
@@ -84,6 +87,18 @@ def collect(cell: Cell, workdir: Path) -> dict[str, Any]:
         "examples": {key: outputs[key] for key in shown},
         **({"diagnostics": load(diagnostics)} if diagnostics.exists() else {}),
     }
+
+
+def commit() -> str:
+    """The commit checked out, "+" behind it where eim_jax/ or configs/ differ from it; "" outside a repository."""
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(("git", *words), cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+
+    head = git("rev-parse", "--short=10", "HEAD")
+    if head.returncode:
+        return ""
+    return head.stdout.strip() + "+" * git("diff", "--quiet", "HEAD", "--", "eim_jax", "configs").returncode
 
 
 def _stages(arm: Path) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ ST_WITH_LM = Row(
     "loss_ST and loss_LM in one stage",
     "clipcap",
     overrides={"sequence": ("st_lm", "ie")},
+    shares={"st_lm": 0.5},
     paper={"Bleu_4": 32.0},
 )
 LM_FIRST = Row("lm-first", "LM, ST, IE", "clipcap", overrides={"sequence": ("lm", "st", "ie")})
@@ -52,6 +53,12 @@ ALL_TOKENS = Row(
 
 # Controls: what is left of a gain when the loss that is said to cause it has weight 0
 IE_ZERO = Row("eim-ie0", "EIM, loss_IE with weight 0", "clipcap", overrides={"stages.ie.losses.ie": 0.0})
+IE_ALONE_ZERO = Row(
+    "ie-zero",
+    "[CLS] with prompts, loss_IE with weight 0",
+    "clipcap",
+    overrides={**ONE, "sequence": ("ie",), "stages.ie.losses.ie": 0.0},
+)
 PROMPTS_IE = Row("prompts-ie", "no earlier stages: prompts, loss_IE", "clipcap", overrides={"sequence": ("ie",)})
 PROMPTS_ZERO = Row(
     "prompts-ie0",
@@ -66,7 +73,16 @@ ST_BY_BASE = Row(
     overrides={"stages.st.losses.st": 0.0, "stages.st.losses.base": 1.0},
     shares={"st": 0.25},
 )
-NORMS = {"prompts": 0, "stages.ie.train": ("visual/.*ln[^/]*/.*", "st/.*", "lm/.*")}
+LM_BY_BASE = Row(
+    "lm-by-base",
+    "LM stage on loss_base instead of loss_LM",
+    "clipcap",
+    overrides={"stages.lm.losses.lm": 0.0, "stages.lm.losses.base": 1.0},
+    shares={"lm": 0.25},
+)
+NO_LM = Row("no-lm", "no LM stage", "clipcap", overrides={"sequence": ("st", "ie")})
+# CLIP's output layer, which reads loss_IE's query, stays frozen.
+NORMS = {"prompts": 0, "stages.ie.train": ("visual/(?!post_ln/).*ln[^/]*/.*", "st/.*", "lm/.*")}
 NORMS_IE = Row("norms-ie", "CLIP's LayerNorms instead of prompts", "clipcap", overrides=NORMS)
 NORMS_ZERO = Row(
     "norms-ie0",
@@ -75,11 +91,15 @@ NORMS_ZERO = Row(
     overrides={**NORMS, "stages.ie.losses.ie": 0.0},
 )
 
-# The baseline's rate, on the validation split
-RATES = (3e-4, 1e-3, 2e-3, 4e-3)
+# The rate of the stage with loss_base, on the validation split: of the baseline, and of EIM by the same rule
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 TUNING = tuple(
-    Row(f"rate-{rate:g}", f"rate {rate:g}", "clipcap", "baseline", {"data.scored": "val", "stages.base.lr": rate})
-    for rate in RATES
+    Row(f"rate-{r:g}", f"ClipCap, rate {r:g}", "clipcap", "baseline", {"data.scored": "val", "stages.base.lr": r})
+    for r in RATES
+)
+TUNING_EIM = tuple(
+    Row(f"eim-rate-{r:g}", f"EIM, rate {r:g}", "clipcap", overrides={"data.scored": "val", "stages.ie.lr": r})
+    for r in RATES
 )
 
 # What the paper leaves open
@@ -88,7 +108,20 @@ DOT_TAU = Row("dot-tau1", "dot product, tau 1", "clipcap", overrides={"losses.si
 GROUP = Row("group", "all captions of an image are positives", "clipcap", overrides={"losses.positives": "group"})
 MASK = Row("mask", "siblings leave the denominator", "clipcap", overrides={"losses.positives": "mask"})
 LM_IMAGE = Row("lm-image", "loss_LM after the visual tokens", "clipcap", overrides={"losses.lm_with_image": True})
-LM_DISTIL = Row("lm-distil", "loss_LM without negatives", "clipcap", overrides={"losses.lm_distil": True})
+# By itself it has no gradient: before its stage the LM gives the very keys. Beside loss_base it holds the LM back.
+LM_DISTIL = Row(
+    "lm-distil",
+    "loss_LM without negatives, in the last stage",
+    "clipcap",
+    overrides={"losses.lm_distil": True, "sequence": ("st", "ie"), "stages.ie.losses.lm": 1.0},
+)
+LM_LAST = Row(
+    "lm-last",
+    "loss_LM in the last stage",
+    "clipcap",
+    overrides={"sequence": ("st", "ie"), "stages.ie.losses.lm": 1.0},
+)
+TAU = Row("tau-0.2", "tau 0.2", "clipcap", overrides={"losses.tau": 0.2})
 SPLIT_EVEN = Row("split-even", "steps divided evenly over the stages", "clipcap", shares={"st": 1.0, "lm": 1.0})
 SPLIT_ST = Row("split-st", "ST stage as long as the last", "clipcap", shares={"st": 1.0})
 PROMPTS_1 = Row("prompts-1", "one prompt token a block", "clipcap", overrides={"prompts": 1})
@@ -151,8 +184,17 @@ LAVIN_LITE_EIM = Row(
     note="the paper's first variant; the second reaches 90.4, and what differs is not said",
 )
 LAVIN_EIM = Row("lavin-eim", "LaVIN-7B + EIM", "lavin")
-LAVIN_FIRST = Row("lavin-first", "the first 50 tokens", "lavin", overrides={"features": "first"})
-LAVIN_IE_ZERO = Row("lavin-ie0", "loss_IE with weight 0", "lavin", overrides={"stages.ie.losses.ie": 0.0})
+# The miniature's CLIP has 17 tokens: there "the first 50" and the pooled grid are the same.
+LAVIN_FIRST = Row("lavin-first", "the first 50 tokens", "lavin", overrides={"features": "first"}, scales=("full",))
+LAVIN_IE_ZERO = Row("lavin-ie0", "LaVIN + EIM, loss_IE with weight 0", "lavin", overrides={"stages.ie.losses.ie": 0.0})
+LAVIN_FEATURES = Row("lavin-features", "LaVIN on EIM's features, one stage", "lavin", "baseline", {"features": "grid"})
+ADAPTER_FEATURES = Row(
+    "llama-adapter-features",
+    "LLaMA-Adapter on EIM's features, one stage",
+    "llama_adapter",
+    "baseline",
+    {"output_layer": False},
+)
 
 # The chatbot: MME's scores
 CHAT = Row("chat", "LaVIN-7B-lite chatbot", "chat", "baseline")
@@ -173,7 +215,7 @@ CHAT_13B = Row(
     "LaVIN-13B chatbot",
     "chat_lite13b",
     "baseline",
-    {"towers.lm": "huggyllama/llama-13b"},
+    {"towers.lm": "huggyllama/llama-13b", "towers.quant": "none"},
     paper={
         "mme/perception": 963.61,
         "mme/cognition": 249.64,

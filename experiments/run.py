@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from experiments.tables import TABLES, rows_of
 
 RUNS = Path("runs/experiments")
 HEADS = ("Bleu_4", "accuracy/Avg", "mme/sum", "mme/total")  # the score that the terminal shows
+SEEDS = 10  # whose speeds are looked for
 BASES = {"clipcap": "clipcap", "llama_adapter": "llama-adapter", "lavin": "lavin", "chat": "chat"}
 
 
@@ -55,7 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", default="", help="only these rows, separated by commas")
     budget = (
         "steps (the miniature's default): every row the same number of steps; "
-        "time: the baseline's seconds; paper (full's default): the same epochs in every stage"
+        "time: the baseline's seconds; paper (full's default): every stage its config's own epochs"
     )
     parser.add_argument("--budget", choices=BUDGETS, help=budget)
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, each on its share of the CPU cores")
@@ -84,7 +86,7 @@ def chosen(options: argparse.Namespace) -> list[Row]:
 
 def cells(rows: list[Row], options: argparse.Namespace) -> list[Cell]:
     """The rows' cells, whole seeds first, each cell once."""
-    pace = paces(rows, options) if options.budget == "time" else {}
+    pace = paces(options.out, rows, options.scale) if options.budget == "time" else {}
     found = {}
     for seed in range(options.seeds):
         for row in rows:
@@ -93,30 +95,33 @@ def cells(rows: list[Row], options: argparse.Namespace) -> list[Cell]:
     return list(found.values())
 
 
-def paces(rows: list[Row], options: argparse.Namespace) -> dict[str, float]:
-    """By what a row's steps are multiplied so that it trains as long as its family's baseline.
+def paces(out: Path, rows: list[Row], scale: str) -> dict[str, float]:
+    """By what a row's steps are multiplied so that it trains as long as its family's baseline: {row name: factor}.
 
-    Both are measured in seed 0 of budget "steps": the sum over stages of steps x steady seconds a step. What is once
-    measured is kept in pace.json, so that all seeds and later calls train the same steps.
+    Both are measured in budget "steps": the median over its finished seeds of the sum over stages of steps x steady
+    seconds a step (building queues and caching features left out). What is once measured is kept in pace.json, by the
+    hash of the row's cell, so that all seeds and later calls train the same steps. Exits where nothing was measured.
     """
-    file = options.out / options.scale / "pace.json"
+    file = out / scale / "pace.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     bases = {row.name: row for table in TABLES.values() for row in table.rows if row.name in BASES.values()}
 
     def seconds(row: Row) -> float:
-        found = results.read(options.out, cell(row, options.scale, 0, "steps"))
-        if found is None:
-            sys.exit(
-                f"error: --budget=time needs the speed of row {row.name}: run --budget=steps with its seed 0 first"
-            )
-        return sum(stage["steps"] * stage["seconds_per_step"] for stage in found["stages"])
+        found = [results.read(out, cell(row, scale, seed, "steps")) for seed in range(SEEDS)]
+        sums = [sum(s["steps"] * s["seconds_per_step"] for s in one["stages"]) for one in found if one is not None]
+        if not sums:
+            sys.exit(f"error: --budget=time needs the speed of row {row.name}: run --budget=steps first")
+        return statistics.median(sums)
 
+    found = {}
     for row in rows:
-        if row.name not in known:
-            known[row.name] = round(seconds(bases[BASES[row.family]]) / seconds(row), 4)
+        key = cell(row, scale, 0, "steps").hash
+        if key not in known:
+            known[key] = round(seconds(bases[BASES[row.family]]) / seconds(row), 4)
+        found[row.name] = known[key]
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, known)
-    return known
+    return found
 
 
 def command(one: Cell, workdir: Path) -> list[str]:
@@ -197,6 +202,8 @@ class Pool:
             cores = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(process.pid, set(cores[slot % self._jobs :: self._jobs]) or set(cores))
         self._running[slot] = Job(one, workdir, process, locks, time.monotonic())
+        if self._stopping:  # the signal came while the process was being started
+            process.terminate()
         if not console.is_interactive:
             console.print(f"started {one.name}", soft_wrap=True)
 
@@ -223,8 +230,13 @@ class Pool:
                     self._failed[job.cell.name] = " | ".join(tail) or f"exit status {job.process.returncode}"
                     console.print(f"failed {job.cell.name}: {job.workdir / 'log.txt'}", soft_wrap=True)
                 continue
-            found = results.save(self._out, job.cell, job.workdir)
-            name, value = next((key, found["scores"][key]) for key in HEADS if key in found["scores"])
+            try:
+                found = results.save(self._out, job.cell, job.workdir)
+            except (OSError, ValueError, KeyError) as error:  # the other cells go on
+                self._failed[job.cell.name] = f"its run ended, but its result cannot be read: {error!r}"
+                console.print(f"failed {job.cell.name}: {error!r}", soft_wrap=True)
+                continue
+            name, value = next(((key, found["scores"][key]) for key in HEADS if key in found["scores"]), ("", 0.0))
             took = duration(time.monotonic() - job.started)
             count = f"{begun - len(self._running)}/{total}"
             console.print(f"finished {job.cell.name} in {took} ({count}): {name} {value:.3f}", soft_wrap=True)

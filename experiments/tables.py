@@ -25,6 +25,7 @@ MODULES = (table02, table03, table04, table05, table06, table07, table08, table0
 ALL = (
     *(module.TABLE for module in MODULES),
     controls.TABLE,
+    controls.QUESTIONS,
     open_questions.TABLE,
     open_questions.QUESTIONS,
     tuning.TABLE,

@@ -1,6 +1,6 @@
-"""The baseline's learning rate on the validation split: what every row's last stage then uses."""
+"""The rate of the stage with loss_base on the validation split, of the baseline and of EIM."""
 
 from experiments.layout import CAPTIONS, Table
-from experiments.rows import TUNING
+from experiments.rows import TUNING, TUNING_EIM
 
-TABLE = Table("tuning", "The baseline's learning rate, validation split", TUNING, CAPTIONS)
+TABLE = Table("tuning", "The learning rate, validation split", (*TUNING, *TUNING_EIM), CAPTIONS)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import config_of
 
-from eim_jax import hf, plan
+from eim_jax import hub, plan
 from eim_jax import inputs as loading
 from eim_jax.plan_inputs import abstract_inputs
 from eim_jax.sharding import make_mesh
@@ -45,7 +45,7 @@ def small_towers(folder) -> dict[str, str]:
     """{"clip", "gpt2", "llama"} -> a directory with a small config.json and the tokenizer, without weights."""
     made = {}
     for name, changes in SMALL.items():
-        source, target = hf.resolve(f"miniature/{name}"), folder / name
+        source, target = hub.resolve(f"miniature/{name}"), folder / name
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
         config = json.loads((target / "config.json").read_text())
         for field, value in changes.items():

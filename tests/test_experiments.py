@@ -105,7 +105,8 @@ def test_rates_are_compared_on_the_validation_split():
     for row in TABLES["tuning"].rows:
         config = cell(row, "miniature", 0).config
         assert load_split(config, "test", Path()).name == "val" != load_split(config, "train", Path()).name
-        assert row.overrides["stages.base.lr"] == config.stages["base"].lr
+        (rate,) = (value for field, value in row.overrides.items() if field.endswith(".lr"))
+        assert rate == config.stages[config.arm[row.arm].sequence[-1]].lr
 
 
 def test_an_override_that_cannot_be_meant_is_refused():
@@ -122,8 +123,10 @@ def test_equal_time_scales_a_rows_steps_by_the_seconds_measured(tmp_path):
     for row, seconds in ((rows.BASELINE, 0.1), (rows.EIM, 0.3)):
         _write(tmp_path, cell(row, "miniature", 0), seconds=seconds)
     base, eim = run.cells([rows.BASELINE, rows.EIM], options)
-    assert base.config.stages["base"].steps == 600
-    assert [eim.config.stages[s].steps for s in ("st", "lm", "ie")] == [33, 33, 133]
+    assert base.config.stages["base"].steps == 900
+    assert [eim.config.stages[s].steps for s in ("st", "lm", "ie")] == [50, 50, 200]
+    assert run.cells([rows.BASELINE], options)[0].hash == cell(rows.BASELINE, "miniature", 0).hash
+    assert report.read(tmp_path, "miniature", "time", 5)["clipcap"][0]["row"] == "clipcap"
     _write(tmp_path, cell(rows.EIM, "miniature", 0), seconds=9.0)  # measured once, kept
     assert run.cells([rows.EIM], options)[0].hash == eim.hash
 
@@ -229,15 +232,23 @@ def test_the_interval_of_one_seed_is_that_of_the_items():
     np.testing.assert_allclose([low, high], [right.mean() - half, right.mean() + half], atol=0.006)
 
 
-def test_a_difference_of_nothing_is_covered_as_often_as_promised():
-    # Five seeds, 60 items; the effect of a seed and that of an item are normal, the true difference is 0.
-    rng, hits, trials, number = np.random.default_rng(3), 0, 300, 60
+@pytest.mark.parametrize(
+    ("seeds", "items", "both", "most"),
+    [(1.0, 4.0, 4.0, 0.985), (1.0, 0.0, 1.0, 0.985), (0.0, 0.0, 8.0, 1.0), (0.5, 1.0, 8.0, 1.0)],
+)
+def test_a_difference_of_nothing_is_covered_as_often_as_promised(seeds, items, both, most):
+    # Five seeds, 60 items; noise of seeds, of items and of both together is normal, the true difference is 0.
+    rng, hits, trials, number, length = np.random.default_rng(3), 0, 300, 60, 0.0
     draws = rng.multinomial(number, np.full(number, 1 / number), size=600) / number
     for _ in range(trials):
-        noise = rng.normal(0, 1, (5, 1)) + rng.normal(0, 4, (1, number)) + rng.normal(0, 4, (5, number))
+        noise = rng.normal(0, seeds, (5, 1)) + rng.normal(0, items, (1, number)) + rng.normal(0, both, (5, number))
         low, high = intervals._interval(noise.mean(axis=1), draws @ noise.T)
         hits += low <= 0 <= high
-    assert 0.92 <= hits / trials <= 0.985
+        length += (high - low) / trials
+    assert 0.92 <= hits / trials <= most
+    # Against the interval of somebody who knows the three variances: at most half as long again.
+    known = np.sqrt(seeds**2 / 5 + items**2 / number + both**2 / (5 * number))
+    assert length < 1.5 * 2 * stats.t.ppf(0.975, 4) * known
 
 
 def test_pairing_removes_what_two_rows_share():
@@ -369,6 +380,7 @@ def _result(items=None, scores=None, seed=0, row="", seconds=0.1, **more):
         "versions": {"jax": "0"},
         "machine": {"cpu_cores": 2},
         "date": "2026-11-21",
+        "decoding": "greedy",
         "seconds": 60.0,
         "scores": scores or {},
         "items": items or {"ids": []},
@@ -425,7 +437,7 @@ def test_the_markdown_holds_verdicts_and_tables_with_the_papers_values(measured)
         "| – | not measured |"
     )
     row = next(line for line in lines if line.startswith("| + loss_IE"))
-    assert row.startswith("| + loss_IE | 32.8 | ") and "(+" in row
+    assert row.startswith("| + loss_IE | 600 ie; 0.00M trained; 1:00 | 32.8 | ") and "(+" in row
     assert len({line.count("|") for line in lines if line.startswith(("| + loss", "| ClipCap |"))}) <= 2
 
 

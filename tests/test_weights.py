@@ -232,6 +232,7 @@ def test_paths_that_are_no_directory_say_what_to_give(tmp_path, monkeypatch):
 
 def test_hub_ids_may_name_a_revision(tmp_path, monkeypatch):
     asked = []
+    (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr(
         huggingface_hub,
         "snapshot_download",
@@ -240,3 +241,28 @@ def test_hub_ids_may_name_a_revision(tmp_path, monkeypatch):
     assert resolve("openai/clip-vit-base-patch32@refs/pr/7") == tmp_path
     assert resolve("gpt2") == tmp_path
     assert asked == [("openai/clip-vit-base-patch32", "refs/pr/7"), ("gpt2", None)]
+
+
+def test_where_main_has_no_safetensors_the_hubs_own_conversion_is_taken(tmp_path, monkeypatch, capsys):
+    for revision, file in ((None, "config.json"), ("refs/pr/3", "model.safetensors")):
+        folder = tmp_path / str(revision)
+        folder.mkdir(parents=True)
+        (folder / file).touch()
+    offers = {
+        "clip": [("Update README", 5, "open"), ("Add safetensors", 4, "closed"), ("Adding `safetensors`", 3, "open")],
+        "lm": [],
+    }
+
+    def discussions(_, repo, *, author, discussion_type):
+        assert (author, discussion_type) == ("SFconvertbot", "pull_request")
+        for title, num, status in offers[repo]:
+            yield huggingface_hub.Discussion(title, status, num, repo, "model", author, True, None, "")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "get_repo_discussions", discussions)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo, *, revision, allow_patterns: str(tmp_path / str(revision))
+    )
+    assert resolve("clip") == tmp_path / "refs/pr/3"
+    assert "clip: no safetensors on main, taking the hub's conversion refs/pr/3" in capsys.readouterr().out
+    with pytest.raises(WeightsError, match=r"lm has no safetensors on the hub.*save_pretrained it"):
+        resolve("lm")

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 
 from eim_jax.console import console, progress
 from eim_jax.data.records import Split
-from eim_jax.hf import resolve
+from eim_jax.hub import resolve
 
 _CHUNK = 8192  # texts given to the tokenizer at once
 _LONG = 50_000  # texts from which on a progress bar is worth its lines (about two seconds)
