@@ -14,6 +14,7 @@ import importlib
 import statistics
 import sys
 import unittest.mock
+from pathlib import Path
 
 import clipcap_case
 import jax
@@ -88,6 +89,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict]]:
 
 def stage_rows(config_name: str, text: int | None = None) -> list[dict]:
     """One row a stage of the config's first arm, from shapes: what its step reads, and its arithmetic."""
+    sys.path.append(str(Path(__file__).parent.parent))  # configs/ is no part of the package
     values = importlib.import_module(f"configs.{config_name}").get_config()
     values.data.max_tokens = text or values.data.max_tokens
     config = from_config_dict(values)

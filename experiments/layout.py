@@ -20,4 +20,5 @@ class Table:
 
 
 CAPTIONS = ("Bleu_4", "CIDEr", "nll", "nll_gap", "shape_colour_f1")
+SCIENCEQA = tuple(f"accuracy/{name}" for name in ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg"))
 ANSWERS = ("accuracy/Avg", "accuracy/IMG", "nll", "nll_image_gap")

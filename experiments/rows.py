@@ -1,6 +1,7 @@
 """Every row of every table, each defined once. Overrides: see experiments/cells.py; values are the paper's."""
 
 from experiments.cells import Row
+from experiments.layout import SCIENCEQA
 
 # ClipCap on COCO captions: BLEU-4 in points
 BASELINE = Row("clipcap", "ClipCap", "clipcap", "baseline", paper={"Bleu_4": 31.2})
@@ -130,12 +131,11 @@ PROMPTS_PLAIN = Row("prompts-plain", "prompts without the MLP", "clipcap", overr
 IE_WEAK = Row("ie-weak", "loss_IE with weight 0.1", "clipcap", overrides={"stages.ie.losses.ie": 0.1})
 
 # LLaMA-Adapter and LaVIN on questions: accuracy in points
-SCIENCEQA = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")
 
 
 def accuracies(*values: float) -> dict[str, float]:
     """The paper's nine columns as scores."""
-    return {f"accuracy/{name}": value for name, value in zip(SCIENCEQA, values, strict=True)}
+    return dict(zip(SCIENCEQA, values, strict=True))
 
 
 ADAPTER = Row(

@@ -4,7 +4,7 @@ from eim_jax.data.mme import PERCEPTION
 from experiments.layout import Table
 from experiments.rows import CHAT, CHAT_13B, CHAT_EIM
 
-METRICS = ("mme/perception", *(f"mme/{task}" for task in PERCEPTION), "nll", "nll_image_gap")
+METRICS = ("mme/sum", "mme/perception", *(f"mme/{task}" for task in PERCEPTION), "nll", "nll_image_gap")
 TABLE = Table(
     "12",
     "The chatbot's perception (MME)",

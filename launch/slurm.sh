@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # SLURM: one process a GPU. From the repository's root, on a file system that all nodes see, after `make install EXTRAS=cuda`:
-#   sbatch --nodes=4 launch/slurm.sh --config=configs/clipcap_eim_coco.py --workdir=/shared/runs/eim
+#   sbatch --nodes=2 launch/slurm.sh --config=configs/lavin7b_eim_scienceqa.py --workdir=/shared/runs/lavin
+# The batch must be a multiple of the number of GPUs (LaVIN's 32 on 16; ClipCap's 40 on 8).
 #SBATCH --job-name=eim
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from eim_jax import config as settings
+from eim_jax import main
 from eim_jax.config import Arm, Config, ConfigError, LossWeights, Stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,6 +103,12 @@ def run_main(*flags):
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, flag, message):
     found = run_main("--config=configs/miniature.py", f"--workdir={tmp_path}", f"--config.{flag}")
     assert found.returncode != 0 and message in found.stderr and "Traceback" not in found.stderr
+
+
+def test_a_workdir_may_stand_behind_a_space():
+    assert main._given(["main", "--workdir", "runs/a", "--mode=eval"], "workdir") == "runs/a"
+    assert main._given(["main", "--mode=eval", "--workdir=runs/a=b"], "workdir") == "runs/a=b"
+    assert main._given(["main", "--workdirs=x"], "workdir") is None
 
 
 @pytest.mark.parametrize(
