@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from eim_jax.data.miniature_qa import PER_SCENE
 from eim_jax.evals import items
 
 GAPS = {"nll_gap": ("nll_shuffled", "nll"), "nll_image_gap": ("nll_image_shuffled", "nll_image")}
@@ -100,8 +101,19 @@ def _replicates(cells: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.nda
     if any(metric not in cell["items"] for cell in cells):
         return None
     rows = [np.asarray(cell["items"][metric], np.float64) for cell in cells]
-    number = len(rows[0])
+    _, scene = np.unique([_scene(item) for item in cells[0]["items"]["ids"]], return_inverse=True)
+    number = scene.max() + 1
     # The same draws for every row and metric of one test set: differences stay paired.
-    weights = np.random.default_rng(number).multinomial(number, np.full(number, 1 / number), size=REPLICATES)
+    weights = np.random.default_rng(number).multinomial(number, np.full(number, 1 / number), size=REPLICATES)[:, scene]
     full = np.array([items.value(metric, row.sum(axis=0)) for row in rows])
     return full, np.stack([items.value(metric, weights @ row) for row in rows], axis=1)
+
+
+def _scene(item: object) -> str:
+    """What a test item is about: MME's questions about one picture, and the miniature's two about one scene, are drawn
+    together, since what makes one hard may make the other hard."""
+    words = str(item)
+    if words.startswith("qa-"):
+        head, _, number = words.rpartition("-")
+        return f"{head}-{int(number) // PER_SCENE}"
+    return words.split("/")[1] if words.count("/") == 2 else words

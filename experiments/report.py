@@ -4,20 +4,18 @@ python -m experiments.report --scale=miniature        # experiments/results/mini
 """
 
 import argparse
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eim_jax.console import console
-from eim_jax.data import miniature
 from eim_jax.report import environment
 from eim_jax.report_charts import Interval, intervals
-from eim_jax.report_gallery import gallery
 from experiments import results, training_efficiency
 from experiments.cells import BUDGETS, SCALES, Row, cell
 from experiments.claims import CLAIMS, Verdict, judge
+from experiments.examples import anchors, examples
 from experiments.layout import Table
 from experiments.report_tables import Found, charts, column, diagnostics, efficiency, entries, stages, told
 from experiments.tables import TABLES
@@ -65,24 +63,6 @@ def read(out: Path, scale: str, budget: str, seeds: int) -> Found:
 def verdicts(found: Found, scale: str) -> list[Verdict]:
     """Every claim that this scale can judge."""
     return [judge(claim, found) for claim in CLAIMS if claim.better.at(scale) and claim.worse.at(scale)]
-
-
-def examples(table: Table, found: Found, scale: str) -> dict | None:
-    """The first test pictures by the hash of their ids, with a caption of each row (its lowest seed)."""
-    cells = [(row, found[row.name][min(found[row.name])]) for row in table.rows if found.get(row.name)]
-    if not cells or "Bleu_4" not in table.metrics or scale != "miniature":
-        return None
-    scenes = _scenes()
-    where = {str(key): place for place, key in enumerate(scenes.images.ids)}
-    captions = {row.title: one["examples"] for row, one in cells}
-    if not set().union(*captions.values()) <= where.keys():  # rates are compared on the validation split
-        return None
-    return gallery(captions, lambda key: scenes.images[where[key]], scenes.references)
-
-
-@functools.cache
-def _scenes() -> miniature.MiniatureSplit:
-    return miniature.load("test")
 
 
 def forest(judged: Sequence[Verdict]) -> str:
@@ -137,6 +117,7 @@ def html(found: Found, scale: str, budget: str) -> str:
             machines=sorted({_facts(one["machine"]) for one in cells}),
             versions=sorted({_facts(one["versions"]) for one in cells}),
             judged=[_judged(v) for v in judged],
+            anchors=anchors() if scale == "miniature" else [],
             decoding=" and ".join(sorted({one["decoding"] for one in cells})),
             forest=forest(judged),
             tables=tables,

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -60,7 +61,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "time: the baseline's seconds; paper (full's default): every stage its config's own epochs"
     )
     parser.add_argument("--budget", choices=BUDGETS, help=budget)
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, each on its share of the CPU cores")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="cells at a time, each on its share of the GPUs and CPU cores"
+    )
     parser.add_argument("--out", type=Path, default=results.OUT)
     parser.add_argument("--runs", type=Path, default=RUNS, help="where the runs keep their work directories")
     parser.add_argument("--dry", action="store_true", help="print the commands of what is missing, run nothing")
@@ -153,7 +156,7 @@ class Pool:
     """
 
     def __init__(self, jobs: int, out: Path, runs: Path):
-        self._jobs, self._out, self._runs = jobs, out, runs
+        self._jobs, self._out, self._runs, self._gpus = jobs, out, runs, gpus()
         self._running: dict[int, Job] = {}
         self._failed: dict[str, str] = {}
         self._stopping = False
@@ -189,7 +192,10 @@ class Pool:
             return
         slot, cache = self._cache()
         flags = [*command(one, workdir)[1:], f"--config.data.cache={self._runs / f'cache{slot}'}"]
-        locks = (mine, cache)
+        locks, env = (mine, cache), None
+        if self._gpus:
+            own = self._gpus[slot % self._jobs :: self._jobs] or [self._gpus[slot % len(self._gpus)]]
+            env = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(own)}
         with (workdir / "log.txt").open("a") as log:
             process = subprocess.Popen(
                 [sys.executable, *flags],
@@ -197,6 +203,7 @@ class Pool:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches a run through this process alone
                 pass_fds=[lock.fileno() for lock in locks],
+                env=env,
             )
         if hasattr(os, "sched_setaffinity"):  # before it has threads: they inherit it
             cores = sorted(os.sched_getaffinity(0))
@@ -245,6 +252,17 @@ class Pool:
         self._stopping = True
         for job in self._running.values():
             job.process.terminate()
+
+
+def gpus() -> list[str]:
+    """The NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(("nvidia-smi", "--list-gpus"), capture_output=True, text=True).stdout.splitlines()
+    return [str(place) for place in range(len(listed))]
 
 
 def _lock(file: Path) -> IO | None:

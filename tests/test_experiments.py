@@ -139,6 +139,7 @@ sys.path.insert(0, {root!r})
 workdir = pathlib.Path(next(a for a in sys.argv if a.startswith("--workdir=")).partition("=")[2])
 calls = workdir / "calls"
 calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
+(workdir / "gpus").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 if "-lm-" in str(workdir) + "-" or workdir.name.startswith("lm-"):
     (workdir / "slow").touch()
@@ -188,6 +189,14 @@ def test_a_failed_cell_is_named_and_the_others_go_on(pool, tmp_path):
     broken, fine = _cells(rows.IE_ALONE, rows.ST_ALONE)
     assert pool(1).run([broken, fine]) == {broken.name: "error: nothing works"}
     assert results.read(tmp_path / "out", fine)["row"] == "st"
+
+
+@pytest.mark.parametrize(("given", "jobs", "shares"), [("4,5,7", 2, {"4,7", "5"}), ("3", 2, {"3"}), ("", 2, {""})])
+def test_runs_share_the_gpus(pool, tmp_path, monkeypatch, given, jobs, shares):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    both = _cells(rows.ST_ALONE, rows.BASELINE)
+    assert pool(jobs).run(both) == {}
+    assert {(tmp_path / "runs" / "miniature" / one.name / "gpus").read_text() for one in both} == shares
 
 
 def test_two_runs_never_share_a_work_directory(pool, tmp_path):
@@ -249,6 +258,17 @@ def test_a_difference_of_nothing_is_covered_as_often_as_promised(seeds, items, b
     # Against the interval of somebody who knows the three variances: at most half as long again.
     known = np.sqrt(seeds**2 / 5 + items**2 / number + both**2 / (5 * number))
     assert length < 1.5 * 2 * stats.t.ppf(0.975, 4) * known
+
+
+@pytest.mark.parametrize("name", ["qa-test-0-{}", "count/test-0-{}/{}"], ids=["questions", "mme"])
+def test_items_about_one_scene_are_drawn_together(name):
+    # Two items a scene that say the same are worth one.
+    right = np.random.default_rng(6).integers(0, 2, 200)
+    ids = [name.format(2 * k + twin if "qa" in name else k, twin) for k in range(200) for twin in (0, 1)]
+    parts = {"ids": ids, "accuracy/Avg": [[int(r), 1] for r in right for _ in range(2)]}
+    low, high = intervals.score({0: _result(parts, {"accuracy/Avg": right.mean()})}, "accuracy/Avg").interval
+    half = 1.96 * right.std() / np.sqrt(200)
+    np.testing.assert_allclose([low, high], [right.mean() - half, right.mean() + half], atol=0.008)
 
 
 def test_pairing_removes_what_two_rows_share():
