@@ -16,10 +16,17 @@ from experiments import results, training_efficiency
 from experiments.cells import BUDGETS, SCALES, Row, cell
 from experiments.claims import CLAIMS, Verdict, judge
 from experiments.examples import anchors, examples
+from experiments.intervals import difference
 from experiments.layout import Table
-from experiments.report_tables import Found, charts, column, diagnostics, efficiency, entries, stages, told
+from experiments.report_tables import Found, charts, column, diagnostics, efficiency, entries, sense, stages, told
 from experiments.tables import TABLES
 
+# what is shown beside the score that judges a claim
+BESIDE = {
+    "Bleu_4": ("CIDEr", "shape_colour_f1", "nll"),
+    "accuracy/Avg": ("accuracy/IMG", "nll", "nll_image_gap"),
+    "mme/sum": ("nll",),
+}
 WORDS = {"supported": "up", "not supported": "down"}  # verdict -> class of its badge
 COLOURS = {"supported": 2, "not supported": 5}
 
@@ -93,7 +100,7 @@ def html(found: Found, scale: str, budget: str) -> str:
             "stages": stages(table, found),
             "charts": charts(table, found),
             "gallery": examples(table, found, scale),
-            "judged": [_judged(v) for v in judged if v.claim.table == table.name and v.word != "not measured"],
+            "judged": [_judged(v, found) for v in judged if v.claim.table == table.name and v.word != "not measured"],
         }
         for table in TABLES.values()
         if _shown(table, found)
@@ -116,7 +123,7 @@ def html(found: Found, scale: str, budget: str) -> str:
             dates=sorted({one["date"] for one in cells}),
             machines=sorted({_facts(one["machine"]) for one in cells}),
             versions=sorted({_facts(one["versions"]) for one in cells}),
-            judged=[_judged(v) for v in judged],
+            judged=[_judged(v, found) for v in judged],
             anchors=anchors() if scale == "miniature" else [],
             decoding=" and ".join(sorted({one["decoding"] for one in cells})),
             forest=forest(judged),
@@ -129,14 +136,21 @@ def html(found: Found, scale: str, budget: str) -> str:
     )
 
 
-def _judged(v: Verdict) -> dict[str, Any]:
+def _judged(v: Verdict, found: Found) -> dict[str, Any]:
     how = column(v.claim.metric)
+    others = []
+    for key in BESIDE[v.claim.metric]:
+        change = difference(found.get(v.claim.worse.name, {}), found.get(v.claim.better.name, {}), key)
+        if change is not None:
+            other = column(key)
+            others.append({"name": other.name, "change": told(other, change), "sense": sense(other, change)})
     return {
         "claim": v.claim.statement,
         "ours": v.claim.ours,
+        "others": others,
         "table": v.claim.table,
         "metric": how.name,
-        "rows": f"{v.claim.better.title} − {v.claim.worse.title}",
+        "rows": f"{v.claim.better.title}, against {v.claim.worse.title}",
         "word": v.word,
         "badge": WORDS.get(v.word, ""),
         "seeds": str(v.change.seeds) if v.change else "–",
@@ -156,7 +170,7 @@ def markdown(found: Found, scale: str) -> str:
         "| claim | table | paper, relative | the same here | measured, 95 % interval | seeds | verdict |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in map(_judged, verdicts(found, scale)):
+    for row in (_judged(v, found) for v in verdicts(found, scale)):
         kept = ("claim", "table", "paper", "expected", "change", "seeds", "word")
         cells = [f"{row[key]} {row['metric']}" if key == "change" and row[key] != "–" else row[key] for key in kept]
         lines.append(f"| {' | '.join(cells)} |")
