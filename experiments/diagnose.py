@@ -81,7 +81,7 @@ def diagnose(inputs: Inputs, arm: str, test: Split) -> list[dict]:
             {
                 "after": after,
                 "perplexity": float(np.exp(nats(params, quiet, {}))),
-                "integration": integration_rate(vlm, params, batch),
+                "integration": integration_rate(vlm, partition.unflatten(params), batch),
                 "queries": spreads,
                 "cosines": {pair: value for pair, value in cosines.items() if value is not None},
             }

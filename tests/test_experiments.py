@@ -355,6 +355,19 @@ def test_the_integration_rate_reads_every_block(scan):
     assert np.isfinite(integration.integration_rate(vlm, params, batch))
 
 
+def test_a_model_is_diagnosed_as_it_starts(world, monkeypatch):
+    one = cell(rows.ST_ALONE, "miniature", 0)
+    inputs = world(one)
+    object.__setattr__(inputs, "config", one.config)
+    vlm, params = loading.start(inputs, one.config.arm["baseline"])
+    monkeypatch.setattr(diagnose, "after_stages", lambda inputs, arm: [("start", vlm, params)])
+    monkeypatch.setattr(diagnose, "ROWS", 8)
+    (found,) = diagnose.diagnose(inputs, "baseline", load_split(one.config, "test", Path()))
+    assert found["after"] == "start" and 1 < found["perplexity"] < 50 and np.isfinite(found["integration"])
+    assert found["queries"].keys() == {"st"} and found["cosines"].keys() == {"base·st"}
+    assert abs(found["queries"]["st"]["alignment"]) < 0.3  # the ST is as it was drawn
+
+
 def test_the_distance_of_two_clouds_is_that_of_their_gaussians():
     rng = np.random.default_rng(0)
     text = rng.normal(size=(200_000, 3)) * [1.0, 2.0, 0.5] + [3.0, 0.0, 0.0]
