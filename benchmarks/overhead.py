@@ -31,6 +31,7 @@ from eim_jax.plan_inputs import abstract_inputs
 from eim_jax.plan_work import work
 from eim_jax.sharding import make_mesh
 
+sys.path.append(str(Path(__file__).parent.parent))  # configs/ is no part of the package
 # recipe -> (baseline's config, EIM's config, the paper's stage minutes on its machines, what it says of the overhead)
 RECIPES = {
     "clipcap": (
@@ -89,7 +90,6 @@ def main(arguments: list[str] | None = None) -> dict[str, list[dict]]:
 
 def stage_rows(config_name: str, text: int | None = None) -> list[dict]:
     """One row a stage of the config's first arm, from shapes: what its step reads, and its arithmetic."""
-    sys.path.append(str(Path(__file__).parent.parent))  # configs/ is no part of the package
     values = importlib.import_module(f"configs.{config_name}").get_config()
     values.data.max_tokens = text or values.data.max_tokens
     config = from_config_dict(values)

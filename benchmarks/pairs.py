@@ -5,7 +5,6 @@ import importlib.metadata
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -45,50 +44,6 @@ def _seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def serve(work: Callable[[], object]) -> None:
-    """Answers each line of standard input with the seconds that one call takes, after one warm-up."""
-    work()
-    for _ in sys.stdin:
-        print(_seconds(work), flush=True)
-
-
-class Worker:
-    """This script again, in a process of its own that holds one side alone and calls `serve`: with both in one
-    process, each library's waiting threads take time from the other."""
-
-    def __init__(self, side: str):
-        command = [sys.executable, *sys.argv, f"--side={side}"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def seconds(self) -> float:
-        """Of one call. Raises RuntimeError when the process has ended."""
-        print(file=self._process.stdin, flush=True)
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self._process.args} ended with {self._process.wait()}")
-        return float(line)
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def report_apart(title: str, work: str, repeats: int) -> None:
-    """As `report` for one pair whose sides, "jax" and "torch", run in processes of their own, one waiting for the
-    other."""
-    print(f"## {title}\n")
-    print(machine("jax", "flax", "optax", "torch", "transformers"))
-    print(f"Command: {' '.join(['python', *sys.argv])}; {repeats} interleaved pairs in two processes, medians.\n")
-    print("| work | JAX ms | PyTorch ms | PyTorch / JAX |\n|---|---|---|---|", flush=True)
-    workers = [Worker("jax"), Worker("torch")]
-    times = [[worker.seconds() for worker in workers] for _ in range(1 + repeats)][1:]
-    for worker in workers:
-        worker.close()
-    jax_ms, torch_ms = (1e3 * statistics.median(column) for column in zip(*times, strict=True))
-    print(f"| {work} | {jax_ms:.0f} | {torch_ms:.0f} | {statistics.median(t / j for j, t in times):.2f} |", flush=True)
 
 
 def report(title: str, pairs: list[Pair], repeats: int) -> None:

@@ -1,6 +1,5 @@
 """Where a checkpoint lies: in the package, in a local directory, or on the Hugging Face hub."""
 
-import functools
 import importlib.resources
 import pathlib
 import re
@@ -37,7 +36,8 @@ def resolve(path: str | pathlib.Path) -> pathlib.Path:
         raise WeightsError(f"{name} is not a directory; give a checkpoint's directory or a Hugging Face hub id")
     try:
         folder = _download(repo, revision or None)
-        if not revision and not any(folder.glob("model*.safetensors")):
+        is_model = (folder / "config.json").is_file()  # a repository of a tokenizer alone has none
+        if is_model and not revision and not any(folder.glob("model*.safetensors")):
             folder = _download(repo, _conversion(repo))
         return folder
     except WeightsError:
@@ -53,7 +53,6 @@ def _download(repo: str, revision: str | None) -> pathlib.Path:
     return pathlib.Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=list(FILES)))
 
 
-@functools.cache  # tokenizers resolve the same id again
 def _conversion(repo: str) -> str:
     """The revision of the hub's conversion to safetensors; says that it is taken."""
     offers = huggingface_hub.HfApi().get_repo_discussions(repo, author=CONVERTER, discussion_type="pull_request")

@@ -181,9 +181,8 @@ def _arm(config: settings.Config) -> str:
 
 def _define_config(argv: list[str]) -> None:
     """--config is a file; without it, the config of the workdir's run, whose fields can be overridden all the same."""
-    given = [a for a in argv if a.split("=")[0] in ("--config", "-config")]
     workdir = _given(argv, "workdir")
-    saved = settings.read_saved(Path(workdir)) if workdir and not given else None
+    saved = settings.read_saved(Path(workdir)) if workdir and _given(argv, "config") is None else None
     if saved is not None:
         config_flags.DEFINE_config_dict("config", settings.to_config_dict(saved))
     else:

@@ -37,7 +37,8 @@ class Family:
 
     `steps` is the number of optimizer steps of a whole row, `warmup` the share of a stage that warms up (both the
     baseline's own); `settings` are overrides that make cells comparable and cheap. `rates` are the learning rates of
-    the last stage (base, ie, joint), by what the ST receives: chosen on the validation split (tuning.py).
+    the stages with loss_base (LAST), for an ST that receives [CLS] alone ("cls") or more ("full"): chosen on the
+    validation split (tuning.py).
     """
 
     configs: dict[str, ModuleType]
@@ -47,7 +48,7 @@ class Family:
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-LAST = {"base", "ie", "joint"}
+LAST = {"base", "ie", "joint"}  # stages
 CHEAP = {"decode.methods": ("greedy",), "decode.java": False}
 FAMILIES = {
     "clipcap": Family(
@@ -168,10 +169,11 @@ def cell(row: Row, scale: str, seed: int, budget: str = "steps", pace: float = 1
     overrides = {"arms": (row.arm,), **family.settings.get(scale, {}), "seed": seed}
     overrides |= {k if "." in k else f"arm.{row.arm}.{k}": v for k, v in row.overrides.items()}
     config = resolve(module, overrides)
-    rates = family.rates.get(scale, {})
-    for stage in LAST & set(config.arm[row.arm].sequence) if rates else ():
-        overrides.setdefault(f"stages.{stage}.lr", rates[config.arm[row.arm].features])
-    config = resolve(module, overrides)
+    if scale in family.rates:
+        rate = family.rates[scale]["cls" if config.arm[row.arm].features == "cls" else "full"]
+        for stage in LAST & set(config.arm[row.arm].sequence):
+            overrides.setdefault(f"stages.{stage}.lr", rate)
+        config = resolve(module, overrides)
     if budget != "paper":
         sequence = config.arm[row.arm].sequence
         parts = {stage: row.shares.get(stage, share(config, stage)) for stage in sequence}

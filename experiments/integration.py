@@ -19,7 +19,10 @@ from eim_jax.types import Batch
 
 
 def integration_rate(vlm: VLM, params: dict, batch: Batch) -> float | None:
-    """MIR of a batch's samples with an image; None where the LM reads no visual tokens (LLaMA-Adapter)."""
+    """MIR of a batch's samples with an image; None where the LM reads no visual tokens (LLaMA-Adapter).
+
+    `params` is the nested tree {"visual", "st", "lm", ...}; the batch needs image, has_image, tokens and valid.
+    """
     if isinstance(vlm.lm.config.adapter, ZeroInit):
         return None
     shown = np.asarray(batch.has_image)

@@ -110,8 +110,8 @@ def _replicates(cells: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.nda
 
 
 def _scene(item: object) -> str:
-    """What a test item is about: MME's questions about one picture, and the miniature's two about one scene, are drawn
-    together, since what makes one hard may make the other hard."""
+    """What a test item is about: MME's questions about pictures of one name, and the miniature's two about one scene,
+    are drawn together, since what makes one hard may make the other hard."""
     words = str(item)
     if words.startswith("qa-"):
         head, _, number = words.rpartition("-")

@@ -4,7 +4,6 @@ python -m experiments.report --scale=miniature        # experiments/results/mini
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from experiments.claims import CLAIMS, Verdict, judge
 from experiments.examples import anchors, examples
 from experiments.intervals import difference
 from experiments.layout import Table
+from experiments.pace import measured
 from experiments.report_tables import Found, charts, column, diagnostics, efficiency, entries, sense, stages, told
 from experiments.tables import TABLES
 
@@ -56,9 +56,8 @@ def read(out: Path, scale: str, budget: str, seeds: int) -> Found:
     files = [results.load(file) for file in sorted((out / scale).glob("*-s*.json"))]
     pace = {}
     if budget == "time":
-        speeds = json.loads((out / scale / "pace.json").read_text()) if (out / scale / "pace.json").exists() else {}
-        pace = {name: speeds.get(cell(row, scale, 0, "steps").hash) for name, row in rows.items()}
-        rows = {name: row for name, row in rows.items() if pace[name] is not None}
+        pace = measured(out, list(rows.values()), scale)
+        rows = {name: row for name, row in rows.items() if name in pace}
     found = {}
     for name, row in rows.items():
         by_seed = {seed: cell(row, scale, seed, budget, pace.get(name, 1.0)) for seed in {f["seed"] for f in files}}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import statistics
 import subprocess
 from pathlib import Path
@@ -97,10 +98,10 @@ def commit() -> str:
     def git(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(("git", *words), cwd=Path(__file__).parent.parent, capture_output=True, text=True)
 
-    head = git("rev-parse", "--short=10", "HEAD")
-    if head.returncode:
+    if shutil.which("git") is None or (head := git("rev-parse", "--short=10", "HEAD")).returncode:
         return ""
-    return head.stdout.strip() + "+" * git("diff", "--quiet", "HEAD", "--", "eim_jax", "configs").returncode
+    changed = git("diff", "--quiet", "HEAD", "--", "eim_jax", "configs").returncode
+    return head.stdout.strip() + ("+" if changed else "")
 
 
 def _stages(arm: Path) -> list[dict[str, Any]]:

@@ -5,12 +5,10 @@ python -m experiments.run --table=3 --scale=miniature --seeds=5 --jobs=2
 
 import argparse
 import fcntl
-import json
 import os
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -20,17 +18,15 @@ from typing import IO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from eim_jax.checkpoint import write_json
 from eim_jax.console import console, duration
 from eim_jax.logs import read_metrics
 from experiments import results
 from experiments.cells import BUDGETS, SCALES, Cell, Row, cell
+from experiments.pace import paces
 from experiments.tables import TABLES, rows_of
 
 RUNS = Path("runs/experiments")
 HEADS = ("Bleu_4", "accuracy/Avg", "mme/sum", "mme/total")  # the score that the terminal shows
-SEEDS = 10  # whose speeds are looked for
-BASES = {"clipcap": "clipcap", "llama_adapter": "llama-adapter", "lavin": "lavin", "chat": "chat"}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -96,35 +92,6 @@ def cells(rows: list[Row], options: argparse.Namespace) -> list[Cell]:
             one = cell(row, options.scale, seed, options.budget, pace.get(row.name, 1.0))
             found.setdefault(one.hash, one)
     return list(found.values())
-
-
-def paces(out: Path, rows: list[Row], scale: str) -> dict[str, float]:
-    """By what a row's steps are multiplied so that it trains as long as its family's baseline: {row name: factor}.
-
-    Both are measured in budget "steps": the median over its finished seeds of the sum over stages of steps x steady
-    seconds a step (building queues and caching features left out). What is once measured is kept in pace.json, by the
-    hash of the row's cell, so that all seeds and later calls train the same steps. Exits where nothing was measured.
-    """
-    file = out / scale / "pace.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    bases = {row.name: row for table in TABLES.values() for row in table.rows if row.name in BASES.values()}
-
-    def seconds(row: Row) -> float:
-        found = [results.read(out, cell(row, scale, seed, "steps")) for seed in range(SEEDS)]
-        sums = [sum(s["steps"] * s["seconds_per_step"] for s in one["stages"]) for one in found if one is not None]
-        if not sums:
-            sys.exit(f"error: --budget=time needs the speed of row {row.name}: run --budget=steps first")
-        return statistics.median(sums)
-
-    found = {}
-    for row in rows:
-        key = cell(row, scale, 0, "steps").hash
-        if key not in known:
-            known[key] = round(seconds(bases[BASES[row.family]]) / seconds(row), 4)
-        found[row.name] = known[key]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, known)
-    return found
 
 
 def command(one: Cell, workdir: Path) -> list[str]:

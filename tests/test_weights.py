@@ -266,3 +266,5 @@ def test_where_main_has_no_safetensors_the_hubs_own_conversion_is_taken(tmp_path
     assert "clip: no safetensors on main, taking the hub's conversion refs/pr/3" in capsys.readouterr().out
     with pytest.raises(WeightsError, match=r"lm has no safetensors on the hub.*save_pretrained it"):
         resolve("lm")
+    (tmp_path / "None" / "config.json").rename(tmp_path / "None" / "tokenizer.json")
+    assert resolve("lm") == tmp_path / "None"

@@ -1,0 +1,55 @@
+"""How many steps a row takes in the time of its baseline: the budget "time"."""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from eim_jax.checkpoint import write_json
+from experiments import results
+from experiments.cells import Row, cell
+from experiments.tables import TABLES
+
+FILE = "pace.json"
+SEEDS = 10  # whose speeds are looked for
+BASES = {"clipcap": "clipcap", "llama_adapter": "llama-adapter", "lavin": "lavin", "chat": "chat"}
+
+
+def paces(out: Path, rows: list[Row], scale: str) -> dict[str, float]:
+    """By what a row's steps are multiplied so that it trains as long as its family's baseline: {row name: factor}.
+
+    Both are measured in budget "steps": the median over its finished seeds of the sum over stages of steps x steady
+    seconds a step (building queues and caching features left out). What is once measured is kept in pace.json, by the
+    hash of the row's cell, so that all seeds and later calls train the same steps. Exits where nothing was measured.
+    """
+    known = _known(out, scale)
+    bases = {row.name: row for table in TABLES.values() for row in table.rows if row.name in BASES.values()}
+
+    def seconds(row: Row) -> float:
+        found = [results.read(out, cell(row, scale, seed, "steps")) for seed in range(SEEDS)]
+        sums = [sum(s["steps"] * s["seconds_per_step"] for s in one["stages"]) for one in found if one is not None]
+        if not sums:
+            sys.exit(f"error: --budget=time needs the speed of row {row.name}: run --budget=steps first")
+        return statistics.median(sums)
+
+    found = {}
+    for row in rows:
+        key = cell(row, scale, 0, "steps").hash
+        if key not in known:
+            known[key] = round(seconds(bases[BASES[row.family]]) / seconds(row), 4)
+        found[row.name] = known[key]
+    (out / scale).mkdir(parents=True, exist_ok=True)
+    write_json(out / scale / FILE, known)
+    return found
+
+
+def measured(out: Path, rows: list[Row], scale: str) -> dict[str, float]:
+    """The factors of `paces` that are known, of rows that have one."""
+    known = _known(out, scale)
+    keys = {row.name: cell(row, scale, 0, "steps").hash for row in rows}
+    return {name: known[key] for name, key in keys.items() if key in known}
+
+
+def _known(out: Path, scale: str) -> dict[str, float]:
+    file = out / scale / FILE
+    return json.loads(file.read_text()) if file.exists() else {}
