@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import numpy as np
 from pairs import machine
 
-from eim_jax.hf import Tensors, resolve
+from eim_jax.hf import Tensors
+from eim_jax.hub import resolve
 from eim_jax.models.quant import BLOCK, NF4, dequantise, kernel_bytes, quantise
 
 LINEAR = r".*layers\.\d+\..*_proj\.weight"  # torch.nn.Linear, [out in]

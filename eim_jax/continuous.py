@@ -17,7 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from eim_jax.decode import DecodeConfig, Decoded, State, advance, begin, check, decoded, extend, prefill, stops
+from eim_jax.decode import check
+from eim_jax.decode_steps import DecodeConfig, Decoded, State, advance, begin, decoded, extend, prefill, stops
 from eim_jax.models.cache import init_cache
 from eim_jax.models.llama import Steer
 from eim_jax.models.vlm import LMInput

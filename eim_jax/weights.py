@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from safetensors.numpy import load_file, save_file
 
-from eim_jax import hf
+from eim_jax import hf, hf_tables
 from eim_jax.distributed import fetch
 from eim_jax.hf import WeightsError
 from eim_jax.hub import resolve
@@ -138,11 +138,11 @@ def load_clip(
     """
     directory = resolve(path)
     vision, text = clip_config(directory, scan=scan, remat=remat, attention=attention, dtype=dtype)
-    leaves = hf.table_leaves(hf.CLIP_TABLE, {"visual": vision.layers, "text": text.layers}, scan)
+    leaves = hf_tables.table_leaves(hf_tables.CLIP_TABLE, {"visual": vision.layers, "text": text.layers}, scan)
     shapes = clip_shapes(vision, text)
     with contextlib.ExitStack() as stack:
         tensors = hf.Tensors(directory, stack)
-        hf.check_keys(directory, tensors, leaves, shapes, f"{hf.CLIP_IGNORED}|logit_scale")
+        hf.check_keys(directory, tensors, leaves, shapes, f"{hf_tables.CLIP_IGNORED}|logit_scale")
         flat = hf.read_leaves(tensors, leaves, dtype=param_dtype, shardings=shardings)
         scale = {"logit_scale": float(tensors.read("logit_scale"))} if "logit_scale" in tensors else {}
     prompt = {f"visual/prompt/{k}": x for k, x in _read_prompt(directory).items()}
@@ -178,7 +178,7 @@ def export_clip(directory: str | pathlib.Path, clip: CLIP) -> None:
     prompt = {
         k.removeprefix("visual/prompt/"): np.asarray(x) for k, x in flat.items() if k.startswith("visual/prompt/")
     }
-    leaves = hf.table_leaves(hf.CLIP_TABLE, {"visual": v.layers, "text": t.layers}, v.scan)
+    leaves = hf_tables.table_leaves(hf_tables.CLIP_TABLE, {"visual": v.layers, "text": t.layers}, v.scan)
     tensors = hf.write_leaves({k: x for k, x in flat.items() if not k.startswith("visual/prompt/")}, leaves)
     tensors["logit_scale"] = np.asarray(clip.logit_scale, np.float32)
     special = {"bos_token_id": t.eos_id - 1, "pad_token_id": t.eos_id}

@@ -12,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
-from eim_jax import hf
+from eim_jax import hf, hf_tables
 from eim_jax.hf import WeightsError
 from eim_jax.hub import resolve
 from eim_jax.models.gpt2 import GPT2, GPT2Config
@@ -125,7 +125,7 @@ def load_lm(
     directory = resolve(path)
     kind, _ = _kind(directory)
     config = lm_config(directory, scan=scan, remat=remat, attention=attention, dtype=dtype, quant=quant)
-    leaves = hf.table_leaves(_table(config), {"lm": config.layers}, scan)
+    leaves = hf_tables.table_leaves(_table(config), {"lm": config.layers}, scan)
     whole = lm_shapes(dataclasses.replace(config, quant="none") if quant != "none" else config)
     tied = "lm/head/kernel" not in leaves
     with contextlib.ExitStack() as stack:
@@ -164,7 +164,7 @@ def export_lm(directory: str | pathlib.Path, lm: LM) -> None:
     c = lm.config
     if isinstance(c, LlamaConfig) and c.quant != "none":
         raise WeightsError("4-bit weights are not exported: the directory they were read from holds them whole")
-    leaves = hf.table_leaves(_table(c), {"lm": c.layers}, c.scan)
+    leaves = hf_tables.table_leaves(_table(c), {"lm": c.layers}, c.scan)
     tensors = hf.write_leaves(flatten_dict({"lm": lm.params}, sep="/"), leaves)
     if isinstance(c, LlamaConfig):
         hf.write(directory, _llama_json(c), tensors)
@@ -188,10 +188,10 @@ def _kind(directory: pathlib.Path) -> tuple[_Kind, dict]:
     return _KINDS[name], config
 
 
-def _table(config: GPT2Config | LlamaConfig) -> tuple[hf.Row, ...]:
+def _table(config: GPT2Config | LlamaConfig) -> tuple[hf_tables.Row, ...]:
     if isinstance(config, GPT2Config):
-        return hf.GPT2_TABLE
-    return hf.LLAMA_TABLE if config.tied else (*hf.LLAMA_TABLE, hf.LLAMA_HEAD)
+        return hf_tables.GPT2_TABLE
+    return hf_tables.LLAMA_TABLE if config.tied else (*hf_tables.LLAMA_TABLE, hf_tables.LLAMA_HEAD)
 
 
 def _check_fixed(directory: pathlib.Path, config: dict, fixed: dict) -> None:
@@ -270,7 +270,7 @@ def _is_linear(path: str) -> bool:
     return path.startswith("lm/blocks") and path.endswith("/kernel")
 
 
-def _read_quantised(directory, tensors, path: str, leaf: hf.Leaf, shardings) -> dict[str, jax.Array]:
+def _read_quantised(directory, tensors, path: str, leaf: hf_tables.Leaf, shardings) -> dict[str, jax.Array]:
     """A kernel's NF4 leaves, quantised layer by layer as they are read."""
     layers = []
     for keys in leaf.keys:
@@ -287,6 +287,6 @@ def _read_quantised(directory, tensors, path: str, leaf: hf.Leaf, shardings) -> 
 
 
 _KINDS = {
-    "gpt2": _Kind(_gpt2_config, hf.GPT2_IGNORED, "wte.weight"),
-    "llama": _Kind(_llama_config, hf.LLAMA_IGNORED, "model.embed_tokens.weight"),
+    "gpt2": _Kind(_gpt2_config, hf_tables.GPT2_IGNORED, "wte.weight"),
+    "llama": _Kind(_llama_config, hf_tables.LLAMA_IGNORED, "model.embed_tokens.weight"),
 }

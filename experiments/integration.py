@@ -12,7 +12,7 @@ from jaxtyping import Float
 from scipy import linalg
 
 from eim_jax.models.layers import Block
-from eim_jax.models.llama import LlamaBlock
+from eim_jax.models.llama_block import LlamaBlock
 from eim_jax.models.peft import ZeroInit
 from eim_jax.models.vlm import VLM
 from eim_jax.types import Batch

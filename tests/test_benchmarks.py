@@ -1,6 +1,8 @@
 """The benchmarks' own arithmetic, and gpu.py from its command line to its files in the small form."""
 
+import ast
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -28,6 +30,17 @@ class Absent:
             raise ModuleNotFoundError(f"No module named {name!r}")
 sys.meta_path.insert(0, Absent())
 """
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*FOLDER.glob("*.py"), *FOLDER.parent.glob("scripts/*.py")]), ids=lambda p: p.name
+)
+def test_what_benchmarks_and_scripts_take_from_the_package_is_there(path):
+    taken = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    for node in (node for node in taken if node.module.split(".")[0] in ("eim_jax", "configs", "experiments")):
+        module = importlib.import_module(node.module)
+        for name in (alias.name for alias in node.names):
+            assert hasattr(module, name) or importlib.import_module(f"{node.module}.{name}"), name
 
 
 def test_gpu_benchmark_runs_on_a_machine_with_neither_data_packages_nor_torch(tmp_path):

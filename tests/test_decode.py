@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eim_jax import decode
+from eim_jax import beam, decode, decode_steps
 from eim_jax.decode import DecodeConfig, generate
 from eim_jax.models.gpt2 import GPT2, GPT2Config
 from eim_jax.sharding import batch_sharding, make_mesh
@@ -171,7 +171,8 @@ def test_texts_that_end_do_not_depend_on_max_tokens():
 @pytest.mark.parametrize("method", ["greedy", "beam"])
 def test_decoding_stops_when_all_rows_have_ended(method, monkeypatch):
     steps = []
-    loop = decode._loop
+    module = beam if method == "beam" else decode
+    loop = module.loop
 
     def watched(step, state, max_tokens):
         def counted(s):
@@ -180,7 +181,7 @@ def test_decoding_stops_when_all_rows_have_ended(method, monkeypatch):
 
         return loop(counted, state, max_tokens)
 
-    monkeypatch.setattr(decode, "_loop", watched)
+    monkeypatch.setattr(module, "loop", watched)
     lm, params = tiny()
     prefix = visual(rows=1)
     free = generate(lm, params, prefix, None, None, DecodeConfig(method, beams=1, max_tokens=9), eos_id=None)
@@ -239,7 +240,7 @@ def test_nucleus_of_no_mass_is_greedy():
 def test_nucleus_keeps_the_fewest_tokens_that_reach_the_mass():
     logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
     for top_p, kept in ((0.0, [1]), (0.39, [1]), (0.5, [1, 3]), (0.71, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
-        assert np.flatnonzero(np.isfinite(decode.nucleus(logits, top_p, 1.0)[0])).tolist() == kept, top_p
+        assert np.flatnonzero(np.isfinite(decode_steps.nucleus(logits, top_p, 1.0)[0])).tolist() == kept, top_p
 
 
 @pytest.mark.parametrize("method", ["greedy", "beam", "nucleus"])

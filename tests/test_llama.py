@@ -11,7 +11,8 @@ from llama_oracle import TINY as DEEP
 from llama_oracle import oracle, random_params, stacked, tokens_of
 
 from eim_jax.models.cache import init_cache
-from eim_jax.models.llama import Llama, LlamaConfig, rotate, rotation
+from eim_jax.models.llama import Llama, LlamaConfig
+from eim_jax.models.llama_block import rotate, rotation
 from eim_jax.weights import lm_shapes
 
 TINY = dataclasses.replace(DEEP, layers=2)
