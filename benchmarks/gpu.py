@@ -144,6 +144,7 @@ class Benchmark:
 
 def child(setting: dict) -> dict:
     """Runs the sections in this process and tells the parent by lines on stdout."""
+    import gpu_rows
     import gpu_sections
     import jax
 
@@ -151,8 +152,8 @@ def child(setting: dict) -> dict:
         print(MARK + json.dumps(what), flush=True)
 
     sections = setting.pop("sections")
-    setting = gpu_sections.Setting(**{**setting, "modes": tuple(setting["modes"])})
-    without = gpu_sections.NO_TORCH if gpu_sections.torch is None else ""
+    setting = gpu_rows.Setting(**{**setting, "modes": tuple(setting["modes"])})
+    without = gpu_rows.NO_TORCH if gpu_rows.torch is None else ""
     tell({"device": jax.devices()[0].device_kind, "torch": f"not there: {without}" if without else "there"})
     for name in sections:
         start, status = time.monotonic(), "done"

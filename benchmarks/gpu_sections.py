@@ -2,104 +2,28 @@
 
 import functools
 import gc
-import math
-import statistics
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import clipcap_case
 import jax
 import jax.numpy as jnp
 import lavin_case
 import numpy as np
-from step_case import Case, Updates, buffers, unit_keys
-from timing import DevicePeak, Side, measure, rates, ratio
+from gpu_rows import FULL, Setting, TorchPeak, fill, fill_share, jax_step, memory, modes_of, torch, torch_side
+from step_case import buffers, unit_keys
+from timing import DevicePeak, Side, measure, rates
 
 from eim_jax.decode import DecodeConfig, generate
 from eim_jax.losses import queue_nce
 from eim_jax.models.gpt2 import GPT2
 from eim_jax.queues import compress
 
-try:
-    import torch
+if torch is not None:
     import torch_lavin
     import torch_steps
     import transformers
-except ImportError as error:  # the other side's columns stay empty
-    torch, NO_TORCH = None, str(error)
-else:
-    if not torch.cuda.is_available():  # its threads would wait for JAX's
-        torch.set_num_threads(1)
 
 TAU = 0.07
-FULL = {
-    "matmul": 8192,
-    "copy": 1 << 32,
-    "keys": (566_747, 12_726, 10_000_000),
-    "queue": (40, 768),
-    "clipcap": (40, 256),
-    "lavin": (
-        ("adapter", "none", "full", 1, "softmax"),
-        ("adapter", "none", "full", 1, "cudnn"),
-        ("adapter", "nf4", "full", 1, "softmax"),
-        ("adapter", "none", "dots", 2, "softmax"),
-        ("ie", "none", "full", 1, "softmax"),
-        ("st", "none", "full", 1, "softmax"),
-        ("lm", "none", "full", 1, "softmax"),
-        ("ie", "nf4", "full", 1, "softmax"),
-        ("lm", "nf4", "full", 1, "softmax"),
-    ),
-    "lavin_size": "7b",
-    "lavin_batch": 32,
-    "decode": (40, 50, 40),
-    "rounds": 5,
-    "least": 0.3,
-}
-TINY = {
-    "matmul": 256,
-    "copy": 1 << 22,
-    "keys": (700, 300),
-    "queue": (4, 64),
-    "clipcap": (4,),
-    "lavin": (
-        ("adapter", "none", "full", 1, "softmax"),
-        ("adapter", "nf4", "full", 2, "xla"),
-        ("st", "none", "full", 1, "softmax"),
-    ),
-    "lavin_size": "smallest",
-    "lavin_batch": 4,
-    "decode": (2, 4, 6),
-    "rounds": 2,
-    "least": 0.0,
-}
-
-
-class Setting(NamedTuple):
-    """What all sections share; `modes` are PyTorch's: of "compiled" and "eager"."""
-
-    size: str
-    dtype: str
-    modes: tuple[str, ...]
-    peak: dict[str, float]  # timing.rates' figures; empty until they are measured
-    attention: str = "softmax"  # of ClipCap's towers where no weight drops out, as config.towers.attention
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """The sizes of every section."""
-        return FULL if self.size == "full" else TINY
-
-    @property
-    def device(self) -> "torch.device":
-        """Where PyTorch works."""
-        return torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
-
-    def measure(self, sides: dict[str, Side]) -> dict[str, list[float]]:
-        """timing.measure with this size's rounds."""
-        return measure(sides, self.numbers["rounds"], self.numbers["least"])
-
-    def target(self, words: str, value: float, met: bool) -> dict | None:
-        """A target's verdict; at other sizes than the full one there is none."""
-        return {"words": words, "value": value, "met": bool(met)} if self.size == "full" else None
 
 
 def rates_section(setting: Setting) -> Iterator[dict]:
@@ -111,7 +35,7 @@ def rates_section(setting: Setting) -> Iterator[dict]:
         line = torch.randn(n["copy"] // square.element_size(), device=setting.device).to(square.dtype)
         target = torch.empty_like(line)
         work = {"matmul": lambda: square @ square, "copy": lambda: target.copy_(line)}
-        times = setting.measure({name: _torch_side(setting, run) for name, run in work.items()})
+        times = setting.measure({name: torch_side(setting, run) for name, run in work.items()})
         found = {"matmul_flops_per_s": 2 * n["matmul"] ** 3 / min(times["matmul"])}
         found["copy_bytes_per_s"] = 2 * line.nbytes / min(times["copy"])
         yield {"case": "matmul and copy in PyTorch", "ours": {}, "torch": {"eager": found}}
@@ -128,11 +52,11 @@ def queue_section(setting: Setting) -> Iterator[dict]:
 
             made, (value, gradient) = _queue_loss(query, keys, None, index)
         sides = {"ours": Side(functools.partial(made, query, keys, None, index))}
-        row = {"case": f"N = {number:,}, B = {b}, D = {width}", "ours": _memory(buffers(made), peak), "torch": {}}
+        row = {"case": f"N = {number:,}, B = {b}, D = {width}", "ours": memory(buffers(made), peak), "torch": {}}
         row["ours"]["loss"] = float(value)
-        for mode in _modes(setting):
+        for mode in modes_of(setting):
             sides[mode], row["torch"][mode] = _torch_queue(setting, mode, query, keys, index, gradient)
-        _fill(row, setting.measure(sides), b)
+        fill(row, setting.measure(sides), b)
         over = _floor(row, keys.nbytes, setting)
         if number == FULL["keys"][0]:
             row["target"] = setting.target("<= 1.5 x the memory floor", over, over <= 1.5)
@@ -144,11 +68,11 @@ def queue_section(setting: Setting) -> Iterator[dict]:
             codes, scale = jax.block_until_ready(jax.jit(compress, static_argnums=1)(keys, jnp.int8))
             del keys
             made, (value, coarse) = _queue_loss(query, codes, scale, index)
-        row = {"case": f"int8 keys, N = {number:,}, B = {b}, D = {width}", "ours": _memory(buffers(made), peak)}
+        row = {"case": f"int8 keys, N = {number:,}, B = {b}, D = {width}", "ours": memory(buffers(made), peak)}
         row |= {"torch": {}}
         error = jnp.linalg.norm(coarse - gradient) / jnp.linalg.norm(gradient)
         row["ours"] |= {"loss": float(value), "gradient_differs": float(error)}
-        _fill(row, setting.measure({"ours": Side(functools.partial(made, query, codes, scale, index))}), b)
+        fill(row, setting.measure({"ours": Side(functools.partial(made, query, codes, scale, index))}), b)
         _floor(row, codes.nbytes + scale.nbytes, setting)
         yield row
 
@@ -184,10 +108,10 @@ def _torch_queue(setting, mode, query, keys, index, gradient) -> tuple[Side, dic
         loss.backward()
         return loss
 
-    with _TorchPeak(setting) as peak:
+    with TorchPeak(setting) as peak:
         loss = float(run().detach())
     error = np.linalg.norm(theirs.grad.float().cpu().numpy() - np.asarray(gradient)) / np.linalg.norm(gradient)
-    return _torch_side(setting, run), {"loss": loss, "gradient_differs": float(error), **peak.found}
+    return torch_side(setting, run), {"loss": loss, "gradient_differs": float(error), **peak.found}
 
 
 def clipcap_section(setting: Setting) -> Iterator[dict]:
@@ -196,16 +120,16 @@ def clipcap_section(setting: Setting) -> Iterator[dict]:
     for stage in ("ie", "lm", "st"):
         for batch in setting.numbers["clipcap"]:
             case = clipcap_case.clipcap_case(size, stage, batch=batch, dtype=setting.dtype, attention=setting.attention)
-            sides, row = _jax_step(case, f"{stage}, batch {batch}")
-            for mode in _modes(setting):
-                with _TorchPeak(setting) as peak:
+            sides, row = jax_step(case, f"{stage}, batch {batch}")
+            for mode in modes_of(setting):
+                with TorchPeak(setting) as peak:
                     dtype = getattr(torch, setting.dtype)
                     step = torch_steps.clipcap_step(case, size, setting.device, dtype, mode == "compiled")
                     loss = float(step.run())
-                sides[mode] = _torch_side(setting, step.run)
+                sides[mode] = torch_side(setting, step.run)
                 row["torch"][mode] = {"loss": loss, "trained": step.trained, **peak.found}
-            _fill(row, setting.measure(sides), batch)
-            _share(row, clipcap_case.flops(case), setting)
+            fill(row, setting.measure(sides), batch)
+            fill_share(row, clipcap_case.flops(case), setting)
             if stage == "ie" and "ratio" in row:
                 row["target"] = setting.target(
                     ">= 1.3 x compiled PyTorch's samples/s", row["ratio"], row["ratio"] >= 1.3
@@ -231,14 +155,14 @@ def lavin_section(setting: Setting) -> Iterator[dict]:
 def _lavin_row(setting: Setting, stage: str, name: str, form: dict) -> dict:
     n, size = setting.numbers, lavin_case.SIZES[setting.numbers["lavin_size"]]
     case = lavin_case.lavin_case(size, stage, batch=n["lavin_batch"], dtype=setting.dtype, **form)
-    sides, row = _jax_step(case, name)
-    _fill(row, measure(sides, n["rounds"], 0.0), n["lavin_batch"])
+    sides, row = jax_step(case, name)
+    fill(row, measure(sides, n["rounds"], 0.0), n["lavin_batch"])
     work = lavin_case.flops(case, size.length)
     needed = work["forward"] + work["backward"]
     if case.arguments[3].supervised is not None:  # step_case supervises half of a text; the head reads nothing else
         idle = case.arguments[3].tokens.size // 2
         needed -= 4 * idle * size.lm.width * size.lm.vocab
-    _share(row, needed, setting)
+    fill_share(row, needed, setting)
     share = row["ours"]["share"]
     row["ours"]["share_with_recomputation"] = share * (needed + work["recomputed"]) / needed
     if stage == "adapter" and form["quant"] == "none":
@@ -249,19 +173,19 @@ def _lavin_row(setting: Setting, stage: str, name: str, form: dict) -> dict:
 def lavin_torch_section(setting: Setting) -> Iterator[dict]:
     """LaVIN's stages in PyTorch, alone on the device; NF4 there needs a package that is not asked for."""
     n, size = setting.numbers, lavin_case.SIZES[setting.numbers["lavin_size"]]
-    modes = _modes(setting)
+    modes = modes_of(setting)
     for stage in dict.fromkeys(stage for stage, quant, *_ in n["lavin"] if quant == "none"):
         form = {"quant": "none", "accumulate": 1, "dtype": setting.dtype}
         case = lavin_case.lavin_case(size, stage, batch=n["lavin_batch"], **form)
         row = {"case": f"{stage}, {setting.dtype}, blocks checkpointed", "ours": {}, "torch": {}}
         for mode in modes[:1]:
-            with _TorchPeak(setting) as peak:
+            with TorchPeak(setting) as peak:
                 step = torch_lavin.lavin_step(
                     case, stage, setting.device, getattr(torch, setting.dtype), mode == "compiled"
                 )
                 loss = float(step.run())
             row["torch"][mode] = {"loss": loss, "trained": step.trained, **peak.found}
-            _fill(row, measure({mode: _torch_side(setting, step.run)}, n["rounds"], 0.0), n["lavin_batch"])
+            fill(row, measure({mode: torch_side(setting, step.run)}, n["rounds"], 0.0), n["lavin_batch"])
             del step
             gc.collect()
         if modes:
@@ -283,12 +207,12 @@ def decode_section(setting: Setting) -> Iterator[dict]:
             jax.block_until_ready(work())
         row = {"case": f"{name}, batch {b}, {prefix} + {tokens} tokens", "ours": {"device_peak_bytes": peak.bytes}}
         sides, row["torch"] = {"ours": Side(work)}, {}
-        if _modes(setting):
-            with _TorchPeak(setting) as held:
-                sides["eager"] = _torch_side(setting, _transformers(setting, config, visual, chosen))
+        if modes_of(setting):
+            with TorchPeak(setting) as held:
+                sides["eager"] = torch_side(setting, _transformers(setting, config, visual, chosen))
                 sides["eager"].wait(sides["eager"].run())
             row["torch"]["eager"] = held.found
-        _fill(row, setting.measure(sides), b)
+        fill(row, setting.measure(sides), b)
         if name == "beam 5" and "ratio" in row:
             row["target"] = setting.target(">= 4 x transformers' generate", row["ratio"], row["ratio"] >= 4)
         yield row
@@ -311,65 +235,6 @@ def _transformers(setting: Setting, c, visual, chosen: DecodeConfig):
         return found
 
     return run
-
-
-def _jax_step(case: Case, name: str) -> tuple[dict[str, Side], dict]:
-    """The compiled step with random arguments, one update done, and the row that says what it is."""
-    with DevicePeak() as peak:
-        step = Updates(case)
-        loss = float(step.run())
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"{name}: the loss of random weights is {loss}")
-    ours = {"loss": loss, "compile_seconds": step.compile_seconds, **_memory(step.buffers, peak)}
-    ours["trained"] = sum(leaf.size for leaf in case.arguments[0].values())
-    return {"ours": Side(step.run)}, {"case": name, "ours": ours, "torch": {}}
-
-
-def _modes(setting: Setting) -> tuple[str, ...]:
-    return setting.modes if torch is not None else ()
-
-
-def _memory(held: dict[str, int], peak: DevicePeak) -> dict:
-    return {"compiled_bytes": held["peak"], "device_peak_bytes": peak.bytes}
-
-
-def _torch_side(setting: Setting, run) -> Side:
-    return Side(run, lambda _: torch_steps.wait(setting.device))
-
-
-class _TorchPeak:
-    """The most bytes that PyTorch's allocator held in a `with` block above what it held before."""
-
-    def __init__(self, setting: Setting):
-        self.cuda, self.found = setting.device.type == "cuda", {}
-
-    def __enter__(self) -> "_TorchPeak":
-        gc.collect()
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-            self.found = {"device_peak_bytes": torch.cuda.max_memory_allocated() - self.before}
-
-
-def _fill(row: dict, times: dict[str, list[float]], samples: int) -> None:
-    """Adds medians, rates and the ratio to PyTorch's first mode."""
-    for name, seconds in times.items():
-        part = row["ours"] if name == "ours" else row["torch"][name]
-        median = statistics.median(seconds)
-        part |= {"seconds": median, "seconds_all": seconds, "samples_per_s": samples / median}
-    others = [name for name in times if name != "ours"]
-    if others and "ours" in times:
-        row["ratio"], row["ratio_to"] = ratio(times, "ours", others[0]), others[0]
-
-
-def _share(row: dict, work: float, setting: Setting) -> None:
-    share = work / row["ours"]["seconds"] / setting.peak["matmul_flops_per_s"]
-    row["ours"] |= {"flops": work, "share": share, "share_of": "matmul peak"}
 
 
 SECTIONS = {

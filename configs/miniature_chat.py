@@ -8,5 +8,6 @@ from configs import miniature_lavin
 def get_config() -> ml_collections.ConfigDict:
     config = miniature_lavin.get_config()
     config.data.kind = "miniature_chat"
+    config.data.max_tokens = 96
     config.decode.max_tokens = 8  # a yes or a no
     return config

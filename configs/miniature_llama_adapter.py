@@ -24,7 +24,11 @@ def get_config() -> ml_collections.ConfigDict:
     with config.unlocked():
         config.arm.baseline = vars(baseline)
         config.arm.eim = vars(eim)
-    st, lm, prompts = "st/.*", "lm/adapter/.*", "visual/prompt/.*"
+    # The gates need the high rate; the ST's transformer does not look at the picture unless it has a tenth of it.
+    st, lm, prompts = ("st/.*", 0.1), "lm/adapter/.*", "visual/prompt/.*"
     config.stages.base.train = (lm, st)
+    config.stages.adapter.train = (lm, st)
     config.stages.ie.train = (prompts, lm, st)
+    for name in ("base", "adapter", "ie"):
+        config.stages[name].lr = 2e-2
     return config

@@ -37,7 +37,7 @@ class Family:
 
     `steps` is the number of optimizer steps of a whole row, `warmup` the share of a stage that warms up (both the
     baseline's own); `settings` are overrides that make cells comparable and cheap. `rates` are the learning rates of
-    the stages with loss_base (LAST), for an ST that receives [CLS] alone ("cls") or more ("full"): chosen on the
+    the stages with loss_base (BASE), by what the ST receives (`Arm.features`; any other: "*"): chosen on the
     validation split (tuning.py).
     """
 
@@ -48,7 +48,7 @@ class Family:
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-LAST = {"base", "ie", "joint"}  # stages
+BASE = {"base", "adapter", "ie", "joint"}  # stages
 CHEAP = {"decode.methods": ("greedy",), "decode.java": False}
 FAMILIES = {
     "clipcap": Family(
@@ -56,18 +56,18 @@ FAMILIES = {
         {"miniature": 900, "full": 141_680},
         {"miniature": 1 / 12, "full": 5000 / 141_680},
         {"miniature": CHEAP},
-        {"miniature": {"cls": 1e-3, "full": 4e-3}},
+        {"miniature": {"cls": 1e-3, "*": 4e-3}},
     ),
     "clipcap_large": Family({"full": clipcap_large_coco}, {"full": 141_680}, {"full": 5000 / 141_680}),
     "llama_adapter": Family(
         {"miniature": miniature_llama_adapter, "full": llama_adapter_eim_scienceqa},
-        {"miniature": 300, "full": 7_940},
+        {"miniature": 600, "full": 7_940},
         {"miniature": 0.1, "full": 0.1},
         {"miniature": CHEAP},
     ),
     "lavin": Family(
         {"miniature": miniature_lavin, "full": lavin7b_eim_scienceqa},
-        {"miniature": 300, "full": 7_940},
+        {"miniature": 600, "full": 7_940},
         {"miniature": 0.1, "full": 0.1},
         {"miniature": CHEAP},
     ),
@@ -75,7 +75,7 @@ FAMILIES = {
     "lavin13b": Family({"full": lavin13b_scienceqa}, {"full": 7_940}, {"full": 0.1}),
     "chat": Family(
         {"miniature": miniature_chat, "full": lavin7b_eim_chat},
-        {"miniature": 300, "full": 65_000},
+        {"miniature": 600, "full": 65_000},
         {"miniature": 0.1, "full": 0.02},
         {"miniature": CHEAP},
     ),
@@ -170,8 +170,9 @@ def cell(row: Row, scale: str, seed: int, budget: str = "steps", pace: float = 1
     overrides |= {k if "." in k else f"arm.{row.arm}.{k}": v for k, v in row.overrides.items()}
     config = resolve(module, overrides)
     if scale in family.rates:
-        rate = family.rates[scale]["cls" if config.arm[row.arm].features == "cls" else "full"]
-        for stage in LAST & set(config.arm[row.arm].sequence):
+        rates = family.rates[scale]
+        rate = rates.get(config.arm[row.arm].features, rates["*"])
+        for stage in BASE & set(config.arm[row.arm].sequence):
             overrides.setdefault(f"stages.{stage}.lr", rate)
         config = resolve(module, overrides)
     if budget != "paper":

@@ -10,6 +10,7 @@ from eim_jax.data import miniature, miniature_chat, miniature_qa
 from eim_jax.data.records import Split
 from eim_jax.evals import caption
 from eim_jax.report_gallery import gallery
+from experiments.cells import FAMILIES
 from experiments.layout import Table
 from experiments.report_tables import Found, column
 
@@ -36,7 +37,8 @@ def _shown(family: str) -> tuple[Callable[[str], Image.Image | None], Mapping[st
         scenes = _scenes()
         where = {str(key): place for place, key in enumerate(scenes.images.ids)}
         return lambda key: scenes.images[where[key]], scenes.references
-    split: Split = miniature_chat.load_yes_no() if family == "chat" else miniature_qa.load("test", form="QCM-A")
+    form = FAMILIES[family].configs["miniature"].get_config().data.form
+    split: Split = miniature_chat.load_yes_no() if family == "chat" else miniature_qa.load("test", form=form)
     samples = {str(sample.id): sample for sample in split.samples}
 
     def picture(key: str) -> Image.Image | None:

@@ -102,6 +102,21 @@ TUNING_EIM = tuple(
     Row(f"eim-rate-{r:g}", f"EIM, rate {r:g}", "clipcap", overrides={"data.scored": "val", "stages.ie.lr": r})
     for r in RATES
 )
+QA_RATES = (5e-3, 1e-2, 2e-2)
+QA_STAGES = {"baseline": ("base",), "eim": ("adapter", "ie")}
+TUNING_QA = tuple(
+    Row(
+        f"{family}-{arm}-rate-{r:g}".replace("_", "-"),
+        f"{title}{' + EIM' if arm == 'eim' else ''}, rate {r:g}",
+        family,
+        arm,
+        {"data.scored": "val", **{f"stages.{stage}.lr": r for stage in stages}},
+        scales=("miniature",),
+    )
+    for family, title in (("lavin", "LaVIN"), ("llama_adapter", "LLaMA-Adapter"))
+    for arm, stages in QA_STAGES.items()
+    for r in QA_RATES
+)
 
 # What the paper leaves open
 DOT = Row("dot", "dot product, tau 0.07", "clipcap", overrides={"losses.similarity": "dot"})

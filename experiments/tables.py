@@ -29,6 +29,7 @@ ALL = (
     open_questions.TABLE,
     open_questions.QUESTIONS,
     tuning.TABLE,
+    tuning.QUESTIONS,
 )
 TABLES: dict[str, Table] = {table.name: table for table in (*ALL, training_efficiency.TABLE)}
 
