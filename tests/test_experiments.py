@@ -33,7 +33,7 @@ def test_every_row_of_every_table_is_a_valid_config(scale):
             assert one.config.seed == 3 and one.config.arms == (row.arm,)
         total = sum(cell(row, scale, 0).config.stages[s].steps for s in one.config.arm[row.arm].sequence)
         assert abs(total - FAMILIES[row.family].steps[scale]) <= 2  # equal budgets, up to rounding
-    assert {row.name for row in ALL["miniature"]} < {row.name for row in ALL["full"]}
+    assert {row.name for row in ALL["miniature"] if "full" in row.scales} < {row.name for row in ALL["full"]}
 
 
 @pytest.fixture(scope="module")
