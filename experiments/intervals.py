@@ -11,6 +11,7 @@ normal case gives Student's interval. Noise that belongs to a seed and an item t
 interval is then somewhat too long, never too short. With one seed it holds the items' noise alone.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,12 +102,19 @@ def _replicates(cells: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.nda
     if any(metric not in cell["items"] for cell in cells):
         return None
     rows = [np.asarray(cell["items"][metric], np.float64) for cell in cells]
-    _, scene = np.unique([_scene(item) for item in cells[0]["items"]["ids"]], return_inverse=True)
-    number = scene.max() + 1
-    # The same draws for every row and metric of one test set: differences stay paired.
-    weights = np.random.default_rng(number).multinomial(number, np.full(number, 1 / number), size=REPLICATES)[:, scene]
+    weights = _weights(tuple(cells[0]["items"]["ids"]))
     full = np.array([items.value(metric, row.sum(axis=0)) for row in rows])
     return full, np.stack([items.value(metric, weights @ row) for row in rows], axis=1)
+
+
+@functools.lru_cache(maxsize=8)
+def _weights(ids: tuple) -> np.ndarray:
+    """How often each replicate draws each item [B n]: the same for every row and metric of one test set, so that
+    differences stay paired."""
+    _, scene = np.unique([_scene(item) for item in ids], return_inverse=True)
+    number = scene.max() + 1
+    drawn = np.random.default_rng(number).multinomial(number, np.full(number, 1 / number), size=REPLICATES)
+    return drawn.astype(np.float64)[:, scene]
 
 
 def _scene(item: object) -> str:
