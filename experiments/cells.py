@@ -37,7 +37,7 @@ class Family:
 
     `steps` is the number of optimizer steps of a whole row, `warmup` the share of a stage that warms up (both the
     baseline's own); `settings` are overrides that make cells comparable and cheap. `rates` are the learning rates of
-    the stages with loss_base (BASE), by what the ST receives (`Arm.features`; any other: "*"): chosen on the
+    the stages with loss_base, by what the ST receives (`Arm.features`; any other: "*"): chosen on the
     validation split (tuning.py).
     """
 
@@ -48,7 +48,6 @@ class Family:
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-BASE = {"base", "adapter", "ie", "joint"}  # stages
 CHEAP = {"decode.methods": ("greedy",), "decode.java": False}
 FAMILIES = {
     "clipcap": Family(
@@ -172,8 +171,9 @@ def cell(row: Row, scale: str, seed: int, budget: str = "steps", pace: float = 1
     if scale in family.rates:
         rates = family.rates[scale]
         rate = rates.get(config.arm[row.arm].features, rates["*"])
-        for stage in BASE & set(config.arm[row.arm].sequence):
-            overrides.setdefault(f"stages.{stage}.lr", rate)
+        for stage in config.arm[row.arm].sequence:
+            if config.stages[stage].losses.base:
+                overrides.setdefault(f"stages.{stage}.lr", rate)
         config = resolve(module, overrides)
     if budget != "paper":
         sequence = config.arm[row.arm].sequence
