@@ -13,6 +13,7 @@ import time
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
 from eim_jax.logs import read_metrics
 
@@ -27,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 class Run:
     """Processes that run one command together, their output in files."""
 
-    def __init__(self, workdir, processes, devices, *more, mode="train", mesh=(1, -1, 1)):
+    def __init__(self, workdir, processes, devices, *more, mode="train", mesh=(1, -1, 1), config="miniature"):
         self.workdir = pathlib.Path(workdir)
         fields = {
             "arms": "('eim',)",
@@ -44,7 +45,7 @@ class Run:
         }
         for name, steps in STEPS.items():
             fields |= {f"stages.{name}.steps": steps, f"stages.{name}.warmup_steps": 2, f"stages.{name}.batch": 16}
-        config = [f"--config={ROOT / 'configs/miniature.py'}", f"--workdir={workdir}", f"--mode={mode}"]
+        config = [f"--config={ROOT / 'configs' / config}.py", f"--workdir={workdir}", f"--mode={mode}"]
         flags = [f"--config.{field}={value}" for field, value in fields.items()]
         environment = {
             **os.environ,
@@ -177,6 +178,34 @@ def test_answers_and_scores_of_a_ragged_last_batch_are_those_of_one_process(alon
     for name in want:
         expected = want[name] if isinstance(want[name], dict) else pytest.approx(want[name], abs=1e-4)
         assert got[name] == expected, name
+
+
+def test_new_pictures_are_captioned_as_by_one_process(runs, alone, pair):
+    folder = runs / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 32, 3), np.uint8)).save(folder / f"{i}.png")
+    found = []
+    for workdir, processes in ((alone, 1), (pair.workdir, 2)):
+        out = runs / f"captions{processes}.json"
+        Run(workdir, processes, 4 // processes, f"--images={folder}", f"--out={out}", mode="caption").finished()
+        found.append(json.loads(out.read_text()))
+    assert found[0] == found[1] and len(found[0]) == 3
+
+
+def test_questions_are_answered_as_by_one_process(runs):
+    """LaVIN: questions with and without a picture, 7 in batches of 8 over four devices."""
+    stage = {"steps": 2, "warmup_steps": 0, "batch": 8}
+    more = [f"--config.stages.base.{name}={value}" for name, value in stage.items()]
+    more += ["--config.arm.eim.sequence=('base',)", "--config.data.eval_limit=7"]
+    one, two = (
+        Run(runs / f"lavin{n}", n, 4 // n, *more, config="miniature_lavin").finished().workdir / "eim" for n in (1, 2)
+    )
+    want, got = (json.loads((arm / "predictions_test.json").read_text()) for arm in (one, two))
+    assert len(want["outputs"]) == 7 and got == want
+    want, got = (json.loads((arm / "scores_test.json").read_text())["greedy"] for arm in (one, two))
+    assert got.pop("notes") == want.pop("notes") and {"nll", "nll_image", "nll_image_shuffled"} <= want.keys()
+    assert got == pytest.approx(want, abs=1e-4)
 
 
 def test_one_process_speaks_for_all(pair):

@@ -82,5 +82,6 @@ def test_losses_and_gradients_are_those_of_one_device(towers, case):
         assert metrics == pytest.approx(want, rel=1e-5), mesh
         assert found.keys() == moments.keys()
         for path, leaf in moments.items():
-            limit = 1e-5 * np.abs(leaf).max()
-            np.testing.assert_allclose(found[path], leaf, rtol=1e-5, atol=limit, err_msg=f"{mesh} {path}")
+            off = 2e-5 if ".nu" in path else 1e-5  # nu holds squares: a gradient that is off by e is there off by 2 e
+            limit = off * np.abs(leaf).max()
+            np.testing.assert_allclose(found[path], leaf, rtol=off, atol=limit, err_msg=f"{mesh} {path}")
