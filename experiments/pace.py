@@ -1,7 +1,6 @@
 """How many steps a row takes in the time of its baseline: the budget "time"."""
 
 import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -18,8 +17,8 @@ BASES = {"clipcap": "clipcap", "llama_adapter": "llama-adapter", "lavin": "lavin
 def paces(out: Path, rows: list[Row], scale: str) -> dict[str, float]:
     """By what a row's steps are multiplied so that it trains as long as its family's baseline: {row name: factor}.
 
-    Both are measured in budget "steps": the median over its finished seeds of the sum over stages of steps x steady
-    seconds a step (building queues and caching features left out). What is once measured is kept in pace.json, by the
+    Both are measured in budget "steps": the sum over stages of steps x steady seconds a step of the fastest finished
+    seed (building queues and caching features left out). What is once measured is kept in pace.json, by the
     hash of the row's cell, so that all seeds and later calls train the same steps. Exits where nothing was measured.
     """
     known = _known(out, scale)
@@ -27,10 +26,10 @@ def paces(out: Path, rows: list[Row], scale: str) -> dict[str, float]:
 
     def seconds(row: Row) -> float:
         found = [results.read(out, cell(row, scale, seed, "steps")) for seed in range(SEEDS)]
-        sums = [sum(s["steps"] * s["seconds_per_step"] for s in one["stages"]) for one in found if one is not None]
-        if not sums:
+        cells = [one for one in found if one is not None]
+        if not cells:
             sys.exit(f"error: --budget=time needs the speed of row {row.name}: run --budget=steps first")
-        return statistics.median(sums)
+        return results.seconds(cells)
 
     found = {}
     for row in rows:

@@ -1,6 +1,5 @@
 """The tables of the report: what stands in each cell, the queues' figures, the curves, the training times."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from eim_jax.console import duration
 from eim_jax.report_charts import Line, panel
 from eim_jax.report_scores import Metric, metric
-from experiments import training_efficiency
+from experiments import results, training_efficiency
 from experiments.cells import Row
 from experiments.intervals import Spread, difference, score
 from experiments.layout import Table
@@ -48,13 +47,12 @@ def entries(table: Table, found: Found) -> list[tuple[Row, str, list[str], list[
 
 
 def effort(cells: Sequence[Mapping[str, Any]]) -> str:
-    """The steps of a row's stages, the parameters that its last stage trains, and its training time (median seed)."""
+    """The steps of a row's stages, the parameters that its last stage trains, and its training time (fastest seed)."""
     if not cells:
         return ""
     stages = cells[0]["stages"]
     steps = " + ".join(f"{stage['steps']:,} {stage['name']}" for stage in stages)
-    seconds = statistics.median(sum(s["steps"] * s["seconds_per_step"] for s in one["stages"]) for one in cells)
-    return f"{steps}; {stages[-1]['trained_params'] / 1e6:.2f}M trained; {duration(seconds)}"
+    return f"{steps}; {stages[-1]['trained_params'] / 1e6:.2f}M trained; {duration(results.seconds(cells))}"
 
 
 def _entry(table: Table, row: Row, key: str, found: Found) -> Entry:
@@ -180,11 +178,9 @@ def efficiency(found: Found) -> list[dict[str, Any]]:
         cells, paper = list(found.get(row.name, {}).values()), training_efficiency.MINUTES.get(row.name, {})
         if not cells:
             continue
-        stages = {}
+        stages, speeds = {}, results.speeds(cells)
         for i, stage in enumerate(cells[0]["stages"]):
-            per_epoch = [one["stages"][i]["steps"] / one["stages"][i]["epochs"] for one in cells]
-            paces = [one["stages"][i]["seconds_per_step"] for one in cells]
-            stages[stage["name"]] = sum(n * s for n, s in zip(per_epoch, paces, strict=True)) / len(cells)
+            stages[stage["name"]] = stage["steps"] / stage["epochs"] * speeds[i]
         shown = [
             {"name": name, "seconds": f"{seconds:.1f} s", "paper": _minutes(paper.get(name))}
             for name, seconds in [*stages.items(), ("all", sum(stages.values()))]

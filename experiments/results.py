@@ -5,6 +5,7 @@ import json
 import shutil
 import statistics
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,18 @@ def read(out: Path, cell: Cell) -> dict[str, Any] | None:
 def load(file: Path) -> Any:
     """A JSON file's content."""
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def speeds(cells: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Seconds a step of each stage of a row, by its fastest seed: what else a machine does can only slow a run."""
+    return [
+        min(stages) for stages in zip(*([s["seconds_per_step"] for s in one["stages"]] for one in cells), strict=True)
+    ]
+
+
+def seconds(cells: Sequence[Mapping[str, Any]]) -> float:
+    """What the training of a row takes at these speeds, queues and cached features left out."""
+    return sum(s["steps"] * pace for s, pace in zip(cells[0]["stages"], speeds(cells), strict=True))
 
 
 def save(out: Path, cell: Cell, workdir: Path) -> dict[str, Any]:

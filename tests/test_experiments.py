@@ -106,6 +106,7 @@ def test_equal_time_scales_a_rows_steps_by_the_seconds_measured(tmp_path):
         run.cells([rows.BASELINE, rows.EIM], options)
     for row, seconds in ((rows.BASELINE, 0.1), (rows.EIM, 0.3)):
         write(tmp_path, cell(row, "miniature", 0), seconds=seconds)
+    write(tmp_path, cell(rows.EIM, "miniature", 1), seconds=0.9)  # slowed by something beside it: the fastest seed counts
     base, eim = run.cells([rows.BASELINE, rows.EIM], options)
     assert base.config.stages["base"].steps == 900
     assert [eim.config.stages[s].steps for s in ("st", "lm", "ie")] == [50, 50, 200]
