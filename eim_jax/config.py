@@ -188,18 +188,24 @@ class Config:
     profile: str = ""  # "10:15": a trace of steps 10 to 14 of each stage, in <workdir>/<arm>/profile
 
 
-# Fields that may differ when a run resumes. The mesh changes the order of sums, so parameters to rounding only.
+# Fields that may differ when a run resumes. The mesh, micro-batches and recomputation change the order of sums, so
+# parameters to rounding only (with dropout, micro-batches also draw other noise). The last three are the test's.
 FREE_ON_RESUME = {
     "arms",
     "log_every",
     "mesh",
     "profile",
+    "towers.remat",
     "data.cache",
     "data.prepared",
     "data.threads",
     "data.eval_limit",
+    "data.eval_annotations",
+    "data.eval_images",
+    "data.mme",
 }
 FREE_GROUPS = ("decode.", "checkpoint.")
+FREE_OF_ENTRIES = (".description", ".accumulate")  # of arm.*, of stages.*
 
 
 def to_config_dict(config: Config) -> "ml_collections.ConfigDict":
@@ -279,7 +285,7 @@ def deciding(config: Config, arms: list[str]) -> dict[str, Any]:
         group, _, rest = name.partition(".")
         entry = rest.partition(".")[0]
         unreached = (group == "arm" and entry not in arms) or (group == "stages" and entry not in reached)
-        free = name in FREE_ON_RESUME or name.startswith(FREE_GROUPS) or rest.endswith(".description")
+        free = name in FREE_ON_RESUME or name.startswith(FREE_GROUPS) or rest.endswith(FREE_OF_ENTRIES)
         if not unreached and not free:
             kept[name] = value
     return kept

@@ -25,7 +25,7 @@ class Line:
     steps: Sequence[int | float]
     values: Sequence[int | float | None]
     colour: int = 0
-    dashed: bool = False
+    dashed: int = 0  # 0 solid, 1 dashed, 2 dotted
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,10 @@ class Interval:
     colour: int = 0
 
 
-def panel(lines: Sequence[Line], *, unit: str, name: str, log: bool = False, unit_range: bool = False) -> str:
-    """Draws curves over steps; returns an <svg> element without outside references.
+def panel(
+    lines: Sequence[Line], *, unit: str, name: str, log: bool = False, unit_range: bool = False, over: str = "step"
+) -> str:
+    """Draws curves over steps (or what `over` says); returns an <svg> element without outside references.
 
     `name` must be unique in the page (it prefixes the element ids); `log` draws a logarithmic axis where all values are
     positive; `unit_range` fixes the axis to 0...1. The pale line is what was logged, the strong one its running mean.
@@ -63,7 +65,7 @@ def panel(lines: Sequence[Line], *, unit: str, name: str, log: bool = False, uni
             steps, values = _bins(line)
             if not len(steps):
                 continue
-            look = {"color": LINES[line.colour % len(LINES)], "linestyle": "--" if line.dashed else "-"}
+            look = {"color": LINES[line.colour % len(LINES)], "linestyle": ("-", "--", ":")[line.dashed]}
             if len(steps) > 12:
                 axes.plot(steps, values, color=look["color"], linewidth=0.8, alpha=0.35)
                 values = _smooth(values)
@@ -85,7 +87,7 @@ def panel(lines: Sequence[Line], *, unit: str, name: str, log: bool = False, uni
         if unit_range:
             axes.set_ylim(-0.03, 1.03)
         axes.set_xlim(left=0)
-        _dress(axes, unit)
+        _dress(axes, unit, over)
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.6)
         figure.patch.set_alpha(0)
@@ -163,8 +165,8 @@ def intervals(rows: Sequence[Interval], *, unit: str, name: str) -> str:
     return _inline(text.getvalue(), name, f"{unit}. {told}")
 
 
-def _dress(axes, unit: str) -> None:
-    axes.set_xlabel("step", color=INK)
+def _dress(axes, unit: str, over: str = "step") -> None:
+    axes.set_xlabel(over, color=INK)
     axes.set_ylabel(unit, color=INK)
     axes.patch.set_alpha(0)
     axes.grid(True, color=GRID, linewidth=0.6)

@@ -29,6 +29,7 @@ from eim_jax.config import Arm, Config, Stage, deciding, flatten, from_config_di
 
 SCALES = ("miniature", "full")
 BUDGETS = ("steps", "time", "paper")
+DEFAULT = {"miniature": "steps", "full": "paper"}
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,11 @@ class Row:
     note: str = ""
     scales: tuple[str, ...] = SCALES
 
-    def at(self, scale: str) -> bool:
-        """Whether the row exists at this scale (the miniature has no larger language model)."""
-        return scale in self.scales and scale in FAMILIES[self.family].configs
+    def at(self, scale: str, budget: str = "") -> bool:
+        """Whether the row exists at this scale (the miniature has no larger language model), with this budget (in
+        "paper" stages have their own epochs: there a row that changes the shares alone would be another row)."""
+        same = budget == "paper" and self.shares and not self.overrides
+        return not same and scale in self.scales and scale in FAMILIES[self.family].configs
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ def hash_of(config: Config, arm: str) -> str:
     nothing."""
     kept = deciding(config, [arm])
     kept |= {name: value for name, value in flatten(config).items() if name.startswith("decode.")}
-    kept["data.eval_limit"] = config.data.eval_limit
+    tests = ("eval_limit", "eval_annotations", "eval_images", "mme")
+    kept |= {f"data.{name}": getattr(config.data, name) for name in tests}
     plain = flatten(Config())
     plain |= {f"arm.{arm}.{name}": value for name, value in vars(Arm()).items()}
     for stage in config.arm[arm].sequence:

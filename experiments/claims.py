@@ -22,6 +22,7 @@ from experiments.rows import (
     ADAPTER_EIM,
     ADAPTER_EIM3,
     ADAPTER_FEATURES,
+    ADAPTER_IE_ZERO,
     BASELINE,
     CHAT,
     CHAT_EIM,
@@ -43,8 +44,11 @@ from experiments.rows import (
     LAVIN_LITE_EIM,
     LM_ALONE,
     LM_BY_BASE,
+    LM_DISTIL,
     LM_FIRST,
+    LM_LAST,
     NO_LM,
+    NO_ST,
     NORMS_IE,
     NORMS_ZERO,
     PROMPTS_IE,
@@ -107,7 +111,7 @@ CLAIMS = (
     # The paper gives no EIM on LaVIN-7B: the effect is LaVIN-7B-lite's.
     replace(LITE, name="lavin", statement="EIM makes LaVIN better", better=LAVIN_EIM, worse=LAVIN),
     LITE,
-    _paper("chat", "12", "EIM makes LaVIN's chatbot perceive better", CHAT_EIM, CHAT, "mme/sum"),
+    _paper("chat", "12", "EIM makes LaVIN's chatbot better", CHAT_EIM, CHAT, "mme/sum"),
     _control("loss-ie", "controls", "in EIM, loss_IE adds to what its prompts do", EIM, IE_ZERO),
     _control("loss-ie-prompts", "controls", "in one stage, loss_IE adds to prompts", PROMPTS_IE, PROMPTS_ZERO),
     _control("loss-ie-alone", "controls", "on [CLS], loss_IE adds to prompts", IE_ALONE, IE_ALONE_ZERO),
@@ -115,8 +119,10 @@ CLAIMS = (
     _control("loss-st", "controls", "in EIM, loss_ST does more for the ST than loss_base", EIM, ST_BY_BASE),
     _control("loss-lm", "controls", "in EIM, loss_LM does more for the LM than loss_base", EIM, LM_BY_BASE),
     _control("no-lm", "controls", "EIM with its LM stage beats EIM without it", EIM, NO_LM),
+    _control("no-st", "controls", "EIM with its ST stage beats EIM without it", EIM, NO_ST),
     _control("lavin-stages", "controls-qa", "LaVIN: EIM adds to its features", LAVIN_EIM, LAVIN_FEATURES, AVERAGE),
     _control("lavin-loss-ie", "controls-qa", "LaVIN: loss_IE adds", LAVIN_EIM, LAVIN_IE_ZERO, AVERAGE),
+    _control("adapter-loss-ie", "controls-qa", "LLaMA-Adapter: loss_IE adds", ADAPTER_EIM, ADAPTER_IE_ZERO, AVERAGE),
     _control(
         "adapter-stages",
         "controls-qa",
@@ -125,6 +131,8 @@ CLAIMS = (
         ADAPTER_FEATURES,
         AVERAGE,
     ),
+    _control("lm-last", "open", "loss_LM beside loss_base helps, without an LM stage", LM_LAST, NO_LM),
+    _control("lm-distil", "open", "so does drawing the LM to its own key alone", LM_DISTIL, NO_LM),
 )
 
 

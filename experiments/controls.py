@@ -5,6 +5,7 @@ from experiments.rows import (
     ADAPTER,
     ADAPTER_EIM,
     ADAPTER_FEATURES,
+    ADAPTER_IE_ZERO,
     EIM,
     FEATURES,
     FEATURES_ST_LM,
@@ -17,6 +18,7 @@ from experiments.rows import (
     LAVIN_IE_ZERO,
     LM_BY_BASE,
     NO_LM,
+    NO_ST,
     NORMS_IE,
     NORMS_ZERO,
     PROMPTS_IE,
@@ -39,6 +41,7 @@ TABLE = Table(
         ST_BY_BASE,
         LM_BY_BASE,
         NO_LM,
+        NO_ST,
         FEATURES,
         FEATURES_ST_LM,
     ),
@@ -49,7 +52,7 @@ TABLE = Table(
 QUESTIONS = Table(
     "controls-qa",
     "Controls, questions",
-    (LAVIN, LAVIN_FEATURES, LAVIN_IE_ZERO, LAVIN_EIM, ADAPTER, ADAPTER_FEATURES, ADAPTER_EIM),
+    (LAVIN, LAVIN_FEATURES, LAVIN_IE_ZERO, LAVIN_EIM, ADAPTER, ADAPTER_FEATURES, ADAPTER_IE_ZERO, ADAPTER_EIM),
     ANSWERS,
     about="Compared with LaVIN. The features alone, in one stage, are what EIM's stages and losses have to beat.",
 )

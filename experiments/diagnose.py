@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
             inputs = loading.load(read_saved(workdir), workdir)
             test = load_split(inputs.config, "test", workdir)
             write_json(workdir / one.row.arm / "diagnostics.json", diagnose(inputs, one.row.arm, test))
-            results.save(options.out, one, workdir)
+            results.add(options.out, one, "diagnostics", results.load(workdir / one.row.arm / "diagnostics.json"))
             advance(1)
 
 

@@ -11,15 +11,25 @@ from experiments.tables import TABLES
 
 FILE = "pace.json"
 SEEDS = 10  # whose speeds are looked for
-BASES = {"clipcap": "clipcap", "llama_adapter": "llama-adapter", "lavin": "lavin", "chat": "chat"}
+BASES = {  # family -> the name of its baseline's row
+    "clipcap": "clipcap",
+    "clipcap_large": "clipcap-large",
+    "llama_adapter": "llama-adapter",
+    "lavin": "lavin",
+    "lavin_lite": "lavin-lite",
+    "lavin13b": "lavin-13b",
+    "chat": "chat",
+    "chat_lite13b": "chat-13b",
+}
 
 
-def paces(out: Path, rows: list[Row], scale: str) -> dict[str, float]:
+def paces(out: Path, rows: list[Row], scale: str, *, keep: bool = True) -> dict[str, float]:
     """By what a row's steps are multiplied so that it trains as long as its family's baseline: {row name: factor}.
 
     Both are measured in budget "steps": the sum over stages of steps x steady seconds a step of the fastest finished
     seed (building queues and caching features left out). What is once measured is kept in pace.json, by the
-    hash of the row's cell, so that all seeds and later calls train the same steps. Exits where nothing was measured.
+    hash of the row's cell, so that all seeds and later calls train the same steps (not with `keep` False). Exits where
+    nothing was measured.
     """
     known = _known(out, scale)
     bases = {row.name: row for table in TABLES.values() for row in table.rows if row.name in BASES.values()}
@@ -37,8 +47,9 @@ def paces(out: Path, rows: list[Row], scale: str) -> dict[str, float]:
         if key not in known:
             known[key] = round(seconds(bases[BASES[row.family]]) / seconds(row), 4)
         found[row.name] = known[key]
-    (out / scale).mkdir(parents=True, exist_ok=True)
-    write_json(out / scale / FILE, known)
+    if keep:
+        (out / scale).mkdir(parents=True, exist_ok=True)
+        write_json(out / scale / FILE, known)
     return found
 
 

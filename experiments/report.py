@@ -12,14 +12,14 @@ from eim_jax.console import console
 from eim_jax.report import environment
 from eim_jax.report_charts import Interval, intervals
 from experiments import results, training_efficiency
-from experiments.cells import BUDGETS, SCALES, Row, cell
+from experiments.cells import BUDGETS, DEFAULT, SCALES, Row, cell
 from experiments.claims import CLAIMS, Verdict, judge
 from experiments.examples import anchors, examples
 from experiments.intervals import difference
 from experiments.layout import Table
 from experiments.pace import measured
 from experiments.report_tables import Found, charts, column, diagnostics, efficiency, entries, sense, stages, told
-from experiments.tables import TABLES
+from experiments.tables import TABLES, rows_of
 
 # what is shown beside the score that judges a claim
 BESIDE = {
@@ -29,6 +29,11 @@ BESIDE = {
 }
 WORDS = {"supported": "up", "not supported": "down"}  # verdict -> class of its badge
 COLOURS = {"supported": 2, "not supported": 5}
+EQUAL = {
+    "steps": "every row the same number of optimizer steps",
+    "time": "every row the steps that take its baseline's training time, queues and cached features left out",
+    "paper": "every stage its config's own epochs, in the paper the same for all",
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,20 +44,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=100, help="seeds 0 ... N-1, those that are there")
     parser.add_argument("--out", type=Path, default=results.OUT)
     options = parser.parse_args(arguments)
-    budget = options.budget or ("steps" if options.scale == "miniature" else "paper")
-    found = read(options.out, options.scale, budget, options.seeds)
+    budget = options.budget or DEFAULT[options.scale]
+    try:
+        found = read(options.out, options.scale, budget, options.seeds)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
     if not any(found.values()):
         parser.exit(2, f"error: no finished cell of budget {budget} in {options.out / options.scale}\n")
-    name = options.scale if options.budget is None else f"{options.scale}-{budget}"
+    name = options.scale if budget == DEFAULT[options.scale] else f"{options.scale}-{budget}"
     page, text = options.out / f"{name}.html", options.out / f"{name}.md"
     page.write_text(html(found, options.scale, budget), encoding="utf-8")
-    text.write_text(markdown(found, options.scale), encoding="utf-8")
+    text.write_text(markdown(found, options.scale, budget), encoding="utf-8")
     console.print(f"{page}\n{text}", soft_wrap=True)
 
 
 def read(out: Path, scale: str, budget: str, seeds: int) -> Found:
-    """The finished cells of every row; in budget "time" those of the measured paces."""
-    rows = {row.name: row for table in TABLES.values() for row in table.rows if row.at(scale)}
+    """The finished cells of every row; in budget "time" those of the measured paces.
+
+    Raises ValueError where the seeds of a row were trained from other towers or data, or on another platform.
+    """
+    rows = {row.name: row for row in rows_of(list(TABLES.values()), scale, budget)}
     files = [results.load(file) for file in sorted((out / scale).glob("*-s*.json"))]
     pace = {}
     if budget == "time":
@@ -63,6 +74,7 @@ def read(out: Path, scale: str, budget: str, seeds: int) -> Found:
         by_seed = {seed: cell(row, scale, seed, budget, pace.get(name, 1.0)) for seed in {f["seed"] for f in files}}
         cells = {seed: results.read(out, by_seed[seed]) for seed in sorted(by_seed)}
         found[name] = {seed: one for seed, one in cells.items() if one is not None and seed < seeds}
+        results.check_alike(name, found[name])
     return found
 
 
@@ -113,9 +125,10 @@ def html(found: Found, scale: str, budget: str) -> str:
         environment(Path(__file__).parent)
         .get_template("page.html.j2")
         .render(
-            title=f"EIM's tables, {scale}",
+            title=f"EIM's tables, {scale}{', equal time' if budget == 'time' else ''}",
             scale=scale,
-            budget=budget,
+            budget=EQUAL[budget],
+            rates=scale == "miniature",
             seeds=sorted({one["seed"] for one in cells}),
             count=len(cells),
             hours=sum(one["seconds"] for one in cells) / 3600,
@@ -163,9 +176,12 @@ def _unknown(v: Verdict) -> str:
     return "ours" if v.claim.ours else "not known"
 
 
-def markdown(found: Found, scale: str) -> str:
+def markdown(found: Found, scale: str, budget: str) -> str:
     """Verdicts and tables for a README."""
     lines = [
+        f"Scale {scale}; budget: {EQUAL[budget]}. Means are over the seeds that a row has, differences over those "
+        "that both rows have.",
+        "",
         "| claim | table | paper, relative | the same here | measured, 95 % interval | seeds | verdict |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -201,7 +217,11 @@ def markdown(found: Found, scale: str) -> str:
 
 def _shown(table: Table, found: Found) -> bool:
     """Whether there is something to compare."""
-    return table is not training_efficiency.TABLE and sum(bool(found.get(row.name)) for row in table.rows) > 1
+
+    def scored(row: Row) -> bool:
+        return any(key in one["scores"] for one in found.get(row.name, {}).values() for key in table.metrics)
+
+    return table is not training_efficiency.TABLE and sum(map(scored, table.rows)) > 1
 
 
 def _rows() -> dict[str, Row]:

@@ -47,12 +47,14 @@ def entries(table: Table, found: Found) -> list[tuple[Row, str, list[str], list[
 
 
 def effort(cells: Sequence[Mapping[str, Any]]) -> str:
-    """The steps of a row's stages, the parameters that its last stage trains, and its training time (fastest seed)."""
+    """The steps of a row's stages, the parameters that its last stage trains, its training time (that of the fastest
+    seed, stage by stage) and how many seeds it has."""
     if not cells:
         return ""
     stages = cells[0]["stages"]
     steps = " + ".join(f"{stage['steps']:,} {stage['name']}" for stage in stages)
-    return f"{steps}; {stages[-1]['trained_params'] / 1e6:.2f}M trained; {duration(results.seconds(cells))}"
+    seeds = f"{len(cells)} seed{'s' * (len(cells) > 1)}"
+    return f"{steps}; {stages[-1]['trained_params'] / 1e6:.2f}M trained; {duration(results.seconds(cells))}; {seeds}"
 
 
 def _entry(table: Table, row: Row, key: str, found: Found) -> Entry:
@@ -70,17 +72,17 @@ def _entry(table: Table, row: Row, key: str, found: Found) -> Entry:
 
 
 def told(how: Metric, change: Spread) -> str:
-    """A difference with its interval, in the score's unit."""
+    """A difference with its interval, in the score's unit; one seed's has none, since it knows no other seed."""
     digits = f"+.{how.decimals}f"
     text = f"{change.mean * how.factor:{digits}}"
-    if change.interval is not None:
+    if change.interval is not None and change.seeds > 1:
         text += " [" + ", ".join(f"{bound * how.factor:{digits}}" for bound in change.interval) + "]"
     return text.replace("-", "−")
 
 
 def sense(how: Metric, change: Spread) -> int | None:
     """Whether the interval says better (+1), worse (-1) or neither (0); None where it is not judged."""
-    if change.interval is None or not how.sense:
+    if change.interval is None or change.seeds < 2 or not how.sense:
         return None
     low, high = change.interval
     return how.sense * (int(low > 0) - int(high < 0))
@@ -122,7 +124,7 @@ def charts(table: Table, found: Found) -> list[dict[str, str]]:
             curves = [one["stages"][stage]["curves"] for one in cells]
             for key in filter(_charted, curves[0]):
                 values = [sum(points) / len(points) for points in zip(*(one[key] for one in curves), strict=True)]
-                line = Line(row.title, curves[0]["step"], values, i, dashed=i >= 6)
+                line = Line(row.title, curves[0]["step"], values, i, dashed=i // 6 % 3)
                 kept = [old for old in lines.get(key, []) if old.label != row.title]
                 lines[key] = [*kept, line]
     return [
@@ -164,10 +166,10 @@ def diagnostics(diagnosed: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[di
         for i, (row, records) in enumerate(diagnosed.items()):
             values = [value(record) for record in records]
             if any(v is not None for v in values):
-                lines.append(Line(row, range(len(values)), values, i, dashed=i >= 6))
+                lines.append(Line(row, range(len(values)), values, i, dashed=i // 6 % 3))
         if lines:
-            svg = panel(lines, unit=unit, name=f"diagnosed-{n}")
-            drawn.append({"title": title, "range": "over the stages done", "svg": svg})
+            svg = panel(lines, unit=unit, name=f"diagnosed-{n}", over="stages done")
+            drawn.append({"title": title, "range": "", "svg": svg})
     return drawn
 
 

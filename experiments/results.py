@@ -18,6 +18,7 @@ from experiments.intervals import GAPS
 OUT = Path("experiments/results")
 CURVES = ("loss", "queue/")  # keys of metrics.jsonl that are kept
 POINTS = 20  # of a stage's curve
+COMMIT = "commit.txt"  # in a run's work directory: the code that it began with
 EXAMPLES = 8  # test items whose captions or answers are kept: the first by the hash of their id
 
 
@@ -58,11 +59,34 @@ def save(out: Path, cell: Cell, workdir: Path) -> dict[str, Any]:
     found = collect(cell, workdir)
     target = path(out, cell)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _write(target, found)
+    return found
+
+
+def _write(target: Path, found: Mapping[str, Any]) -> None:
     fresh = target.with_suffix(".partial")
     lines = (f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'))}" for key, value in found.items())
     fresh.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     fresh.replace(target)
-    return found
+
+
+def add(out: Path, cell: Cell, key: str, value: Any) -> None:
+    """Adds to, or replaces in, the cell's file what was found out after its run."""
+    _write(path(out, cell), {**load(path(out, cell)), key: value})
+
+
+def check_alike(row: str, cells: Mapping[int, Mapping[str, Any]]) -> None:
+    """Raises ValueError where a row's seeds were trained from other towers or data, or on another platform."""
+    for what, get in (
+        ("from other towers or data", lambda one: one.get("identity")),
+        ("on another platform", lambda one: one["machine"].get("platform")),
+    ):
+        known = {seed: json.dumps(get(one), sort_keys=True) for seed, one in cells.items() if get(one)}
+        if len(set(known.values())) > 1:
+            seeds = ", ".join(map(str, known))
+            raise ValueError(
+                f"row {row}: of seeds {seeds} some were trained {what}: delete those results, run them again"
+            )
 
 
 def collect(cell: Cell, workdir: Path) -> dict[str, Any]:
@@ -93,7 +117,7 @@ def collect(cell: Cell, workdir: Path) -> dict[str, Any]:
         "versions": run["versions"],
         "machine": run["machine"],
         "date": run["started"][:10],
-        "commit": commit(),
+        "commit": noted.read_text().strip() if (noted := workdir / COMMIT).exists() else commit(),
         "identity": run["identity"],
         "seconds": run["seconds"],
         "decoding": method,
@@ -103,6 +127,12 @@ def collect(cell: Cell, workdir: Path) -> dict[str, Any]:
         "examples": {key: outputs[key] for key in shown},
         **({"diagnostics": load(diagnostics)} if diagnostics.exists() else {}),
     }
+
+
+def note_commit(workdir: Path) -> None:
+    """Writes into a run's work directory with which code it begins; what is there stays."""
+    if not (workdir / COMMIT).exists():
+        (workdir / COMMIT).write_text(commit() + "\n")
 
 
 def commit() -> str:

@@ -82,6 +82,7 @@ LM_BY_BASE = Row(
     shares={"lm": 0.25},
 )
 NO_LM = Row("no-lm", "no LM stage", "clipcap", overrides={"sequence": ("st", "ie")})
+NO_ST = Row("no-st", "no ST stage", "clipcap", overrides={"sequence": ("lm", "ie")})
 # CLIP's output layer, which reads loss_IE's query, stays frozen.
 NORMS = {"prompts": 0, "stages.ie.train": ("visual/(?!post_ln/).*ln[^/]*/.*", "st/.*", "lm/.*")}
 NORMS_IE = Row("norms-ie", "CLIP's LayerNorms instead of prompts", "clipcap", overrides=NORMS)
@@ -202,6 +203,12 @@ LAVIN_EIM = Row("lavin-eim", "LaVIN-7B + EIM", "lavin")
 # The miniature's CLIP has 17 tokens: there "the first 50" and the pooled grid are the same.
 LAVIN_FIRST = Row("lavin-first", "the first 50 tokens", "lavin", overrides={"features": "first"}, scales=("full",))
 LAVIN_IE_ZERO = Row("lavin-ie0", "LaVIN + EIM, loss_IE with weight 0", "lavin", overrides={"stages.ie.losses.ie": 0.0})
+ADAPTER_IE_ZERO = Row(
+    "llama-adapter-ie0",
+    "LLaMA-Adapter + EIM, loss_IE with weight 0",
+    "llama_adapter",
+    overrides={"stages.ie.losses.ie": 0.0},
+)
 LAVIN_FEATURES = Row("lavin-features", "LaVIN on EIM's features, one stage", "lavin", "baseline", {"features": "grid"})
 ADAPTER_FEATURES = Row(
     "llama-adapter-features",

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from eim_jax.console import console, duration
 from eim_jax.logs import read_metrics
 from experiments import results
-from experiments.cells import BUDGETS, SCALES, Cell, Row, cell
+from experiments.cells import BUDGETS, DEFAULT, SCALES, Cell, Row, cell
 from experiments.pace import paces
 from experiments.tables import TABLES, rows_of
 
@@ -64,7 +64,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=RUNS, help="where the runs keep their work directories")
     parser.add_argument("--dry", action="store_true", help="print the commands of what is missing, run nothing")
     options = parser.parse_args(arguments)
-    options.budget = options.budget or ("steps" if options.scale == "miniature" else "paper")
+    options.budget = options.budget or DEFAULT[options.scale]
     unknown = [name for name in options.table.split(",") if name != "all" and name not in TABLES]
     if unknown:
         parser.error(f"--table={unknown[0]}: it is all or one of {', '.join(TABLES)}")
@@ -79,13 +79,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def chosen(options: argparse.Namespace) -> list[Row]:
     """The rows that are asked for."""
     tables = list(TABLES.values()) if options.table == "all" else [TABLES[name] for name in options.table.split(",")]
-    rows = rows_of(tables, options.scale)
+    rows = rows_of(tables, options.scale, options.budget)
     return [row for row in rows if row.name in options.rows.split(",")] if options.rows else rows
 
 
 def cells(rows: list[Row], options: argparse.Namespace) -> list[Cell]:
     """The rows' cells, whole seeds first, each cell once."""
-    pace = paces(options.out, rows, options.scale) if options.budget == "time" else {}
+    pace = paces(options.out, rows, options.scale, keep=not options.dry) if options.budget == "time" else {}
     found = {}
     for seed in range(options.seeds):
         for row in rows:
@@ -157,6 +157,7 @@ class Pool:
         if mine is None:
             self._failed[one.name] = f"another process is running it in {workdir}: call again when it has ended"
             return
+        results.note_commit(workdir)
         slot, cache = self._cache()
         flags = [*command(one, workdir)[1:], f"--config.data.cache={self._runs / f'cache{slot}'}"]
         locks, env = (mine, cache), None

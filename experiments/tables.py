@@ -34,6 +34,6 @@ ALL = (
 TABLES: dict[str, Table] = {table.name: table for table in (*ALL, training_efficiency.TABLE)}
 
 
-def rows_of(tables: list[Table], scale: str) -> list[Row]:
-    """The rows that these tables need at a scale, each once, in order."""
-    return list({row.name: row for table in tables for row in table.rows if row.at(scale)}.values())
+def rows_of(tables: list[Table], scale: str, budget: str = "") -> list[Row]:
+    """The rows that these tables need at a scale with a budget, each once, in order."""
+    return list({row.name: row for table in tables for row in table.rows if row.at(scale, budget)}.values())

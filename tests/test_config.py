@@ -82,6 +82,7 @@ def test_only_fields_that_decide_the_parameters_make_another_run():
 
     assert changed(decode__beams=9) == changed(log_every=7) == changed(data__cache="elsewhere") == []
     assert changed(arms=("eim",), stages__base__lr=0.5) == []  # the arm that is not asked for
+    assert changed(stages__base__accumulate=2) == changed(towers__remat="full") == changed(data__eval_images="e") == []
     assert changed(data__cache_features=False) == ["data.cache_features: True in the workdir, False asked for"]
     assert changed(stages__ie__lr=0.5) == ["stages.ie.lr: 0.001 in the workdir, 0.5 asked for"]
 

@@ -1,5 +1,6 @@
 """The paper's tables as data: rows that resolve, cells that run once."""
 
+import itertools
 import json
 import os
 import signal
@@ -65,10 +66,11 @@ def test_a_row_is_one_definition_and_its_cell_one_hash():
             assert seen.setdefault(row.name, row) is row
         assert not table.ticks or len(table.ticks) == len(table.rows)
         assert all(len(ticks) == len(table.marks) for ticks in table.ticks)
-    hashes = {}
-    for row in ALL["miniature"]:
-        hashes.setdefault(cell(row, "miniature", 0).hash, []).append(row.name)
-    assert [names for names in hashes.values() if len(names) > 1] == []
+    for scale, budget in itertools.product(SCALES, ("steps", "paper")):
+        hashes = {}
+        for row in rows_of(list(TABLES.values()), scale, budget):
+            hashes.setdefault(cell(row, scale, 0, budget).hash, []).append(row.name)
+        assert [names for names in hashes.values() if len(names) > 1] == [], (scale, budget)
     assert TABLES["4"].rows[-1] is TABLES["2"].rows[-1] is TABLES["open"].rows[0]
 
 
@@ -106,7 +108,9 @@ def test_equal_time_scales_a_rows_steps_by_the_seconds_measured(tmp_path):
         run.cells([rows.BASELINE, rows.EIM], options)
     for row, seconds in ((rows.BASELINE, 0.1), (rows.EIM, 0.3)):
         write(tmp_path, cell(row, "miniature", 0), seconds=seconds)
-    write(tmp_path, cell(rows.EIM, "miniature", 1), seconds=0.9)  # slowed by something beside it: the fastest seed counts
+    write(
+        tmp_path, cell(rows.EIM, "miniature", 1), seconds=0.9
+    )  # slowed by something beside it: the fastest seed counts
     base, eim = run.cells([rows.BASELINE, rows.EIM], options)
     assert base.config.stages["base"].steps == 900
     assert [eim.config.stages[s].steps for s in ("st", "lm", "ie")] == [50, 50, 200]

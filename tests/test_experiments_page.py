@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from experiment_cases import few_scenes, result
+from experiment_cases import few_scenes, result, write
 
 from eim_jax import inputs as loading
 from eim_jax import partition
@@ -130,8 +130,24 @@ def test_the_markdown_holds_verdicts_and_tables_with_the_papers_values(measured)
         "| – | not measured |"
     )
     row = next(line for line in lines if line.startswith("| + loss_IE"))
-    assert row.startswith("| + loss_IE | 600 ie; 0.00M trained; 1:00 | 32.8 | ") and "(+" in row
+    assert row.startswith("| + loss_IE | 600 ie; 0.00M trained; 1:00; 3 seeds | 32.8 | ") and "(+" in row
     assert len({line.count("|") for line in lines if line.startswith(("| + loss", "| ClipCap |"))}) <= 2
+
+
+def test_one_seed_has_no_interval_and_no_colour(measured, tmp_path):
+    report.main([f"--out={measured}", "--seeds=1"])
+    row = next(line for line in (measured / "miniature.md").read_text().splitlines() if line.startswith("| + loss_IE"))
+    assert "; 1 seed |" in row and "[" not in row and "(+" in row
+    assert 'class="change up"' not in (measured / "miniature.html").read_text()
+    report.main([f"--out={measured}"])
+
+
+def test_seeds_of_a_row_that_saw_other_data_are_not_averaged(tmp_path, capsys):
+    for seed in range(2):
+        write(tmp_path, cell(rows.BASELINE, "miniature", seed), identity={"training data": f"data {seed}"})
+    with pytest.raises(SystemExit):
+        report.main([f"--out={tmp_path}"])
+    assert "row clipcap" in capsys.readouterr().err
 
 
 def test_a_report_of_nothing_says_so(tmp_path, capsys):
