@@ -19,17 +19,19 @@ from eim_jax import config as settings
 from eim_jax import distributed
 from eim_jax.console import console, duration
 
-MODES = ("train", "eval", "caption", "chat", "inspect", "prepare", "plan")
+MODES = ("train", "eval", "caption", "chat", "inspect", "export", "prepare", "plan")
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes; plan and prepare need none.")
 _MODE = flags.DEFINE_enum("mode", "train", MODES, f"train (and score and report) | {' | '.join(MODES[1:])}.")
 _IMAGES = flags.DEFINE_list("images", [], "--mode=caption: image files or folders, separated by commas.")
 _IMAGE = flags.DEFINE_string("image", "", "--mode=chat: the image to talk about; none by default.")
-_ARM = flags.DEFINE_string("arm", "", "--mode=caption, chat, inspect: which arm, by default the last one; plan: all.")
+_ARM = flags.DEFINE_string(
+    "arm", "", "--mode=caption, chat, inspect, export: which arm, by default the last one; plan: all."
+)
 _OUT = flags.DEFINE_string(
     "out",
     "",
-    "--mode=caption: JSON file to write, <workdir>/captions.json by default; plan: JSON file; prepare: the folder.",
+    "--mode=caption: JSON file to write, <workdir>/captions.json by default; plan: JSON file; prepare, export: folder.",
 )
 _SAMPLES = flags.DEFINE_integer(
     "samples", None, "--mode=inspect: training samples to show (4); plan: training samples N.", lower_bound=1
@@ -97,6 +99,10 @@ def main(argv: list[str]) -> None:
             raise app.UsageError("--mode=caption needs --images=FILE_OR_FOLDER[,FILE_OR_FOLDER...]")
         out = Path(_OUT.value) if _OUT.value else workdir / "captions.json"
         run.caption(config, workdir, _arm(config), [Path(p) for p in _IMAGES.value], out)
+    elif _MODE.value == "export":
+        if not _OUT.value:
+            raise app.UsageError("--mode=export needs --out=FOLDER")
+        run.export(config, workdir, _arm(config), Path(_OUT.value))
     elif _MODE.value == "chat":
         run.chat(config, workdir, _arm(config), Path(_IMAGE.value) if _IMAGE.value else None)
     else:

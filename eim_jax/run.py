@@ -1,4 +1,4 @@
-"""The modes of `main`: train (then score, then write the report), eval, caption, inspect."""
+"""The modes of `main`: train (then score, then write the report), eval, caption, chat, inspect, export."""
 
 import functools
 import json
@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from eim_jax import chat as talking
-from eim_jax import distributed, inspection, partition
+from eim_jax import distributed, exporting, inspection, partition
 from eim_jax import evaluate as scoring
 from eim_jax import inputs as loading
 from eim_jax.checkpoint import StageCheckpoints, write_json
@@ -141,6 +141,15 @@ def inspect(config: Config, workdir: Path, arm: str, samples: int) -> None:
         vlm, params = loading.start(inputs, config.arm[arm])
         console.print(f"arm {arm} as it starts to train (not all its stages are finished)", soft_wrap=True)
     inspection.inspect(inputs, arm, vlm, params, samples)
+
+
+def export(config: Config, workdir: Path, arm: str, out: Path) -> None:
+    """Writes a trained arm as plain files."""
+    inputs = loading.load(config, workdir, data=False)
+    check_identity(inputs)
+    _, params = trained(inputs, arm)
+    exporting.export(inputs, arm, params, out)
+    console.print(f"written to {out}", soft_wrap=True)
 
 
 def trained(inputs: Inputs, arm: str) -> tuple[VLM, Flat]:

@@ -8,13 +8,16 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+from transformers import AutoTokenizer
 
 from eim_jax import config as settings
+from eim_jax import exporting, partition, stages, train
 from eim_jax import inputs as loading
-from eim_jax import partition, stages, train
 from eim_jax.logs import read_metrics
 from eim_jax.meter import NonFinite
 from eim_jax.sharding import make_mesh, shard_params
+from eim_jax.weights import load_lm
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +65,28 @@ def test_parameters_and_moments_lie_on_all_devices_by_the_rules(finished):
     _, _, end, _ = finished
     kernel = end["lm/blocks_0/attn/qkv/kernel"]
     assert len(kernel.sharding.device_set) == 8 and kernel.sharding.shard_shape(kernel.shape)[0] * 8 == kernel.shape[0]
+
+
+def test_an_export_holds_what_training_changed_and_a_gpt2_that_loads(finished, config, tmp_path):
+    inputs, begin, end, _ = finished
+    exporting.export(inputs, "eim", end, tmp_path / "out")
+    found = load_file(tmp_path / "out" / exporting.LEAVES)
+    changed = {p for p in begin if not np.array_equal(np.asarray(begin[p]), np.asarray(end[p]))}
+    assert found.keys() == changed
+    for path, leaf in found.items():
+        np.testing.assert_array_equal(leaf, np.asarray(end[path]))
+    lm = partition.flatten({"lm": load_lm(tmp_path / "out" / "lm").params})
+    assert lm.keys() == {p for p in end if p.startswith("lm/")}
+    for path, leaf in lm.items():
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(end[path]))
+    words = "a red circle above two blue squares."
+    again = AutoTokenizer.from_pretrained(tmp_path / "out" / "lm")
+    assert again(words)["input_ids"] == inputs.lm_tokenizer(words)["input_ids"]
+    assert json.loads((tmp_path / "out" / exporting.RECORD).read_text())["towers"]["lm"] == "miniature/gpt2"
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("mine")
+    with pytest.raises(settings.ConfigError, match="holds other files"):
+        exporting.export(inputs, "eim", end, tmp_path / "taken")
 
 
 def test_the_arms_record_tells_what_each_stage_did(finished, config):
