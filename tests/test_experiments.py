@@ -169,9 +169,19 @@ def test_a_stopped_call_keeps_what_is_finished_and_continues(pool, tmp_path, mon
         stopping.run([quick, slow])
     assert results.read(tmp_path / "out", quick) and results.read(tmp_path / "out", slow) is None
     missing = [one for one in (quick, slow) if results.read(tmp_path / "out", one) is None]
+    monkeypatch.setattr(results, "commit", lambda: "another")
     assert pool().run(missing) == {}
     assert (tmp_path / "runs" / "miniature" / quick.name / "calls").read_text() == "x"
     assert (tmp_path / "runs" / "miniature" / slow.name / "calls").read_text() == "xx"
+    begun = (tmp_path / "runs" / "miniature" / slow.name / results.COMMIT).read_text()
+    assert "another" not in begun  # the code that a run began with, not that of the call which ended it
+
+
+def test_what_is_found_out_later_changes_nothing_else_in_a_result(tmp_path):
+    (one,) = _cells(rows.ST_ALONE)
+    before = write(tmp_path, one, commit="abc")
+    results.add(tmp_path, one, "diagnostics", [1])
+    assert results.read(tmp_path, one) == {**before, "diagnostics": [1]}
 
 
 def test_a_failed_cell_is_named_and_the_others_go_on(pool, tmp_path):
