@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+INSIDE = 6  # lines whose names find room inside a panel; those of more stand below it
 POINTS = 400  # drawn per line at most; longer runs are averaged over equal bins of neighbouring steps
 # matplotlib cannot write CSS variables, so each is drawn in a colour of its own and replaced in the text of the SVG.
 INK, GRID, LINES = "#010203", "#010204", tuple(f"#01021{i}" for i in range(6))
@@ -59,7 +60,8 @@ def panel(
     """
     style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5, "text.parse_math": False}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(3.1, 1.95), layout="constrained")
+        many = len(lines) > INSIDE
+        figure = Figure(figsize=(3.1, 1.95 + many * 0.17 * len(lines)), layout="constrained")
         axes = figure.add_subplot()
         for line in lines:
             steps, values = _bins(line)
@@ -88,7 +90,9 @@ def panel(
             axes.set_ylim(-0.03, 1.03)
         axes.set_xlim(left=0)
         _dress(axes, unit, over)
-        if len(lines) > 1:
+        if many:
+            figure.legend(loc="outside lower left", frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.6)
+        elif len(lines) > 1:
             axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.6)
         figure.patch.set_alpha(0)
         text = io.StringIO()

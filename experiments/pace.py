@@ -54,10 +54,11 @@ def paces(out: Path, rows: list[Row], scale: str, *, keep: bool = True) -> dict[
 
 
 def measured(out: Path, rows: list[Row], scale: str) -> dict[str, float]:
-    """The factors of `paces` that are known, of rows that have one."""
+    """The factors of `paces` that are known, of rows that have one; a baseline's is 1 by definition."""
     known = _known(out, scale)
     keys = {row.name: cell(row, scale, 0, "steps").hash for row in rows}
-    return {name: known[key] for name, key in keys.items() if key in known}
+    found = {name: known[key] for name, key in keys.items() if key in known}
+    return found | {name: 1.0 for name in keys if name in BASES.values()}
 
 
 def _known(out: Path, scale: str) -> dict[str, float]:

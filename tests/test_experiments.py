@@ -111,6 +111,8 @@ def test_equal_time_scales_a_rows_steps_by_the_seconds_measured(tmp_path):
     write(
         tmp_path, cell(rows.EIM, "miniature", 1), seconds=0.9
     )  # slowed by something beside it: the fastest seed counts
+    (eim,) = run.cells([rows.EIM], options)  # the baseline's own factor is 1, asked for or not
+    assert report.read(tmp_path, "miniature", "time", 5)["clipcap"][0]["row"] == "clipcap"
     base, eim = run.cells([rows.BASELINE, rows.EIM], options)
     assert base.config.stages["base"].steps == 900
     assert [eim.config.stages[s].steps for s in ("st", "lm", "ie")] == [50, 50, 200]
