@@ -132,7 +132,7 @@ CLAIMS = (
         AVERAGE,
     ),
     _control("lm-last", "open", "loss_LM beside loss_base helps, without an LM stage", LM_LAST, NO_LM),
-    _control("lm-distil", "open", "so does drawing the LM to its own key alone", LM_DISTIL, NO_LM),
+    _control("lm-distil", "open", "loss_LM without negatives, beside loss_base, helps", LM_DISTIL, NO_LM),
 )
 
 
