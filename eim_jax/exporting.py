@@ -5,14 +5,11 @@ import json
 from importlib import metadata
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save_file
 
 from eim_jax import partition
 from eim_jax.config import ConfigError
-from eim_jax.distributed import fetch, is_first
 from eim_jax.inputs import Inputs
 from eim_jax.models.gpt2 import GPT2Config
 from eim_jax.partition import Flat
@@ -24,30 +21,26 @@ LEAVES, RECORD = "trained.safetensors", "arm.json"
 def export(inputs: Inputs, arm: str, params: Flat, out: Path) -> None:
     """Writes the folder `out`: LEAVES, RECORD, and where a stage trains a GPT-2 also lm/, as GPT2LMHeadModel reads it.
 
-    LEAVES holds, in float32 by our paths ("st/...", "visual/prompt/...", "lm/..."), every leaf that a stage of the arm
-    trains and every one that no tower has; with the towers of RECORD they are the whole model (with towers.scan the
-    blocks are stacked). Raises ConfigError where `out` holds other files.
+    LEAVES holds, in float32, in our shapes and by our paths ("st/...", "visual/prompt/...", "lm/..."), every leaf that
+    a stage of the arm trains and every one that no tower has; with the towers of RECORD they are the whole model (with
+    towers.scan the blocks are stacked). For one process. Raises ConfigError where `out` holds other files.
     """
     config = inputs.config
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / RECORD).exists()):
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"--out={out} holds other files: choose an empty folder")
     sequence = config.arm[arm].sequence
     trained = {path for name in sequence for g in partition.groups(config.stages[name], params) for path in g.paths}
     kept = {
-        path: np.asarray(fetch(leaf), np.float32)
+        path: np.asarray(leaf, np.float32)
         for path, leaf in params.items()
         if path in trained or path not in inputs.towers
     }
     whole = any(path.startswith("lm/") for path in trained) and isinstance(inputs.lm.config, GPT2Config)
-    lm = {
-        path: jnp.asarray(fetch(leaf), jnp.float32) for path, leaf in params.items() if whole and path.startswith("lm/")
-    }
-    if not is_first():
-        return
     out.mkdir(parents=True, exist_ok=True)
     save_file(kept, out / LEAVES)
-    if lm:
-        export_lm(out / "lm", LM(inputs.lm.config, unflatten_dict(lm, sep="/")["lm"]))
+    if whole:
+        lm = {path: leaf.astype(np.float32) for path, leaf in params.items() if path.startswith("lm/")}
+        export_lm(out / "lm", LM(inputs.lm.config, partition.unflatten(lm)["lm"]))
         inputs.lm_tokenizer.save_pretrained(out / "lm")
     record = {
         "eim_jax": metadata.version("eim_jax"),

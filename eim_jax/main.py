@@ -72,7 +72,7 @@ def main(argv: list[str]) -> None:
     workdir = Path(_WORKDIR.value)
     config = _config(workdir, _MODE.value)
     distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value)
-    if _MODE.value in ("chat", "inspect") and jax.distributed.is_initialized() and jax.process_count() > 1:
+    if _MODE.value in ("chat", "inspect", "export") and jax.distributed.is_initialized() and jax.process_count() > 1:
         raise settings.ConfigError(f"--mode={_MODE.value} is for one process: run it on one host alone")
     # Compiled programs are kept: a resumed run starts in seconds.
     cache = Path(config.data.cache) if config.data.cache else workdir / "cache"

@@ -128,7 +128,6 @@ def html(found: Found, scale: str, budget: str) -> str:
             title=f"EIM's tables, {scale}{', equal time' if budget == 'time' else ''}",
             scale=scale,
             budget=EQUAL[budget],
-            rates=scale == "miniature",
             seeds=sorted({one["seed"] for one in cells}),
             count=len(cells),
             hours=sum(one["seconds"] for one in cells) / 3600,

@@ -108,9 +108,7 @@ def test_equal_time_scales_a_rows_steps_by_the_seconds_measured(tmp_path):
         run.cells([rows.BASELINE, rows.EIM], options)
     for row, seconds in ((rows.BASELINE, 0.1), (rows.EIM, 0.3)):
         write(tmp_path, cell(row, "miniature", 0), seconds=seconds)
-    write(
-        tmp_path, cell(rows.EIM, "miniature", 1), seconds=0.9
-    )  # slowed by something beside it: the fastest seed counts
+    write(tmp_path, cell(rows.EIM, "miniature", 1), seconds=0.9)  # slowed by other work: the fastest seed counts
     (eim,) = run.cells([rows.EIM], options)  # the baseline's own factor is 1, asked for or not
     assert report.read(tmp_path, "miniature", "time", 5)["clipcap"][0]["row"] == "clipcap"
     base, eim = run.cells([rows.BASELINE, rows.EIM], options)

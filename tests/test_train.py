@@ -83,10 +83,8 @@ def test_an_export_holds_what_training_changed_and_a_gpt2_that_loads(finished, c
     again = AutoTokenizer.from_pretrained(tmp_path / "out" / "lm")
     assert again(words)["input_ids"] == inputs.lm_tokenizer(words)["input_ids"]
     assert json.loads((tmp_path / "out" / exporting.RECORD).read_text())["towers"]["lm"] == "miniature/gpt2"
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "mine.txt").write_text("mine")
     with pytest.raises(settings.ConfigError, match="holds other files"):
-        exporting.export(inputs, "eim", end, tmp_path / "taken")
+        exporting.export(inputs, "eim", end, tmp_path / "out")
 
 
 def test_the_arms_record_tells_what_each_stage_did(finished, config):
