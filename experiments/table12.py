@@ -10,5 +10,5 @@ TABLE = Table(
     "The chatbot's perception (MME)",
     (CHAT, CHAT_13B, CHAT_EIM),
     METRICS,
-    about="The miniature asks about existence, count, position and color alone.",
+    about="Of these the miniature asks about existence, count, position and color; the sum holds Table 13's tasks too.",
 )

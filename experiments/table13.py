@@ -10,5 +10,6 @@ TABLE = Table(
     "The chatbot's cognition (MME)",
     (CHAT, CHAT_13B, CHAT_EIM),
     METRICS,
-    about="The miniature has no such tasks: full scale only.",
+    about="The miniature has two of these, asked by the test alone: how many sides a shape has and what colour two "
+    "others make (commonsense), and of which kind there are more (numerical).",
 )

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from eim_jax.data import miniature
 from eim_jax.data.miniature import HELD_OUT
-from eim_jax.data.miniature_chat import TASKS, YES_NO, load_chat, load_yes_no
+from eim_jax.data.miniature_chat import SCORED, YES_NO, load_chat, load_yes_no
 from eim_jax.data.miniature_language import parse
 from eim_jax.data.miniature_qa import PROBLEMS, load
 from eim_jax.data.scienceqa import prompt
@@ -303,6 +303,16 @@ def answers_yes(question: str, world: World) -> bool:
     if found := re.fullmatch(rf"Is the (\w+ \w+) ({WHERE}) the (\w+ \w+)", said):
         assert world.number(found[1]) == world.number(found[3]) == 1
         return world.beside(found[2], found[3]) == [tuple(found[1].split())]
+    if found := re.fullmatch(r"Is there a shape with (three|four) sides", said):
+        return any(world.number(shape) for shape in {"three": ["triangle"], "four": ["square", "diamond"]}[found[1]])
+    if found := re.fullmatch(r"Do (\w+) and (\w+) make the colour of the (\w+)", said):
+        assert world.number(found[3]) == 1
+        made = {"red and yellow": "orange", "red and blue": "purple", "blue and yellow": "green"}
+        return (made[f"{found[1]} and {found[2]}"], found[3]) in world.kinds()
+    if found := re.fullmatch(r"Are there (more|less) ([\w ]+) than ([\w ]+)", said):
+        first, second = world.number(found[2]), world.number(found[3])
+        assert first and second and first != second
+        return (first > second) == (found[1] == "more")
     found = re.fullmatch(r"Is the (\w+) (\w+)", said)
     assert world.number(found[1]) == 1
     return (found[2], found[1]) in world.kinds()
@@ -311,7 +321,7 @@ def answers_yes(question: str, world: World) -> bool:
 def test_yes_no_questions_are_right_with_one_yes_and_one_no_an_image():
     split = load_yes_no(images=40)
     scenes = miniature.load("test", scenes=100).scenes
-    assert Counter(q.task for q in split.questions.values()) == dict.fromkeys(TASKS, 80)
+    assert Counter(q.task for q in split.questions.values()) == dict.fromkeys(SCORED, 80)
     given = {}
     for sample in split.samples:
         question = split.questions[sample.id]
