@@ -36,6 +36,13 @@ class Size(NamedTuple):
 
 SIZES = {
     "full": Size(),
+    "miniature": Size(
+        CLIPVisionConfig(image_size=32, patch_size=8, width=96, layers=4, heads=3, mlp=384, joint=64),
+        CLIPTextConfig(vocab=724, width=96, layers=2, heads=3, mlp=384, joint=64),
+        GPT2Config(vocab=745, width=128, layers=4, heads=4),
+        length=32,
+        samples=6000,
+    ),
     "tiny": Size(
         CLIPVisionConfig(image_size=64, patch_size=16, width=64, layers=2, heads=4, mlp=256, joint=32),
         CLIPTextConfig(vocab=512, width=32, layers=1, heads=4, mlp=128, joint=32),

@@ -112,6 +112,15 @@ CLAIMS = (
     replace(LITE, name="lavin", statement="EIM makes LaVIN better", better=LAVIN_EIM, worse=LAVIN),
     LITE,
     _paper("chat", "12", "EIM makes LaVIN's chatbot better", CHAT_EIM, CHAT, "mme/sum"),
+    _control("prompts", "controls", "in EIM, prompts add to the last stage, without loss_IE", IE_ZERO, FEATURES_ST_LM),
+    _control(
+        "prompts-alone",
+        "controls",
+        "in one stage, prompts add to the features, without loss_IE",
+        PROMPTS_ZERO,
+        FEATURES,
+    ),
+    _control("prompts-cls", "controls", "on [CLS], prompts add, without loss_IE", IE_ALONE_ZERO, BASELINE),
     _control("loss-ie", "controls", "in EIM, loss_IE adds to what its prompts do", EIM, IE_ZERO),
     _control("loss-ie-prompts", "controls", "in one stage, loss_IE adds to prompts", PROMPTS_IE, PROMPTS_ZERO),
     _control("loss-ie-alone", "controls", "on [CLS], loss_IE adds to prompts", IE_ALONE, IE_ALONE_ZERO),
@@ -133,6 +142,7 @@ CLAIMS = (
     ),
     _control("lm-last", "open", "loss_LM beside loss_base helps, without an LM stage", LM_LAST, NO_LM),
     _control("lm-distil", "open", "loss_LM without negatives, beside loss_base, helps", LM_DISTIL, NO_LM),
+    _control("negatives", "open", "beside loss_base, loss_LM's negatives help", LM_LAST, LM_DISTIL),
 )
 
 

@@ -18,7 +18,18 @@ from experiments.examples import anchors, examples
 from experiments.intervals import difference
 from experiments.layout import Table
 from experiments.pace import measured
-from experiments.report_tables import Found, charts, column, diagnostics, efficiency, entries, sense, stages, told
+from experiments.report_tables import (
+    Entry,
+    Found,
+    charts,
+    column,
+    diagnostics,
+    efficiency,
+    entries,
+    sense,
+    stages,
+    told,
+)
 from experiments.tables import TABLES, rows_of
 
 # what is shown beside the score that judges a claim
@@ -193,17 +204,11 @@ def markdown(found: Found, scale: str, budget: str) -> str:
             continue
         heads = [f"{how.label} ({how.unit})" if how.unit else how.label for how in map(column, table.metrics)]
         lines += ["", f"Table {table.name}: {table.title}" if table.name.isdigit() else table.title, ""]
-        paper = any(key in row.paper for row in table.rows for key in table.metrics[:1])
-        lines.append("| | steps | " + " | ".join((["paper"] if paper else []) + heads) + " |")
-        lines.append("|---|---|" + "---|" * (len(heads) + paper))
+        lines.append("| | steps | " + " | ".join(heads) + " |")
+        lines.append("|---|---|" + "---|" * len(heads))
         for row, took, _, scores in entries(table, found):
-            if any(entry.value for entry in scores):
-                cells = [f"{entry.value}{f' ({entry.change})' if entry.change else ''}" or "–" for entry in scores]
-                lines.append(
-                    f"| {row.title} | {took} | "
-                    + " | ".join(([scores[0].paper or "–"] if paper else []) + cells)
-                    + " |"
-                )
+            if any(entry.value or entry.paper for entry in scores):
+                lines.append(f"| {row.title} | {took or 'not run'} | {' | '.join(map(_cell, scores))} |")
     if rows := efficiency(found):
         lines += ["", "Seconds of an epoch, stage by stage (in brackets the paper's minutes)", "", "| | |", "|---|---|"]
         for row in rows:
@@ -212,6 +217,12 @@ def markdown(found: Found, scale: str, budget: str) -> str:
             ]
             lines.append(f"| {row['row'].title} | {', '.join(told_of)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(entry: Entry) -> str:
+    """A score with its change, and the paper's."""
+    value = f"{entry.value or '–'}{f' ({entry.change})' if entry.change else ''}"
+    return f"{value}; paper {entry.paper}" if entry.paper else value
 
 
 def _shown(table: Table, found: Found) -> bool:

@@ -54,7 +54,9 @@ def effort(cells: Sequence[Mapping[str, Any]]) -> str:
     stages = cells[0]["stages"]
     steps = " + ".join(f"{stage['steps']:,} {stage['name']}" for stage in stages)
     seeds = f"{len(cells)} seed{'s' * (len(cells) > 1)}"
-    return f"{steps}; {stages[-1]['trained_params'] / 1e6:.2f}M trained; {duration(results.seconds(cells))}; {seeds}"
+    return (
+        f"{steps}; {stages[-1]['trained_params'] / 1e6:.2f}M trained last; {duration(results.seconds(cells))}; {seeds}"
+    )
 
 
 def _entry(table: Table, row: Row, key: str, found: Found) -> Entry:

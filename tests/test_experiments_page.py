@@ -131,7 +131,8 @@ def test_the_markdown_holds_verdicts_and_tables_with_the_papers_values(measured)
         "| – | not measured |"
     )
     row = next(line for line in lines if line.startswith("| + loss_IE"))
-    assert row.startswith("| + loss_IE | 600 ie; 0.00M trained; 1:00; 3 seeds | 32.8 | ") and "(+" in row
+    assert row.startswith("| + loss_IE | 600 ie; 0.00M trained last; 1:00; 3 seeds | ") and "(+" in row
+    assert row.split(" | ")[2].endswith("; paper 32.8")
     assert len({line.count("|") for line in lines if line.startswith(("| + loss", "| ClipCap |"))}) <= 2
 
 
