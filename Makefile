@@ -10,6 +10,10 @@ EXTRAS ?=
 BIN := .venv/bin
 DEMO := $(BIN)/python -m eim_jax.main --config=configs/miniature.py --workdir=runs/miniature
 
+# XLA maps and unmaps its temporaries in every step on the CPU: in huge pages the kernel has less to clear
+# (benchmarks/huge_pages.py). Without glibc 2.35 or newer it means nothing.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 comma := ,
 INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e
 

@@ -17,7 +17,6 @@ from ml_collections import config_flags
 
 from eim_jax import config as settings
 from eim_jax import distributed
-from eim_jax.allocator import keep_freed_memory
 from eim_jax.console import console, duration
 
 MODES = ("train", "eval", "caption", "chat", "inspect", "export", "prepare", "plan")
@@ -70,7 +69,6 @@ def main(argv: list[str]) -> None:
         return
     if not _WORKDIR.value:
         raise app.UsageError("--workdir is missing: --workdir=runs/NAME keeps everything that the run writes")
-    keep_freed_memory()  # before JAX has threads
     workdir = Path(_WORKDIR.value)
     config = _config(workdir, _MODE.value)
     distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value)

@@ -6,9 +6,6 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-from eim_jax.allocator import keep_freed_memory
-
-keep_freed_memory()
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
