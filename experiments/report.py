@@ -38,6 +38,7 @@ BESIDE = {
     "accuracy/Avg": ("accuracy/IMG", "nll", "nll_image_gap"),
     "mme/sum": ("nll",),
 }
+NOTE = "note.txt"  # beside a scale's results
 WORDS = {"supported": "up", "not supported": "down"}  # verdict -> class of its badge
 COLOURS = {"supported": 2, "not supported": 5}
 EQUAL = {
@@ -64,8 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.exit(2, f"error: no finished cell of budget {budget} in {options.out / options.scale}\n")
     name = options.scale if budget == DEFAULT[options.scale] else f"{options.scale}-{budget}"
     page, text = options.out / f"{name}.html", options.out / f"{name}.md"
-    page.write_text(html(found, options.scale, budget), encoding="utf-8")
-    text.write_text(markdown(found, options.scale, budget), encoding="utf-8")
+    page.write_text(html(found, options.scale, budget, options.out), encoding="utf-8")
+    text.write_text(markdown(found, options.scale, budget, options.out), encoding="utf-8")
     console.print(f"{page}\n{text}", soft_wrap=True)
 
 
@@ -110,7 +111,13 @@ def forest(judged: Sequence[Verdict]) -> str:
     return intervals(rows, unit="difference in BLEU-4, points", name="claims") if rows else ""
 
 
-def html(found: Found, scale: str, budget: str) -> str:
+def note(out: Path, scale: str) -> str:
+    """What a reader of these results has to know, if somebody wrote it beside them."""
+    file = out / scale / NOTE
+    return file.read_text(encoding="utf-8").strip() if file.exists() else ""
+
+
+def html(found: Found, scale: str, budget: str, out: Path) -> str:
     """The page."""
     cells = [one for row in found.values() for one in row.values()]
     judged = verdicts(found, scale)
@@ -138,6 +145,7 @@ def html(found: Found, scale: str, budget: str) -> str:
         .render(
             title=f"EIM's tables, {scale}{', equal time' if budget == 'time' else ''}",
             scale=scale,
+            note=note(out, scale),
             budget=EQUAL[budget],
             seeds=sorted({one["seed"] for one in cells}),
             count=len(cells),
@@ -186,11 +194,12 @@ def _unknown(v: Verdict) -> str:
     return "ours" if v.claim.ours else "not known"
 
 
-def markdown(found: Found, scale: str, budget: str) -> str:
+def markdown(found: Found, scale: str, budget: str, out: Path) -> str:
     """Verdicts and tables for a README."""
     lines = [
         f"Scale {scale}; budget: {EQUAL[budget]}. Means are over the seeds that a row has, differences over those "
         "that both rows have.",
+        *(["", told_beside] if (told_beside := note(out, scale)) else []),
         "",
         "| claim | table | paper, relative | the same here | measured, 95 % interval | seeds | verdict |",
         "|---|---|---|---|---|---|---|",

@@ -97,7 +97,7 @@ NORMS_ZERO = Row(
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 TUNING = tuple(
     Row(f"rate-{r:g}", f"ClipCap, rate {r:g}", "clipcap", "baseline", {"data.scored": "val", "stages.base.lr": r})
-    for r in (5e-4, *RATES)
+    for r in (*RATES, 5e-4)
 )
 TUNING_EIM = tuple(
     Row(f"eim-rate-{r:g}", f"EIM, rate {r:g}", "clipcap", overrides={"data.scored": "val", "stages.ie.lr": r})

@@ -136,9 +136,12 @@ def test_the_markdown_holds_verdicts_and_tables_with_the_papers_values(measured)
     assert len({line.count("|") for line in lines if line.startswith(("| + loss", "| ClipCap |"))}) <= 2
 
 
-def test_one_seed_has_no_interval_and_no_colour(measured, tmp_path):
+def test_one_seed_has_no_interval_and_no_colour_and_a_note_is_shown(measured, tmp_path):
     out = shutil.copytree(measured, tmp_path / "results")
+    (out / "miniature" / report.NOTE).write_text("Measured beside a <loud> fan.\n")
     report.main([f"--out={out}", "--seeds=1"])
+    assert "\n\nMeasured beside a <loud> fan.\n\n|" in (out / "miniature.md").read_text()
+    assert "Measured beside a &lt;loud&gt; fan." in (out / "miniature.html").read_text()
     row = next(line for line in (out / "miniature.md").read_text().splitlines() if line.startswith("| + loss_IE"))
     assert "; 1 seed |" in row and "[" not in row and "(+" in row
     assert 'class="change up"' not in (out / "miniature.html").read_text()
