@@ -55,7 +55,7 @@ def diagnose(inputs: Inputs, arm: str, test: Split) -> list[dict]:
     "cosines" {pair: ...}."""
     sequence = [inputs.config.stages[name] for name in inputs.config.arm[arm].sequence]
     names = [name for name in stages.LOSSES if any(name in stages.weights(stage) for stage in sequence)]
-    every = tuple(dict.fromkeys(pattern for stage in sequence for pattern in stage.train))
+    every = tuple(dict.fromkeys(pattern for stage in sequence for pattern, _ in partition.patterns(stage)))
     found = []
     for after, vlm, params in after_stages(inputs, arm):
         if not found:  # compiled once for all stages
