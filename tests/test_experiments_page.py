@@ -65,15 +65,16 @@ def test_the_integration_rate_reads_every_block(scan):
 
 
 def test_a_model_is_diagnosed_as_it_starts(tmp_path, monkeypatch):
-    one = cell(rows.ST_ALONE, "miniature", 0)
+    one = cell(rows.ST_WITH_LM, "miniature", 0)  # one of its stages has a rate of its own for st/.*
     inputs = few_scenes(one, tmp_path)
     object.__setattr__(inputs, "config", one.config)
-    vlm, params = loading.start(inputs, one.config.arm["baseline"])
+    vlm, params = loading.start(inputs, one.config.arm["eim"])
     monkeypatch.setattr(diagnose, "after_stages", lambda inputs, arm: [("start", vlm, params)])
     monkeypatch.setattr(diagnose, "ROWS", 8)
-    (found,) = diagnose.diagnose(inputs, "baseline", load_split(one.config, "test", Path()))
+    (found,) = diagnose.diagnose(inputs, "eim", load_split(one.config, "test", Path()))
     assert found["after"] == "start" and 1 < found["perplexity"] < 50 and np.isfinite(found["integration"])
-    assert found["queries"].keys() == {"st"} and found["cosines"].keys() == {"base·st"}
+    assert found["queries"].keys() == {"ie", "st", "lm"}
+    assert found["cosines"].keys() == {"base·ie", "base·st", "base·lm", "ie·st"}  # the others share no parameters
     assert abs(found["queries"]["st"]["alignment"]) < 0.3  # the ST is as it was drawn
 
 
