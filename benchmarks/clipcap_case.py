@@ -40,7 +40,8 @@ SIZES = {
         CLIPVisionConfig(image_size=32, patch_size=8, width=96, layers=4, heads=3, mlp=384, joint=64),
         CLIPTextConfig(vocab=724, width=96, layers=2, heads=3, mlp=384, joint=64),
         GPT2Config(vocab=745, width=128, layers=4, heads=4),
-        length=32,
+        prompt_hidden=128,
+        length=28,
         samples=6000,
     ),
     "tiny": Size(

@@ -26,7 +26,7 @@ from experiments.pace import paces
 from experiments.tables import TABLES, rows_of
 
 RUNS = Path("runs/experiments")
-HUGE_PAGES = "glibc.malloc.hugetlb=1"  # a quarter less time on the CPU (benchmarks/huge_pages.py)
+HUGE_PAGES = "glibc.malloc.hugetlb=1"  # less time on the CPU (benchmarks/huge_pages.py)
 HEADS = ("Bleu_4", "accuracy/Avg", "mme/sum", "mme/total")  # the score that the terminal shows
 
 
