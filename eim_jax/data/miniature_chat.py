@@ -80,7 +80,7 @@ def yes_no(task: str, scene: Scene, yes: bool, rng: Dice, avoid: Pairs = frozens
         colour = thing.colour if yes else rng.pick(others if others and rng.chance(0.5) else wrong)
         text = f"Is the {NOUNS[thing.shape][0]} {colour}?"
     elif task in REASONING:
-        texts = (_with_a_fact if task == REASONING[0] else _with_numbers)(scene, yes)
+        texts = {"commonsense_reasoning": _with_a_fact, "numerical_calculation": _with_numbers}[task](scene, yes)
         if not texts:
             return None
         text = rng.pick(texts)
