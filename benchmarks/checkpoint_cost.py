@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from clipcap_case import SIZES, STAGES, clipcap_case
 from step_case import arrays, nbytes
 
-from eim_jax.checkpoint import StageCheckpoints
-from eim_jax.meter import check_finite
+from eim_jax.training.checkpoint import StageCheckpoints
+from eim_jax.training.monitor import check_finite
 
 
 def main() -> None:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from step_case import Case, make_case, trains_visual
 
 from eim_jax.config import LossWeights, Stage
-from eim_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from eim_jax.models.connector import STConfig, make_st
-from eim_jax.models.gpt2 import GPT2, GPT2Config
+from eim_jax.models.language.gpt2 import GPT2, GPT2Config
+from eim_jax.models.vision.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from eim_jax.models.vlm import VLM
 
 SAMPLES = 566_747  # COCO's captions, Karpathy's train + restval

@@ -14,8 +14,8 @@ from pairs import Pair, report
 from transformers import GPT2Config as TorchConfig
 from transformers import GPT2LMHeadModel
 
-from eim_jax.decode import DecodeConfig, generate
-from eim_jax.models.gpt2 import GPT2, GPT2Config
+from eim_jax.generation.sampler import DecodeConfig, generate
+from eim_jax.models.language.gpt2 import GPT2, GPT2Config
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ from gpu_rows import FULL, Setting, TorchPeak, fill, fill_share, jax_step, memor
 from step_case import buffers, unit_keys
 from timing import DevicePeak, Side, measure, rates
 
-from eim_jax.decode import DecodeConfig, generate
-from eim_jax.losses import queue_nce
-from eim_jax.models.gpt2 import GPT2
-from eim_jax.queues import compress
+from eim_jax.generation.sampler import DecodeConfig, generate
+from eim_jax.losses.contrastive import queue_nce
+from eim_jax.losses.queues import compress
+from eim_jax.models.language.gpt2 import GPT2
 
 if torch is not None:
     import torch_lavin

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from step_case import Case, make_case
 
 from eim_jax.config import LossWeights, Stage
-from eim_jax.models.clip import GRID, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from eim_jax.models.adapters.inserted import Router
 from eim_jax.models.connector import STConfig, make_st
-from eim_jax.models.llama import Llama, LlamaConfig
-from eim_jax.models.peft import Router
+from eim_jax.models.language.llama import Llama, LlamaConfig
+from eim_jax.models.vision.clip import GRID, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from eim_jax.models.vlm import VLM
 
 LENGTH = 512  # slots that the LM reads
@@ -70,7 +70,7 @@ def lavin_case(
     scan: bool = True,
     attention: str = "softmax",
 ) -> Case:
-    """Returns the step of LaVIN's `stage` with abstract arguments, as eim_jax.train would build it."""
+    """Returns the step of LaVIN's `stage` with abstract arguments, as eim_jax.training.arms would build it."""
     router = Router(temperature=size.temperature)
     form = {"scan": scan, "remat": remat, "dtype": jnp.dtype(dtype), "attention": attention}
     vision = dataclasses.replace(size.visual, adapter=router, **form)

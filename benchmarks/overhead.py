@@ -2,8 +2,8 @@
 
 python benchmarks/overhead.py [--recipes clipcap lavin llama_adapter] [--text N]
     from the full-size configs, by shapes alone: batch fields and towers that a stage's step really reads, and the
-    arithmetic of its matrix products (eim_jax.plan's count, recomputation included), at the longest text or at N tokens
-    (length buckets make a step as long as its texts).
+    arithmetic of its matrix products (eim_jax.planning.plan's count, recomputation included), at the longest text or
+    at N tokens (length buckets make a step as long as its texts).
 python benchmarks/overhead.py --measure [--batch 8] [--rounds 3]
     also times ClipCap's stages at full size (ViT-B/32, GPT-2 small, 566,747 keys) on random weights; nothing is loaded.
 """
@@ -23,13 +23,14 @@ from pairs import machine
 from step_case import Updates
 from timing import Side, measure
 
-from eim_jax import partition, stages, xent
 from eim_jax.config import from_config_dict
-from eim_jax.inputs import model, reads_features, shapes
-from eim_jax.plan import placed, stage_program
-from eim_jax.plan_inputs import abstract_inputs
-from eim_jax.plan_work import work
-from eim_jax.sharding import make_mesh
+from eim_jax.losses import next_token, objectives
+from eim_jax.parallel.sharding import make_mesh
+from eim_jax.planning.flops import work
+from eim_jax.planning.plan import placed, stage_program
+from eim_jax.planning.shapes import abstract_inputs
+from eim_jax.training import partition
+from eim_jax.training.setup import model, reads_features, shapes
 
 sys.path.append(str(Path(__file__).parent.parent))  # configs/ is no part of the package
 # recipe -> (baseline's config, EIM's config, the paper's stage minutes on its machines, what it says of the overhead)
@@ -103,7 +104,7 @@ def stage_rows(config_name: str, text: int | None = None) -> list[dict]:
         stage = config.stages[stage_name]
         program = stage_program(inputs, vlm, stage, params, steps=100_000)
         # The head's loop ends with the supervised tokens, so its turns are in no program: one chunk counts it whole.
-        with unittest.mock.patch.dict(xent.CHUNK_BYTES, dict.fromkeys(xent.CHUNK_BYTES, 1 << 50)):
+        with unittest.mock.patch.dict(next_token.CHUNK_BYTES, dict.fromkeys(next_token.CHUNK_BYTES, 1 << 50)):
             jaxpr = program.step.trace(*program.arguments).jaxpr
         batch = program.arguments[3]
         row = {"arm": name, "stage": stage_name, "flops": work(jaxpr).flops, "batch": stage.batch}
@@ -119,14 +120,16 @@ def once(inputs, vlm, config, arm: str) -> float:
     params = partition.unflatten(flat)
     chosen = [config.stages[name] for name in config.arm[arm].sequence]
     total, c = 0.0, vlm.visual.config
-    for kind in {kind for stage in chosen for kind in stages.queue_kinds(stage)}:
-        encode, _ = stages.encoder(vlm, kind, config.losses)
+    for kind in {kind for stage in chosen for kind in objectives.queue_kinds(stage)}:
+        encode, _ = objectives.encoder(vlm, kind, config.losses)
         length = vlm.text.config.context if kind == "caption" else config.data.max_tokens
         tokens, valid = (jax.ShapeDtypeStruct((1, length), dtype) for dtype in (jnp.int32, jnp.bool_))
         total += work(jax.make_jaxpr(encode)(params, tokens, valid)).flops * len(inputs.train)
-    if any("image" in stages.fields(stage, config.losses) and reads_features(inputs, stage, flat) for stage in chosen):
+    if any(
+        "image" in objectives.fields(stage, config.losses) and reads_features(inputs, stage, flat) for stage in chosen
+    ):
         image = jax.ShapeDtypeStruct((1, c.image_size, c.image_size, 3), jnp.uint8)
-        total += work(jax.make_jaxpr(vlm.see)(params, image)).flops * len(inputs.train.images)
+        total += work(jax.make_jaxpr(vlm.encode_image)(params, image)).flops * len(inputs.train.images)
     return total
 
 

@@ -10,8 +10,10 @@ import argparse
 
 import numpy as np
 
-from eim_jax.data import coco, instruct, miniature, scienceqa, text
-from eim_jax.data.order import Order
+from eim_jax.data import tokenize
+from eim_jax.data.batch_order import Order
+from eim_jax.data.datasets import coco, instruct, scienceqa
+from eim_jax.data.miniature import captioning
 
 BUCKETS, WINDOWS = (1, 2, 4, 8), (1, 8, 32, 100)
 
@@ -27,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
 
     if options.kind == "miniature":
-        split = miniature.load("train", seed=0)
+        split = captioning.load("train", seed=0)
     elif options.source is None:
         parser.error(f"--kind={options.kind} needs --source")
     elif options.kind == "coco":
@@ -36,8 +38,8 @@ def main() -> None:
         split = scienceqa.load_scienceqa(options.source, "train").split
     else:
         split = instruct.load_instruct(options.source, None, on_bad="drop").split
-    tokenizer = text.load_tokenizer(options.tokenizer)
-    lengths = text.encode_split(split, tokenizer, options.max_tokens, eos=True).valid.sum(1)
+    tokenizer = tokenize.load_tokenizer(options.tokenizer)
+    lengths = tokenize.encode_split(split, tokenizer, options.max_tokens, eos=True).valid.sum(1)
     steps = len(lengths) // options.batch
     print(f"{len(lengths):,} texts of {lengths.mean():.1f} tokens on average, {lengths.max()} at most")
     print(f"| batches put together by length | {' | '.join(f'{count} widths' for count in BUCKETS)} |")

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 import numpy as np
 from pairs import machine
 
-from eim_jax.hf import Tensors
-from eim_jax.hub import resolve
 from eim_jax.models.quant import BLOCK, NF4, dequantise, kernel_bytes, quantise
+from eim_jax.pretrained.hub import resolve
+from eim_jax.pretrained.reader import Tensors
 
 LINEAR = r".*layers\.\d+\..*_proj\.weight"  # torch.nn.Linear, [out in]
 CONV1D = r"h\.\d+\..*c_\w+\.weight"  # GPT-2's, [in out]

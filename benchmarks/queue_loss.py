@@ -119,7 +119,7 @@ def jax_variant(args: argparse.Namespace):
     import jax
     import jax.numpy as jnp
 
-    from eim_jax.losses import queue_nce
+    from eim_jax.losses.contrastive import queue_nce
 
     def naive(query, keys, index):
         query = query / jnp.linalg.norm(query, axis=1, keepdims=True)

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eim_jax.losses import queue_nce
-from eim_jax.queues import compress
+from eim_jax.losses.contrastive import queue_nce
+from eim_jax.losses.queues import compress
 
 DTYPES = ("float32", "bfloat16", "int8")
 

@@ -1,4 +1,4 @@
-"""A stage's step as eim_jax.train builds it, from shapes alone, and random arguments for it on the device."""
+"""A stage's step as eim_jax.training.arms builds it, from shapes alone, and random arguments for it on the device."""
 
 import math
 import re
@@ -8,13 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eim_jax import partition, stages
 from eim_jax.config import Losses, Stage
+from eim_jax.losses import objectives
+from eim_jax.losses.queues import Queue
+from eim_jax.models.batch import Batch
 from eim_jax.models.quant import NF4_SCALES
 from eim_jax.models.vlm import VLM
-from eim_jax.queues import Queue
-from eim_jax.step import make_step
-from eim_jax.types import Batch
+from eim_jax.training import partition
+from eim_jax.training.step import make_step
 
 BLOCK = 1 << 20  # keys drawn at a time
 WIDTH_OF = {"caption": lambda vlm: vlm.visual.config.joint}  # of a queue's keys; the others' is the LM's
@@ -42,11 +43,11 @@ def make_case(vlm: VLM, stage: Stage, *, ever: tuple[str, ...], text: int, sampl
     trained, frozen = ({p: leaf for p, leaf in params.items() if (p in owned) == kept} for kept in (True, False))
     tx = partition.optimizer(stage, found, params, stage.steps)
     queues = {}
-    for kind in stages.queue_kinds(stage):
+    for kind in objectives.queue_kinds(stage):
         width = WIDTH_OF.get(kind, lambda vlm: vlm.lm.config.width)(vlm)
         keys = jax.ShapeDtypeStruct((samples, width), vlm.lm.config.dtype)
         queues[kind] = Queue(keys, jax.ShapeDtypeStruct((samples,), jnp.int32), 0)
-    objective = stages.objective(vlm, stage, Losses(), dict.fromkeys(queues, samples))
+    objective = objectives.objective(vlm, stage, Losses(), dict.fromkeys(queues, samples))
     step = jax.jit(make_step(vlm, stage, objective, tx, vlm.dropout > 0), donate_argnums=(0, 1))
     arguments = (
         trained,
@@ -89,10 +90,10 @@ def batch_of(vlm: VLM, stage: Stage, params: dict, text: int) -> Batch:
     kinds |= {name: jax.ShapeDtypeStruct((b,), jnp.int32) for name in ("index",)}
     kinds |= {"has_image": jax.ShapeDtypeStruct((b,), jnp.bool_), "image": image}
     kinds["tokens"] = jax.ShapeDtypeStruct((b, text), jnp.int32)
-    needed = stages.fields(stage, Losses())
+    needed = objectives.fields(stage, Losses())
     if "image" in needed and not trains_visual(stage):
         visual = {path: leaf for path, leaf in params.items() if path.startswith("visual/")}
-        seen = jax.eval_shape(lambda flat, x: vlm.see(partition.unflatten(flat), x), visual, image)
+        seen = jax.eval_shape(lambda flat, x: vlm.encode_image(partition.unflatten(flat), x), visual, image)
         kinds["features"] = jax.ShapeDtypeStruct(seen.shape, c.dtype)
         needed = (needed - {"image"}) | {"features"}
     return Batch(**{name: kinds[name] for name in needed})

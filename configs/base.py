@@ -1,4 +1,4 @@
-"""Every field of a run with its default and meaning: see the dataclasses of eim_jax/config.py."""
+"""Every field of a run with its default and meaning: see the dataclasses of eim_jax/config/fields.py."""
 
 import ml_collections
 

@@ -16,8 +16,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from eim_jax import config as settings
-from eim_jax import distributed
-from eim_jax.console import console, duration
+from eim_jax.parallel import processes
+from eim_jax.utils.console import console, duration
 
 MODES = ("train", "eval", "caption", "chat", "inspect", "export", "prepare", "plan")
 
@@ -48,7 +48,7 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which one this is, from 0.", lower_bound=0)
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat",
-    distributed.HEARTBEAT,
+    processes.HEARTBEAT,
     "Seconds after which a silent process is lost and all others end.",
     lower_bound=5,
 )
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("--workdir is missing: --workdir=runs/NAME keeps everything that the run writes")
     workdir = Path(_WORKDIR.value)
     config = _config(workdir, _MODE.value)
-    distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value)
+    processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value)
     if _MODE.value in ("chat", "inspect", "export") and jax.distributed.is_initialized() and jax.process_count() > 1:
         raise settings.ConfigError(f"--mode={_MODE.value} is for one process: run it on one host alone")
     # Compiled programs are kept: a resumed run starts in seconds.
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", str((cache / "xla").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     # Imported only now: the settings above come before anything that touches a device.
-    from eim_jax import run
+    from eim_jax.commands import run
 
     if _MODE.value == "train":
         record = {
@@ -114,30 +114,30 @@ def _plan() -> None:
     if flags.FLAGS.config is None:
         raise app.UsageError("--config is missing: --mode=plan says what a config's stages cost")
     config = settings.from_config_dict(flags.FLAGS.config)
-    from eim_jax import plan_targets
+    from eim_jax.planning import targets
 
-    plan_targets.prepare(_TOPOLOGY.value)
-    from eim_jax import plan, plan_report
+    targets.prepare(_TOPOLOGY.value)
+    from eim_jax.planning import plan, table
 
-    target = plan_targets.target(_TOPOLOGY.value)
+    target = targets.target(_TOPOLOGY.value)
     if _TABLE.value:
-        plan_report.print_table(config, target)
+        table.print_table(config, target)
         return
     arms = (_arm(config),) if _ARM.value else ()
     plans, notes = plan.plan(config, target, samples=_SAMPLES.value or 0, arms=arms, only=_STAGES.value)
-    plan_report.print_plan(target, config.mesh, plans, notes)
+    table.print_plan(target, config.mesh, plans, notes)
     if _OUT.value:
         command = shlex.join(["python", "-m", "eim_jax.main", *sys.argv[1:]])
-        plan_report.write(Path(_OUT.value), command, target, plans, notes)
+        table.write(Path(_OUT.value), command, target, plans, notes)
 
 
 def _prepare() -> None:
     """Writes a data set's shards: no model, no workdir, no device."""
-    from eim_jax.data import prepare
+    from eim_jax.data import shard_writer
 
     if flags.FLAGS.config is None or not _OUT.value:
         raise app.UsageError("--mode=prepare needs --config=FILE, whose data is prepared, and --out=FOLDER")
-    prepare.prepare(settings.from_config_dict(flags.FLAGS.config), Path(_OUT.value))
+    shard_writer.prepare(settings.from_config_dict(flags.FLAGS.config), Path(_OUT.value))
 
 
 def versions() -> dict[str, str]:
@@ -229,7 +229,7 @@ def cli() -> None:
     def run_main(argv: list[str]) -> None:
         try:
             main(argv)
-            distributed.finish()
+            processes.finish()
         except (ValueError, OSError, FloatingPointError) as error:
             if _TRACEBACK.value:
                 _fail(traceback.format_exc())
@@ -243,7 +243,7 @@ def cli() -> None:
             )
         except SystemExit as stop:
             if getattr(stop, "together", False):
-                distributed.finish()
+                processes.finish()
             elif stop.code:
                 _fail(stop.code)
             raise
@@ -258,8 +258,8 @@ def cli() -> None:
 def _fail(message: str | int) -> None:
     """Exits with an error; one of several processes at once, without waiting for others that wait for it."""
     if jax.distributed.is_initialized():
-        print(distributed.named(str(message)), file=sys.stderr)
-        distributed.leave(1)
+        print(processes.named(str(message)), file=sys.stderr)
+        processes.leave(1)
     sys.exit(message)
 
 

@@ -17,19 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eim_jax import inputs as loading
-from eim_jax import partition, stages
-from eim_jax.checkpoint import write_json
+from eim_jax.commands.run import after_stages
 from eim_jax.config import LossWeights, Stage, read_saved
-from eim_jax.console import progress
-from eim_jax.data import pipeline, text
-from eim_jax.data.records import Split
-from eim_jax.data.sources import load_split
-from eim_jax.inputs import Inputs
+from eim_jax.data import loader, tokenize
+from eim_jax.data.datasets import load_split
+from eim_jax.data.samples import Split
+from eim_jax.losses import objectives
+from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
-from eim_jax.partition import Flat
-from eim_jax.run import after_stages
-from eim_jax.types import Batch
+from eim_jax.training import partition
+from eim_jax.training import setup as loading
+from eim_jax.training.partition import Flat
+from eim_jax.training.setup import Inputs
+from eim_jax.utils.console import progress
+from eim_jax.utils.files import write_json
 from experiments import results, run
 from experiments.integration import integration_rate
 
@@ -54,13 +55,13 @@ def diagnose(inputs: Inputs, arm: str, test: Split) -> list[dict]:
     """One record for the start and each stage: "after", "perplexity", "integration", "queries" {loss: ...},
     "cosines" {pair: ...}."""
     sequence = [inputs.config.stages[name] for name in inputs.config.arm[arm].sequence]
-    names = [name for name in stages.LOSSES if any(name in stages.weights(stage) for stage in sequence)]
+    names = [name for name in objectives.LOSSES if any(name in objectives.weights(stage) for stage in sequence)]
     every = tuple(dict.fromkeys(pattern for stage in sequence for pattern, _ in partition.patterns(stage)))
     found = []
     for after, vlm, params in after_stages(inputs, arm):
         if not found:  # compiled once for all stages
             batch, quiet = _batch(inputs, vlm), _texts(inputs, vlm, test)
-            kinds = [stages.LOSSES[name].queue for name in names if stages.LOSSES[name].queue]
+            kinds = [objectives.LOSSES[name].queue for name in names if objectives.LOSSES[name].queue]
             queues = {kind: inputs.queue(vlm, kind) for kind in kinds}
             train = {name: Stage(train=every, losses=LossWeights(**{name: 1.0}), batch=ROWS) for name in names}
             gradients = {name: gradient(inputs, vlm, stage, queues) for name, stage in train.items()}
@@ -75,7 +76,7 @@ def diagnose(inputs: Inputs, arm: str, test: Split) -> list[dict]:
         spreads = {}
         for name, ask in asked.items():
             rows = np.ones(len(batch.index), bool) if name == "lm" else np.asarray(batch.has_image)
-            keys = np.asarray(queues[stages.LOSSES[name].queue].keys[batch.index])
+            keys = np.asarray(queues[objectives.LOSSES[name].queue].keys[batch.index])
             spreads[name] = spread(np.asarray(ask(params, batch))[rows], keys[rows])
         found.append(
             {
@@ -92,10 +93,10 @@ def diagnose(inputs: Inputs, arm: str, test: Split) -> list[dict]:
 def objective(inputs: Inputs, vlm: VLM, stage: Stage, queues: dict) -> Callable[[Flat, Batch, dict], jax.Array]:
     """(parameters, batch, queues' arrays) -> the stage's loss, without dropout."""
     counts = {kind: queue.count for kind, queue in queues.items()}
-    loss = stages.objective(vlm, stage, inputs.config.losses, counts, inputs.mesh)
+    loss = objectives.objective(vlm, stage, inputs.config.losses, counts, inputs.mesh)
 
     def of(params: Flat, batch: Batch, arrays: dict) -> jax.Array:
-        return loss(partition.unflatten(params), batch, arrays, stages.normalisers(vlm, stage, batch), None)[0]
+        return loss(partition.unflatten(params), batch, arrays, objectives.normalisers(vlm, stage, batch), None)[0]
 
     return of
 
@@ -118,8 +119,8 @@ def cosine(a: Flat, b: Flat) -> float | None:
 def query(inputs: Inputs, vlm: VLM, name: str, params: Flat, batch: Batch) -> jax.Array:
     """The queries [b D] of a loss."""
     tree = partition.unflatten(params)
-    seen = vlm.see(tree, batch.image)
-    return stages.query(vlm, inputs.config.losses, name, tree, batch, seen, vlm.connect(tree, seen))
+    seen = vlm.encode_image(tree, batch.image)
+    return objectives.query(vlm, inputs.config.losses, name, tree, batch, seen, vlm.connect(tree, seen))
 
 
 def spread(found: np.ndarray, keys: np.ndarray) -> dict[str, float]:
@@ -135,7 +136,7 @@ def spread(found: np.ndarray, keys: np.ndarray) -> dict[str, float]:
 def _batch(inputs: Inputs, vlm: VLM) -> Batch:
     """Training samples, whole."""
     settings = inputs.config.data
-    made = pipeline.batches(
+    made = loader.batches(
         inputs.train,
         inputs.encoded,
         fields={"image", "has_image", "tokens", "valid", "supervised"},
@@ -156,7 +157,7 @@ def _texts(inputs: Inputs, vlm: VLM, test: Split) -> Batch:
     settings, number = inputs.config.data, min(ROWS, len(test))
     samples = tuple(test.samples[i * len(test) // number] for i in range(number))
     alone = Split(test.name, tuple(replace(sample, image=None) for sample in samples), test.images)
-    encoded = text.encode_split(alone, inputs.lm_tokenizer, settings.max_tokens, eos=settings.eos)
+    encoded = tokenize.encode_split(alone, inputs.lm_tokenizer, settings.max_tokens, eos=settings.eos)
     size = vlm.visual.config.image_size
     return Batch(
         index=jnp.arange(number),

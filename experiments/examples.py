@@ -6,10 +6,10 @@ from typing import Any
 
 from PIL import Image
 
-from eim_jax.data import miniature, miniature_chat, miniature_qa
-from eim_jax.data.records import Split
-from eim_jax.evals import caption
-from eim_jax.report_gallery import gallery
+from eim_jax.data.miniature import captioning, chat, qa
+from eim_jax.data.samples import Split
+from eim_jax.evaluation.metrics import caption_scores
+from eim_jax.reporting.gallery import gallery
 from experiments.cells import FAMILIES
 from experiments.layout import Table
 from experiments.report_tables import Found, column
@@ -38,7 +38,7 @@ def _shown(family: str) -> tuple[Callable[[str], Image.Image | None], Mapping[st
         where = {str(key): place for place, key in enumerate(scenes.images.ids)}
         return lambda key: scenes.images[where[key]], scenes.references
     form = FAMILIES[family].configs["miniature"].get_config().data.form
-    split: Split = miniature_chat.load_yes_no() if family == "chat" else miniature_qa.load("test", form=form)
+    split: Split = chat.load_yes_no() if family == "chat" else qa.load("test", form=form)
     samples = {str(sample.id): sample for sample in split.samples}
 
     def picture(key: str) -> Image.Image | None:
@@ -49,8 +49,8 @@ def _shown(family: str) -> tuple[Callable[[str], Image.Image | None], Mapping[st
 
 
 @functools.cache
-def _scenes() -> miniature.MiniatureSplit:
-    return miniature.load("test")
+def _scenes() -> captioning.MiniatureSplit:
+    return captioning.load("test")
 
 
 @functools.cache
@@ -62,8 +62,8 @@ def anchors() -> list[tuple[str, str]]:
     fifth = {id_: texts[-1] for id_, texts in scenes.references.items()}
     told = []
     for what, said in (("a fifth true caption", fifth), ("the caption of another picture", others)):
-        scores = caption.score(said, {id_: texts[:-1] for id_, texts in scenes.references.items()}, java=False)
-        scores |= miniature.attribute_f1(said, scenes.scenes)
+        scores = caption_scores.score(said, {id_: texts[:-1] for id_, texts in scenes.references.items()}, java=False)
+        scores |= captioning.attribute_f1(said, scenes.scenes)
         keys = [(column(key), scores[key]) for key in ("Bleu_4", "CIDEr", "shape_colour_f1")]
         told.append((what, ", ".join(f"{how.label} {how.text(value)}" for how, value in keys)))
     return told

@@ -11,11 +11,11 @@ import numpy as np
 from jaxtyping import Float
 from scipy import linalg
 
+from eim_jax.models.adapters.inserted import ZeroInit
+from eim_jax.models.batch import Batch
+from eim_jax.models.language.llama_block import LlamaBlock
 from eim_jax.models.layers import Block
-from eim_jax.models.llama_block import LlamaBlock
-from eim_jax.models.peft import ZeroInit
 from eim_jax.models.vlm import VLM
-from eim_jax.types import Batch
 
 
 def integration_rate(vlm: VLM, params: dict, batch: Batch) -> float | None:
@@ -36,7 +36,7 @@ def integration_rate(vlm: VLM, params: dict, batch: Batch) -> float | None:
 
 def layers(vlm: VLM, params: dict, batch: Batch) -> list[tuple[Float[jax.Array, "b m d"], Float[jax.Array, "b t d"]]]:
     """The outputs of every block of the LM at the visual tokens and at the text that stands behind them."""
-    visual = vlm.connect(params, vlm.see(params, batch.image))
+    visual = vlm.connect(params, vlm.encode_image(params, batch.image))
     read = vlm.lm_input(params, batch.tokens, batch.valid, visual=visual, has_image=batch.has_image)
     _, kept = vlm.lm.apply(
         {"params": params["lm"]},

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from eim_jax.data.miniature_qa import PER_SCENE
-from eim_jax.evals import items
+from eim_jax.data.miniature.qa import PER_SCENE
+from eim_jax.evaluation.metrics import item_statistics
 
 GAPS = {"nll_gap": ("nll_shuffled", "nll"), "nll_image_gap": ("nll_image_shuffled", "nll_image")}
 REPLICATES = 4000
@@ -103,8 +103,8 @@ def _replicates(cells: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.nda
         return None
     rows = [np.asarray(cell["items"][metric], np.float64) for cell in cells]
     weights = _weights(tuple(cells[0]["items"]["ids"]))
-    full = np.array([items.value(metric, row.sum(axis=0)) for row in rows])
-    return full, np.stack([items.value(metric, weights @ row) for row in rows], axis=1)
+    full = np.array([item_statistics.value(metric, row.sum(axis=0)) for row in rows])
+    return full, np.stack([item_statistics.value(metric, weights @ row) for row in rows], axis=1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from eim_jax.checkpoint import write_json
+from eim_jax.utils.files import write_json
 from experiments import results
 from experiments.cells import Row, cell
 from experiments.tables import TABLES

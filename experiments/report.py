@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eim_jax.console import console
-from eim_jax.report import environment
-from eim_jax.report_charts import Interval, intervals
+from eim_jax.reporting.charts import Interval, intervals
+from eim_jax.reporting.page import environment
+from eim_jax.utils.console import console
 from experiments import results, training_efficiency
 from experiments.cells import BUDGETS, DEFAULT, SCALES, Row, cell
 from experiments.claims import CLAIMS, Verdict, judge

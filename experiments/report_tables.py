@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eim_jax.console import duration
-from eim_jax.report_charts import Line, panel
-from eim_jax.report_scores import Metric, metric
+from eim_jax.reporting.charts import Line, panel
+from eim_jax.reporting.scores import Metric, metric
+from eim_jax.utils.console import duration
 from experiments import results, training_efficiency
 from experiments.cells import Row
 from experiments.intervals import Spread, difference, score

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from eim_jax.config import from_config_dict
-from eim_jax.logs import read_metrics
-from eim_jax.report_scores import flatten
+from eim_jax.reporting.scores import flatten
+from eim_jax.training.log import read_metrics
 from experiments.cells import Cell, hash_of
 from experiments.intervals import GAPS
 

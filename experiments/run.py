@@ -18,8 +18,8 @@ from typing import IO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from eim_jax.console import console, duration
-from eim_jax.logs import read_metrics
+from eim_jax.training.log import read_metrics
+from eim_jax.utils.console import console, duration
 from experiments import results
 from experiments.cells import BUDGETS, DEFAULT, SCALES, Cell, Row, cell
 from experiments.pace import paces

@@ -1,6 +1,6 @@
 """Table 12: perception of the chatbot, by MME's subtasks."""
 
-from eim_jax.data.mme import PERCEPTION
+from eim_jax.data.datasets.mme import PERCEPTION
 from experiments.layout import Table
 from experiments.rows import CHAT, CHAT_13B, CHAT_EIM
 

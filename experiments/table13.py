@@ -1,6 +1,6 @@
 """Table 13: cognition of the chatbot, by MME's subtasks."""
 
-from eim_jax.data.mme import COGNITION
+from eim_jax.data.datasets.mme import COGNITION
 from experiments.layout import Table
 from experiments.rows import CHAT, CHAT_13B, CHAT_EIM
 

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from transformers import AutoTokenizer, CLIPTokenizer, GPT2Tokenizer, LlamaTokenizer
 
-from eim_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
-from eim_jax.models.gpt2 import GPT2, GPT2Config
-from eim_jax.models.llama import Llama, LlamaConfig
-from eim_jax.weights import CLIP, LM, export_clip, export_lm
+from eim_jax.models.language.gpt2 import GPT2, GPT2Config
+from eim_jax.models.language.llama import Llama, LlamaConfig
+from eim_jax.models.vision.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from eim_jax.pretrained import CLIP, LM, export_clip, export_lm
 
 VISION = {
     "full": CLIPVisionConfig(),

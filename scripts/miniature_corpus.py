@@ -9,12 +9,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from eim_jax.data import instruct, scienceqa
-from eim_jax.data.miniature_chat import exchange
-from eim_jax.data.miniature_draw import BACKGROUNDS, COLOURS, SHAPES, Dice, Scene, random_scene
-from eim_jax.data.miniature_language import NOUNS, NUMBERS, caption, groups, noun_phrase, plural, relation
-from eim_jax.data.miniature_qa import problem
-from eim_jax.data.miniature_questions import ask
+from eim_jax.data.datasets import instruct, scienceqa
+from eim_jax.data.miniature.chat import exchange
+from eim_jax.data.miniature.drawing import BACKGROUNDS, COLOURS, SHAPES, Dice, Scene, random_scene
+from eim_jax.data.miniature.language import NOUNS, NUMBERS, caption, groups, noun_phrase, plural, relation
+from eim_jax.data.miniature.qa import problem
+from eim_jax.data.miniature.questions import ask
 
 PEOPLE = ("man", "woman", "boy", "girl", "child", "person")
 ANIMALS = ("dog", "cat", "horse", "bird", "cow", "sheep")

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from eim_jax.data.miniature import MiniatureSplit, attribute_f1
-from eim_jax.data.miniature_draw import COLOURS, SHAPES
+from eim_jax.data.miniature.captioning import MiniatureSplit, attribute_f1
+from eim_jax.data.miniature.drawing import COLOURS, SHAPES
 
 CELLS = ((0, 0), (0, 1), (1, 0), (1, 1))
 

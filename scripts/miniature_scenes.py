@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from eim_jax.data.miniature import dice
-from eim_jax.data.miniature_draw import BACKGROUNDS, COLOURS, ROOMY, SHAPES, Dice, Scene, Thing, draw, random_scene
-from eim_jax.data.miniature_language import caption
+from eim_jax.data.miniature.captioning import dice
+from eim_jax.data.miniature.drawing import BACKGROUNDS, COLOURS, ROOMY, SHAPES, Dice, Scene, Thing, draw, random_scene
+from eim_jax.data.miniature.language import caption
 
 GROUP = 4
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from eim_jax.plan_targets import SMALLEST
+from eim_jax.planning.targets import SMALLEST
 
 HEAD = (
     *("config", "topology", "stage", "parameters", "optimizer", "queue", "temporaries", "peak GiB", "TFLOP"),

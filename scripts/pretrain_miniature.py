@@ -1,6 +1,6 @@
 """Pretrains the towers that ship with the package: a small CLIP by contrast, a GPT-2 and a LLaMA by language modelling.
 
-    python scripts/pretrain_miniature.py                 # all of it; writes eim_jax/data/miniature_towers/
+    python scripts/pretrain_miniature.py                 # all of it; writes eim_jax/data/miniature/towers/
     python scripts/pretrain_miniature.py --only gpt2 --out /tmp/towers
 
 What was measured is printed and kept beside the weights in pretrain.json. A tower that misses its gate is not written.
@@ -26,15 +26,16 @@ import optax
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from eim_jax.data import miniature, miniature_qa, scienceqa
-from eim_jax.data.image import normalise
-from eim_jax.data.text import encode_clip
-from eim_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
-from eim_jax.models.gpt2 import GPT2, GPT2Config
-from eim_jax.models.llama import Llama, LlamaConfig
-from eim_jax.weights import CLIP, LM, export_clip, export_lm, load_clip, load_lm
+from eim_jax.data.datasets import scienceqa
+from eim_jax.data.miniature import captioning, qa
+from eim_jax.data.tokenize import encode_clip
+from eim_jax.models.language.gpt2 import GPT2, GPT2Config
+from eim_jax.models.language.llama import Llama, LlamaConfig
+from eim_jax.models.vision.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from eim_jax.pretrained import CLIP, LM, export_clip, export_lm, load_clip, load_lm
+from eim_jax.utils.images import normalise
 
-OUT = pathlib.Path(miniature.__file__).parent / "miniature_towers"
+OUT = pathlib.Path(captioning.__file__).parent / "towers"
 SEED = 0
 DOCUMENTS = 60_000
 CONTEXT = 32  # CLIP's text tokens
@@ -136,8 +137,8 @@ def pretrain_gpt2(out: pathlib.Path, documents: list[str], steps: int) -> dict:
     export_lm(out, LM(config, half(params)))
 
     lm, tok = load_lm(out), AutoTokenizer.from_pretrained(out)
-    held_out = [miniature_corpus.text(miniature.dice("pretrain", SEED, 10**8 + i, 4)) for i in range(500)]
-    captions = [texts[0] for texts in miniature.load("val").references.values()]
+    held_out = [miniature_corpus.text(captioning.dice("pretrain", SEED, 10**8 + i, 4)) for i in range(500)]
+    captions = [texts[0] for texts in captioning.load("val").references.values()]
     measured = {
         "caption_perplexity": perplexity(lm, tok, captions),
         "held_out_perplexity": perplexity(lm, tok, held_out),
@@ -166,7 +167,7 @@ def perplexity(lm: LM, tok, texts: list[str]) -> float:
 
 def pretrain_llama(out: pathlib.Path, documents: list[str], drills: int, steps: int) -> dict:
     """Trains the LLaMA on drills, then on lessons, each row filled up with documents; returns what was measured."""
-    draw = miniature.dice
+    draw = captioning.dice
     phases = [
         ([miniature_corpus.drill(draw("pretrain", SEED, i, 5)) for i in range(drills * 32)], 48, 32),
         ([miniature_corpus.lesson(draw("pretrain", SEED, i, 6)) for i in range((steps - drills) * 20)], 80, 20),
@@ -204,9 +205,9 @@ def measure_llama(path: str | pathlib.Path) -> dict:
     """
     lm, tok = load_lm(path), AutoTokenizer.from_pretrained(path)
     forward = jax.jit(Llama(lm.config).apply)
-    held_out = [miniature_corpus.text(miniature.dice("pretrain", SEED, 10**8 + i, 4)) for i in range(500)]
-    captions = [texts[0] for texts in miniature.load("val").references.values()]
-    problems = [p for p in miniature_qa.load("val", problems=1200).problems.values() if p.image is None]
+    held_out = [miniature_corpus.text(captioning.dice("pretrain", SEED, 10**8 + i, 4)) for i in range(500)]
+    captions = [texts[0] for texts in captioning.load("val").references.values()]
+    problems = [p for p in qa.load("val", problems=1200).problems.values() if p.image is None]
     right: dict[str, list[bool]] = {}
     letters = [tok(f" {letter}", add_special_tokens=False)["input_ids"][0] for letter in "ABCDE"]
     for problem in problems:
@@ -289,7 +290,7 @@ def pretrain_clip(out: pathlib.Path, documents: list[str], steps: int, scenes: i
 def measure_clip(path: str | pathlib.Path) -> dict:
     """Probes a CLIP on the downstream task's scenes (fitted on train, scored on val; test stays unseen)."""
     clip, tok = load_clip(path), AutoTokenizer.from_pretrained(path)
-    train, val = miniature.load("train"), miniature.load("val")
+    train, val = captioning.load("train"), captioning.load("val")
 
     @jax.jit
     def look(pixels):
@@ -346,7 +347,7 @@ def main() -> None:
 
     record_file = args.out / "pretrain.json"
     record = json.loads(record_file.read_text()) if record_file.is_file() else {}
-    documents = [miniature_corpus.text(miniature.dice("pretrain", SEED, i, 4)) for i in range(DOCUMENTS)]
+    documents = [miniature_corpus.text(captioning.dice("pretrain", SEED, i, 4)) for i in range(DOCUMENTS)]
     for tower in ("clip", "gpt2", "llama") if args.only is None else (args.only,):
         with tempfile.TemporaryDirectory() as folder:
             start, place = time.perf_counter(), pathlib.Path(folder)

@@ -2,8 +2,8 @@
 
 import json
 
-from eim_jax import inputs as loading
 from eim_jax.config import from_config_dict
+from eim_jax.training import setup as loading
 from experiments import results
 from experiments.cells import FAMILIES
 

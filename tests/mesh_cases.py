@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from tiny import config_of
 
-from eim_jax import hub, plan
-from eim_jax import inputs as loading
-from eim_jax.plan_inputs import abstract_inputs
-from eim_jax.sharding import make_mesh
+from eim_jax.parallel.sharding import make_mesh
+from eim_jax.planning import plan
+from eim_jax.planning.shapes import abstract_inputs
+from eim_jax.pretrained import hub
+from eim_jax.training import setup as loading
 
 # Quick to compile; how a program is partitioned does not depend on it.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from configs import miniature_lavin, miniature_llama_adapter
-from eim_jax import evaluate_answers, generate, inputs, partition
 from eim_jax.config import from_config_dict
-from eim_jax.data import text
-from eim_jax.data.image import clip_preprocess
-from eim_jax.data.sources import load_split
-from eim_jax.decode import DecodeConfig, continue_text
+from eim_jax.data import tokenize
+from eim_jax.data.datasets import load_split
+from eim_jax.evaluation.tasks import answers
+from eim_jax.generation import inference
+from eim_jax.generation.sampler import DecodeConfig, continue_text
+from eim_jax.training import partition, setup
+from eim_jax.utils.images import clip_preprocess
 
 CONFIGS = {"lavin": miniature_lavin, "prompts": miniature_llama_adapter}
 
@@ -24,8 +26,8 @@ def world(request, tmp_path_factory):
     values = CONFIGS[request.param].get_config()
     values.data.scenes, values.decode.batch, values.decode.max_tokens = 40, 8, 6
     config = from_config_dict(values)
-    loaded = inputs.load(config, tmp_path_factory.mktemp("answers"))
-    vlm, params = inputs.start(loaded, config.arm["eim"])
+    loaded = setup.load(config, tmp_path_factory.mktemp("answers"))
+    vlm, params = setup.start(loaded, config.arm["eim"])
     rng = np.random.default_rng(0)
     params = {
         path: leaf + 0.05 * rng.standard_normal(leaf.shape, np.float32) if "/adapter/" in path else leaf
@@ -44,7 +46,7 @@ def alone(loaded, vlm, params, split, sample, response=""):
     pixels = np.zeros((size, size, 3), np.uint8)
     if sample.image is not None:
         pixels = clip_preprocess(split.images[sample.image], size, loaded.config.data.fit)
-    visual = vlm.connect(tree, vlm.see(tree, jnp.asarray(pixels)[None]))
+    visual = vlm.connect(tree, vlm.encode_image(tree, jnp.asarray(pixels)[None]))
     ids = [
         id_
         for words in (sample.instruction, response)
@@ -56,14 +58,14 @@ def alone(loaded, vlm, params, split, sample, response=""):
 def looked(world):
     """The visual tokens of the questions' images."""
     loaded, vlm, params, split = world
-    return generate.look(loaded, vlm, params, split, [sample.image for sample in split.samples])
+    return inference.encode_images(loaded, vlm, params, split, [sample.image for sample in split.samples])
 
 
 def test_each_answer_is_the_one_its_question_gets_alone(world):
     loaded, vlm, params, split = world
     images = [sample.image for sample in split.samples]
     prompts = [sample.instruction for sample in split.samples]
-    found = generate.respond(loaded, vlm, params, looked(world), images, prompts, "greedy", "answers")
+    found = inference.generate_text(loaded, vlm, params, looked(world), images, prompts, "greedy", "answers")
     assert len(found) == 11
     for sample, said in [(split.samples[row], found[row]) for row in (0, 1, 10)]:
         tree, visual, has_image, tokens = alone(loaded, vlm, params, split, sample)
@@ -77,7 +79,7 @@ def test_each_answer_is_the_one_its_question_gets_alone(world):
 
 def test_the_most_likely_option_is_the_largest_of_sums_of_log_probabilities(world):
     loaded, vlm, params, split = world
-    chosen = evaluate_answers._most_likely(loaded, vlm, params, split, looked(world))
+    chosen = answers._most_likely(loaded, vlm, params, split, looked(world))
     assert list(chosen) == [sample.id for sample in split.samples]
     for sample in split.samples[:2]:
         values = []
@@ -85,7 +87,7 @@ def test_the_most_likely_option_is_the_largest_of_sums_of_log_probabilities(worl
             sentence = f"The answer is {'ABCDE'[k]}."
             tree, visual, has_image, tokens = alone(loaded, vlm, params, split, sample, sentence)
             ones = jnp.ones(tokens.shape, bool)
-            logits = np.asarray(vlm.answer(tree, visual, tokens, ones, has_image=has_image)[0], np.float64)
+            logits = np.asarray(vlm.token_logits(tree, visual, tokens, ones, has_image=has_image)[0], np.float64)
             length = len(loaded.lm_tokenizer(sentence, add_special_tokens=False)["input_ids"])
             scores = np.asarray(jax.nn.log_softmax(logits))[np.arange(tokens.shape[1]), np.asarray(tokens[0])]
             values.append(scores[-length:].sum())
@@ -94,14 +96,14 @@ def test_the_most_likely_option_is_the_largest_of_sums_of_log_probabilities(worl
 
 def test_likelihoods_count_every_supervised_token_once_however_the_last_batch_is_filled(world):
     loaded, vlm, params, split = world
-    encoded = text.encode_split(split, loaded.lm_tokenizer, 96, eos=True)
+    encoded = tokenize.encode_split(split, loaded.lm_tokenizer, 96, eos=True)
     images = [sample.image for sample in split.samples]
-    loss, count = generate.likelihoods(loaded, vlm, params, looked(world), images, encoded, "likelihood")
+    loss, count = inference.likelihoods(loaded, vlm, params, looked(world), images, encoded, "likelihood")
     np.testing.assert_array_equal(count, encoded.supervised.sum(1))
     sample = split.samples[9]
     tree, visual, has_image, tokens = alone(loaded, vlm, params, split, sample, sample.response)
     tokens = jnp.concatenate([tokens, jnp.array([[loaded.lm_tokenizer.eos_token_id]], jnp.int32)], axis=1)
-    logits = vlm.answer(tree, visual, tokens, jnp.ones(tokens.shape, bool), has_image=has_image)[0]
+    logits = vlm.token_logits(tree, visual, tokens, jnp.ones(tokens.shape, bool), has_image=has_image)[0]
     scores = np.asarray(jax.nn.log_softmax(logits))[np.arange(tokens.shape[1]), np.asarray(tokens[0])]
     np.testing.assert_allclose(loss[9], scores[-int(count[9]) :].sum(), rtol=1e-4)
 
@@ -114,8 +116,8 @@ def test_the_shuffled_likelihood_shows_every_pictured_question_another_picture(w
         shown[label] = images, encoded
         return np.full(len(images), -1.0 - len(shown)), np.ones(len(images))
 
-    monkeypatch.setattr(evaluate_answers, "likelihoods", spy)
-    found, sums, ids = evaluate_answers._nll(loaded, vlm, params, split, seen)
+    monkeypatch.setattr(answers, "likelihoods", spy)
+    found, sums, ids = answers._nll(loaded, vlm, params, split, seen)
     (own, words), (other, theirs) = shown.values()
     assert own == [sample.image for sample in split.samples]
     assert len(other) == len(asked) and all(other[at] != own[row] for at, row in enumerate(asked))

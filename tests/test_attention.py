@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from eim_jax.config import ConfigError
-from eim_jax.inputs import resolve_attention
-from eim_jax.models.cache import init_cache
-from eim_jax.models.clip import CLIPVision, CLIPVisionConfig
-from eim_jax.models.gpt2 import GPT2, GPT2Config
-from eim_jax.models.llama import Llama, LlamaConfig
-from eim_jax.models.peft import Router, ZeroInit
+from eim_jax.models.adapters.inserted import Router, ZeroInit
+from eim_jax.models.kv_cache import init_cache
+from eim_jax.models.language.gpt2 import GPT2, GPT2Config
+from eim_jax.models.language.llama import Llama, LlamaConfig
+from eim_jax.models.vision.clip import CLIPVision, CLIPVisionConfig
+from eim_jax.training.setup import resolve_attention
 
 B, T, SMALL = 3, 9, {"vocab": 50, "context": 16, "width": 32, "layers": 2, "heads": 4, "mlp": 64}
 MODELS = {

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from eim_jax.evals import caption, ptb
+from eim_jax.evaluation.metrics import caption_scores, ptb
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="Java, the reference tokeniser, is not installed")
 
@@ -37,7 +37,7 @@ def official_tokens(captions):
 @pytest.fixture
 def coco(shared_data):
     path = shared_data("coco_text") / "captions_val2017.json"
-    references = caption.load_references([path])
+    references = caption_scores.load_references([path])
     said = {key: captions[0] for key, captions in references.items()}
     return said, {key: captions[1:] for key, captions in references.items()}
 
@@ -58,7 +58,7 @@ def test_python_tokens_equal_the_reference_on_all_real_captions(shared_data):
 @needs_java
 def test_our_call_of_the_jar_equals_the_packages_wrapper():
     captions = [c for c in HARD if c]
-    assert caption.tokenise_java(captions, shutil.which("java")) == official_tokens(captions)
+    assert caption_scores.tokenise_java(captions, shutil.which("java")) == official_tokens(captions)
 
 
 @needs_java
@@ -74,9 +74,9 @@ def test_scores_without_java_equal_the_reference_scorers_on_reference_tokens(coc
     for key in keys:
         found[key] = [next(tokens)]
         truth[key] = [next(tokens) for _ in references[key]]
-    expected = dict(zip(caption.METRICS[:4], Bleu(4).compute_score(truth, found, verbose=0)[0], strict=True))
+    expected = dict(zip(caption_scores.METRICS[:4], Bleu(4).compute_score(truth, found, verbose=0)[0], strict=True))
     expected |= {"ROUGE_L": Rouge().compute_score(truth, found)[0], "CIDEr": Cider().compute_score(truth, found)[0]}
-    scores = caption.score({k: said[k] for k in keys}, references, java=False)
+    scores = caption_scores.score({k: said[k] for k in keys}, references, java=False)
     for name, value in expected.items():
         assert abs(scores[name] - value) < 1e-9, name
     assert scores["METEOR"] is None and scores["SPICE"] is None
@@ -94,12 +94,12 @@ def test_meteor_equals_the_packages_wrapper(coco):
     found = {k: ptb.ptb_captions([said[k]]) for k in keys}
     found[keys[-1]] = [""]
     expected = Meteor().compute_score(truth, found)[0]
-    assert caption.meteor(truth, found, shutil.which("java")) == expected
+    assert caption_scores.meteor(truth, found, shutil.which("java")) == expected
 
 
 def test_perfect_captions_score_one():
     said = {1: "a red cube left of a blue ball", 2: "two green cones stand in the corner"}
-    scores = caption.score(said, {k: [v] for k, v in said.items()}, java=False)
+    scores = caption_scores.score(said, {k: [v] for k, v in said.items()}, java=False)
     for name in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L"):
         assert scores[name] == pytest.approx(1, abs=1e-8)
     assert scores["CIDEr"] == pytest.approx(10, abs=1e-8)
@@ -108,7 +108,7 @@ def test_perfect_captions_score_one():
 def test_scores_equal_hand_computed_values():
     # "a cat sat" for "a cat sat down" : p_1 = p_2 = 1, brevity exp(1 - 4/3); LCS 3: P = 1, R = 3/4.
     # "dogs" for "birds sing": nothing in common. Corpus p_1 = 3/4, p_2 = 2/2, lengths 4 and 6.
-    scores = caption.score({7: "A cat sat.", 8: "dogs"}, {7: ["a cat sat down"], 8: ["Birds sing!"]}, java=False)
+    scores = caption_scores.score({7: "A cat sat.", 8: "dogs"}, {7: ["a cat sat down"], 8: ["Birds sing!"]}, java=False)
     brevity = math.exp(1 - 6 / 4)
     assert scores["Bleu_1"] == pytest.approx(brevity * 3 / 4, abs=1e-8)
     assert scores["Bleu_2"] == pytest.approx(brevity * math.sqrt(3 / 4), abs=1e-8)
@@ -124,24 +124,24 @@ def test_white_space_inside_a_caption_never_shifts_the_others():
     tokens = ptb.ptb_captions([odd, "a cat"])
     assert tokens == ["a dog runs fast on grass now", "a cat"]
     if shutil.which("java"):
-        assert caption.tokenise_java([odd, "a cat"], shutil.which("java")) == tokens
+        assert caption_scores.tokenise_java([odd, "a cat"], shutil.which("java")) == tokens
 
 
 def test_one_image_notes_that_its_cider_is_zero():
-    scores = caption.score({1: "a dog"}, {1: ["a dog"]}, java=False)
+    scores = caption_scores.score({1: "a dog"}, {1: ["a dog"]}, java=False)
     assert scores["CIDEr"] == 0 and "single image" in scores["notes"]["CIDEr"]
 
 
 def test_images_without_results_are_left_out_and_counted():
     references = {1: ["a red dog"], 2: ["a blue cat"], 3: ["one more"]}
-    scores = caption.score({2: "a blue cat", 1: "a red dog"}, references, java=False)
-    two = caption.score({1: "a red dog", 2: "a blue cat"}, {1: ["a red dog"], 2: ["a blue cat"]}, java=False)
-    assert all(scores[name] == two[name] for name in caption.METRICS)
+    scores = caption_scores.score({2: "a blue cat", 1: "a red dog"}, references, java=False)
+    two = caption_scores.score({1: "a red dog", 2: "a blue cat"}, {1: ["a red dog"], 2: ["a blue cat"]}, java=False)
+    assert all(scores[name] == two[name] for name in caption_scores.METRICS)
     assert scores["notes"]["images"].startswith("2 results, of 3 images")
 
 
 def test_empty_captions_are_scored_and_counted():
-    scores = caption.score({1: "", 2: "..."}, {1: ["a dog"], 2: ["a cat"]}, java=False)
+    scores = caption_scores.score({1: "", 2: "..."}, {1: ["a dog"], 2: ["a cat"]}, java=False)
     assert scores["Bleu_1"] == pytest.approx(0, abs=1e-9) and scores["ROUGE_L"] == 0 and scores["CIDEr"] == 0
     assert scores["notes"]["empty"].startswith("2 results without a word")
 
@@ -157,14 +157,14 @@ def test_empty_captions_are_scored_and_counted():
 )
 def test_bad_input_is_named(results, references, message):
     with pytest.raises(ValueError, match=message):
-        caption.score(results, references, java=False)
+        caption_scores.score(results, references, java=False)
 
 
 def test_two_captions_for_one_image_are_an_error(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps([{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]))
     with pytest.raises(ValueError, match="more than one caption"):
-        caption.load_results(path)
+        caption_scores.load_results(path)
 
 
 def test_broken_java_leaves_meteor_null_with_its_reason(tmp_path, monkeypatch):
@@ -173,7 +173,7 @@ def test_broken_java_leaves_meteor_null_with_its_reason(tmp_path, monkeypatch):
     java.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("JAVA_HOME", raising=False)
-    scores = caption.score({1: "a dog"}, {1: ["a dog"]})
+    scores = caption_scores.score({1: "a dog"}, {1: ["a dog"]})
     assert scores["Bleu_1"] == pytest.approx(1, abs=1e-8) and scores["METEOR"] is None
     assert "does not work" in scores["notes"]["METEOR"]
 
@@ -184,8 +184,15 @@ def test_command_line_prints_exactly_one_json_object(tmp_path):
     content = {"images": [{"id": 5}, {"id": 6}], "annotations": []}
     content["annotations"] = [{"image_id": i, "id": i, "caption": c} for i, c in ((5, "a dog"), (6, "the cat"))]
     annotations.write_text(json.dumps(content))
-    command = [sys.executable, "-m", "eim_jax.evals.caption", "--no-java", "--results", str(results)]
+    command = [
+        sys.executable,
+        "-m",
+        "eim_jax.evaluation.metrics.caption_scores",
+        "--no-java",
+        "--results",
+        str(results),
+    ]
     command += ["--annotations", str(annotations)]
     root = pathlib.Path(__file__).resolve().parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120, check=True)
-    assert list(json.loads(done.stdout)) == [*caption.METRICS, "notes"]
+    assert list(json.loads(done.stdout)) == [*caption_scores.METRICS, "notes"]

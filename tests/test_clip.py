@@ -9,9 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eim_jax.models.clip import FEATURES, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig, fold_prompts, select
 from eim_jax.models.layers import Block, BlockConfig
-from eim_jax.weights import load_clip
+from eim_jax.models.vision.clip import (
+    FEATURES,
+    CLIPText,
+    CLIPTextConfig,
+    CLIPVision,
+    CLIPVisionConfig,
+    fold_prompts,
+    select,
+)
+from eim_jax.pretrained import load_clip
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 TINY = CLIPVisionConfig(

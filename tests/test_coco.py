@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eim_jax.data import checks
-from eim_jax.data.checks import BadDataError, file_problem
-from eim_jax.data.coco import load_coco
+from eim_jax.data import validation
+from eim_jax.data.datasets.coco import load_coco
+from eim_jax.data.validation import BadDataError, file_problem
 
 
 def photo(path, seed=0, size=(40, 30)):
@@ -335,7 +335,7 @@ def test_a_second_start_decodes_only_what_changed(small, tmp_path, monkeypatch):
         opened.append(path.name)
         return file_problem(path)
 
-    monkeypatch.setattr(checks, "file_problem", counting)
+    monkeypatch.setattr(validation, "file_problem", counting)
     load_coco(file, folder, cache=cache)
     assert sorted(opened) == ["3.jpg", "5.jpg", "9.jpg"]
     opened.clear()

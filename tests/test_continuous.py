@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from test_decode import EOS, VOCAB, tiny, visual
 
-from eim_jax import continuous
-from eim_jax.decode import DecodeConfig, continue_text
+from eim_jax.generation import continuous
+from eim_jax.generation.sampler import DecodeConfig, continue_text
 from eim_jax.models.vlm import LMInput
-from eim_jax.sharding import make_mesh
+from eim_jax.parallel.sharding import make_mesh
 
 ROWS, LONGEST = 23, 9
 

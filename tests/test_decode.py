@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eim_jax import beam, decode, decode_steps
-from eim_jax.decode import DecodeConfig, generate
-from eim_jax.models.gpt2 import GPT2, GPT2Config
-from eim_jax.sharding import batch_sharding, make_mesh
+from eim_jax.generation import beam, decode_steps, sampler
+from eim_jax.generation.sampler import DecodeConfig, generate
+from eim_jax.models.language.gpt2 import GPT2, GPT2Config
+from eim_jax.parallel.sharding import batch_sharding, make_mesh
 
 VOCAB, WIDTH, EOS, PERIOD, LONGEST = 23, 16, 3, 5, 10
 
@@ -171,7 +171,7 @@ def test_texts_that_end_do_not_depend_on_max_tokens():
 @pytest.mark.parametrize("method", ["greedy", "beam"])
 def test_decoding_stops_when_all_rows_have_ended(method, monkeypatch):
     steps = []
-    module = beam if method == "beam" else decode
+    module = beam if method == "beam" else sampler
     loop = module.loop
 
     def watched(step, state, max_tokens):

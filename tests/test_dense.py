@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from eim_jax.models.dense import Dense, DenseGeneral, linear
+from eim_jax.models.linear import Dense, DenseGeneral, linear
 
 KERNELS = {"dense": (Dense, nn.Dense, 5), "qkv": (DenseGeneral, nn.DenseGeneral, (3, 4))}
 

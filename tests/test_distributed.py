@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from eim_jax import distributed
 from eim_jax.config import ConfigError
-from eim_jax.sharding import make_mesh
+from eim_jax.parallel import processes
+from eim_jax.parallel.sharding import make_mesh
 
 
 @pytest.mark.parametrize(
@@ -29,20 +29,20 @@ from eim_jax.sharding import make_mesh
     ],
 )
 def test_a_launcher_of_several_processes_is_recognised(environment, launcher):
-    assert distributed.detected({"JAX_PLATFORMS": "cpu", **environment}) == launcher
+    assert processes.detected({"JAX_PLATFORMS": "cpu", **environment}) == launcher
 
 
 @pytest.mark.parametrize("given", [("host:1", None, None), ("", 2, 0), ("host:1", 2, None), ("", None, 1)])
 def test_incomplete_flags_are_refused(given, monkeypatch):
-    monkeypatch.setattr(distributed, "detected", lambda: "")
+    monkeypatch.setattr(processes, "detected", lambda: "")
     with pytest.raises(ConfigError, match="give all three"):
-        distributed.initialize(*given)
+        processes.initialize(*given)
 
 
 def test_a_process_alone_joins_nothing(monkeypatch):
-    monkeypatch.setattr(distributed, "detected", lambda: "")
-    distributed.initialize()
-    distributed.initialize("host:1", 1, 0)
+    monkeypatch.setattr(processes, "detected", lambda: "")
+    processes.initialize()
+    processes.initialize("host:1", 1, 0)
     assert not jax.distributed.is_initialized()
 
 
@@ -84,7 +84,7 @@ class Places:
         class Device(SimpleNamespace):
             __hash__ = object.__hash__
 
-        monkeypatch.setattr(distributed, "NamedSharding", Sharding)
+        monkeypatch.setattr(processes, "NamedSharding", Sharding)
         monkeypatch.setattr(sys.modules[__name__], "SimpleNamespace", Device)
         monkeypatch.setattr(jax, "process_index", lambda: me)
 
@@ -105,24 +105,24 @@ def test_each_process_reads_the_rows_that_its_devices_hold(monkeypatch, shape, h
     for me, part in enumerate(parts):
         with monkeypatch.context() as patch:
             mesh = Places(patch, shape, hosts, me).mesh
-            assert distributed.data_part(mesh) == part
+            assert processes.data_part(mesh) == part
     for me in range(2):
         with monkeypatch.context() as patch:
             mesh = Places(patch, shape, hosts, me).mesh
-            np.testing.assert_array_equal(np.flatnonzero(distributed.own_rows(mesh, 8)), list(rows[me]))
+            np.testing.assert_array_equal(np.flatnonzero(processes.own_rows(mesh, 8)), list(rows[me]))
 
 
 def test_unequal_parts_are_refused(monkeypatch):
     mesh = Places(monkeypatch, (1, 4, 1), [0, 0, 0, 1], 0).mesh
     with pytest.raises(ConfigError, match="unequal parts"):
-        distributed.data_part(mesh)
+        processes.data_part(mesh)
 
 
 @pytest.mark.parametrize("count", [8, 5])
 def test_rows_are_placed_and_fetched_whole(count):
     mesh = make_mesh((2, 2, 2))
     array = np.arange(count * 3, dtype=np.float32).reshape(count, 3)
-    (placed,) = distributed.place_rows(mesh, [array])
+    (placed,) = processes.place_rows(mesh, [array])
     assert placed.addressable_shards[0].data.shape == ((2, 3) if count == 8 else (5, 3))
-    np.testing.assert_array_equal(distributed.fetch(placed), array)
-    assert distributed.own_rows(mesh, count).all()
+    np.testing.assert_array_equal(processes.fetch(placed), array)
+    assert processes.own_rows(mesh, count).all()

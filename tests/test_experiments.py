@@ -13,8 +13,8 @@ import pytest
 from experiment_cases import few_scenes, with_overrides, write
 
 from eim_jax.config import ConfigError, from_config_dict
-from eim_jax.data.sources import load_split
-from eim_jax.train import plan_arm
+from eim_jax.data.datasets import load_split
+from eim_jax.training.arms import plan_arm
 from experiments import report, results, rows, run
 from experiments.cells import FAMILIES, SCALES, Row, cell, hash_of
 from experiments.tables import TABLES, rows_of

@@ -12,10 +12,10 @@ import pytest
 import tiny
 from experiment_cases import few_scenes, result, write
 
-from eim_jax import inputs as loading
-from eim_jax import partition
-from eim_jax.data.sources import load_split
-from eim_jax.models.gpt2 import GPT2
+from eim_jax.data.datasets import load_split
+from eim_jax.models.language.gpt2 import GPT2
+from eim_jax.training import partition
+from eim_jax.training import setup as loading
 from experiments import diagnose, integration, intervals, report, results, rows
 from experiments.cells import SCALES, cell
 from experiments.tables import TABLES, rows_of
@@ -52,12 +52,12 @@ def test_the_integration_rate_reads_every_block(scan):
         params = {**params, "lm": {**rest, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)}}
     batch = tiny.batch(text_only=(3,))
     found = integration.layers(vlm, params, batch)
-    seen = vlm.connect(params, vlm.see(params, batch.image))
+    seen = vlm.connect(params, vlm.encode_image(params, batch.image))
     read = vlm.lm_input(params, batch.tokens, batch.valid, visual=seen, has_image=batch.has_image)
     blocks = ({"blocks_0": first}, {"blocks_0": first, "blocks_1": second})
     for (visual, text), kept in zip(found, blocks, strict=True):
         lm = GPT2(dataclasses.replace(vlm.lm.config, scan=False, layers=len(kept)))
-        expected = dataclasses.replace(vlm, lm=lm).blocks({**params, "lm": {**rest, **kept}}, read)
+        expected = dataclasses.replace(vlm, lm=lm).run_lm({**params, "lm": {**rest, **kept}}, read)
         both = np.concatenate([visual, text], axis=1).astype(np.float64)
         both = (both - both.mean(-1, keepdims=True)) / np.sqrt(both.var(-1, keepdims=True) + 1e-5)  # ln_f as it begins
         np.testing.assert_allclose(both, expected, atol=2e-5)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eim_jax.data import features
-from eim_jax.data.features import cached_features
-from eim_jax.data.image import clip_preprocess
-from eim_jax.data.records import DrawnImages, FileImages, Split
+from eim_jax.data import feature_cache
+from eim_jax.data.feature_cache import cached_features
+from eim_jax.data.samples import DrawnImages, FileImages, Split
+from eim_jax.utils.images import clip_preprocess
 
 COUNT, SIZE = 11, 6
 
@@ -157,7 +157,7 @@ def test_a_damaged_manifest_is_rebuilt(tmp_path):
 
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda place: usage(2**40, 0, 300 * 2**20))
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda place: usage(2**40, 0, 300 * 2**20))
     wide = jax.jit(lambda images: jnp.zeros((len(images), 50, 768 * 64)))
     with pytest.raises(OSError, match=r"11 x 50 x 49,152 in float32, 103\.1 MiB.*only 300\.0 MiB are free"):
         cached(tmp_path, tower=wide)

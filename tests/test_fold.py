@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tiny import loud
 
-from eim_jax.models.fold import fold_router
-from eim_jax.models.llama import Llama, LlamaConfig
-from eim_jax.models.peft import Router
+from eim_jax.models.adapters.folding import fold_router
+from eim_jax.models.adapters.inserted import Router
+from eim_jax.models.language.llama import Llama, LlamaConfig
 
 ONE = jnp.zeros((1, 2), jnp.int32)  # tokens, for shapes
 TINY = LlamaConfig(

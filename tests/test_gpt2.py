@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eim_jax.models.gpt2 import GPT2, GPT2Config, init_cache
-from eim_jax.weights import LM, load_lm
+from eim_jax.models.language.gpt2 import GPT2, GPT2Config, init_cache
+from eim_jax.pretrained import LM, load_lm
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 TINY = GPT2Config(vocab=61, context=24, width=16, layers=2, heads=2)

@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from eim_jax.data.image import (
+from eim_jax.utils.images import (
     CLIP_MEAN,
     CLIP_STD,
     IMAGENET_MEAN,

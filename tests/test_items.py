@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from eim_jax.data import miniature, miniature_chat, miniature_qa
-from eim_jax.evals import caption, items, mme, scienceqa
+from eim_jax.data.miniature import captioning, chat, qa
+from eim_jax.evaluation.metrics import caption_scores, item_statistics, mme, scienceqa
 
 
 def _captions(number=12):
-    split = miniature.load("test", scenes=number)
+    split = captioning.load("test", scenes=number)
     ids = list(split.images.ids)
     said = {key: split.references[ids[(i + i % 3) % number]][0] for i, key in enumerate(ids)}
     said[ids[3]] = "red"  # shorter than any reference, without a 4-gram
@@ -15,51 +15,55 @@ def _captions(number=12):
 
 
 def _score(metric, rows):
-    return float(items.value(metric, np.asarray(rows).sum(axis=0)))
+    return float(item_statistics.value(metric, np.asarray(rows).sum(axis=0)))
 
 
 def test_caption_rows_add_up_to_the_scorers_bleu_cider_and_f1():
     split, said = _captions()
     references = {key: split.references[key] for key in said}
-    rows, whole = items.captions(said, references), caption.score(said, references, java=False)
+    rows, whole = item_statistics.captions(said, references), caption_scores.score(said, references, java=False)
     for metric in ("Bleu_4", "CIDEr"):
         np.testing.assert_allclose(_score(metric, rows[metric]), whole[metric], rtol=1e-4)
-    f1 = miniature.attribute_f1(said, split.scenes)["shape_colour_f1"]
-    np.testing.assert_allclose(_score("shape_colour_f1", items.objects(said, split.scenes)["shape_colour_f1"]), f1)
+    f1 = captioning.attribute_f1(said, split.scenes)["shape_colour_f1"]
+    np.testing.assert_allclose(
+        _score("shape_colour_f1", item_statistics.objects(said, split.scenes)["shape_colour_f1"]), f1
+    )
 
 
 def test_bleu_of_resampled_items_is_the_scorers_bleu_of_the_resampled_set():
     split, said = _captions()
     keys = list(said)
     draw = np.random.default_rng(0).integers(len(keys), size=len(keys))
-    rows = np.asarray(items.captions(said, split.references)["Bleu_4"])
+    rows = np.asarray(item_statistics.captions(said, split.references)["Bleu_4"])
     again = {f"{i}": said[keys[k]] for i, k in enumerate(draw)}
-    whole = caption.score(again, {f"{i}": split.references[keys[k]] for i, k in enumerate(draw)}, java=False)
+    whole = caption_scores.score(again, {f"{i}": split.references[keys[k]] for i, k in enumerate(draw)}, java=False)
     weights = np.bincount(draw, minlength=len(keys))
-    np.testing.assert_allclose(items.value("Bleu_4", weights @ rows), whole["Bleu_4"], rtol=1e-6)
+    np.testing.assert_allclose(item_statistics.value("Bleu_4", weights @ rows), whole["Bleu_4"], rtol=1e-6)
 
 
 def test_question_rows_add_up_to_the_official_accuracy():
-    split = miniature_qa.load("test", problems=20)
+    split = qa.load("test", problems=20)
     chosen = {key: (i % 2 if i % 5 else None) for i, key in enumerate(split.problems)}
-    rows = items.options(chosen, split.problems)
+    rows = item_statistics.options(chosen, split.problems)
     whole = scienceqa.as_fractions(scienceqa.score(chosen, split.problems))
     for metric in ("accuracy/Avg", "accuracy/IMG"):
         np.testing.assert_allclose(_score(metric, rows[metric]), whole[metric])
 
 
 def test_yes_no_rows_add_up_to_mme(tmp_path):
-    split = miniature_chat.load_yes_no()
+    split = chat.load_yes_no()
     said = {key: ("yes", "no", "no", "perhaps")[i % 4] for i, key in enumerate(split.questions)}
     mme.write_results(tmp_path, split, said)
-    whole, rows = mme.score(mme.read(tmp_path)), items.yes_no(split, said)
+    whole, rows = mme.score(mme.read(tmp_path)), item_statistics.yes_no(split, said)
     for task, found in whole["tasks"].items():
         np.testing.assert_allclose(_score(f"mme/{task}", rows[f"mme/{task}"]), found["score"])
     np.testing.assert_allclose(_score("mme/sum", rows["mme/sum"]), whole["partial"]["total"])
 
 
 def test_likelihood_rows_are_sums_over_an_items_samples():
-    rows = items.likelihoods("nll", np.array([1.0, 2.0, 4.0]), np.array([2.0, 1.0, 5.0]), np.array([1, 0, 1]), 3)
+    rows = item_statistics.likelihoods(
+        "nll", np.array([1.0, 2.0, 4.0]), np.array([2.0, 1.0, 5.0]), np.array([1, 0, 1]), 3
+    )
     assert rows == {"nll": [[2.0, 1], [5.0, 7], [0.0, 0]]}
     np.testing.assert_allclose(_score("nll", rows["nll"]), 7 / 8)
-    assert np.isnan(items.value("nll", np.zeros((2, 2)))).all()
+    assert np.isnan(item_statistics.value("nll", np.zeros((2, 2)))).all()

@@ -10,10 +10,10 @@ import pytest
 from llama_oracle import TINY as DEEP
 from llama_oracle import oracle, random_params, stacked, tokens_of
 
-from eim_jax.models.cache import init_cache
-from eim_jax.models.llama import Llama, LlamaConfig
-from eim_jax.models.llama_block import rotate, rotation
-from eim_jax.weights import lm_shapes
+from eim_jax.models.kv_cache import init_cache
+from eim_jax.models.language.llama import Llama, LlamaConfig
+from eim_jax.models.language.llama_block import rotate, rotation
+from eim_jax.pretrained import lm_shapes
 
 TINY = dataclasses.replace(DEEP, layers=2)
 SIZES = {

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from llama_oracle import PROMPTS, ROUTER, TINY, oracle, random_params, stacked, tokens_of
 
-from eim_jax.models.cache import init_cache
-from eim_jax.models.llama import Llama, LlamaConfig
-from eim_jax.models.peft import Router, ZeroInit
-from eim_jax.weights import lm_shapes
+from eim_jax.models.adapters.inserted import Router, ZeroInit
+from eim_jax.models.kv_cache import init_cache
+from eim_jax.models.language.llama import Llama, LlamaConfig
+from eim_jax.pretrained import lm_shapes
 
 LAVIN = dataclasses.replace(TINY, adapter=ROUTER)
 PROMPTED = dataclasses.replace(TINY, adapter=PROMPTS)

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from eim_jax.data.text import load_tokenizer
-from eim_jax.decode import DecodeConfig, generate
-from eim_jax.models.llama import Llama, LlamaConfig
-from eim_jax.weights import LM, export_lm, load_lm
+from eim_jax.data.tokenize import load_tokenizer
+from eim_jax.generation.sampler import DecodeConfig, generate
+from eim_jax.models.language.llama import Llama, LlamaConfig
+from eim_jax.pretrained import LM, export_lm, load_lm
 
 BOS = 1
 

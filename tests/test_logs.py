@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from eim_jax import console as terminal
-from eim_jax.logs import RunLog, StageInfo, Trained, console, print_stage, print_table, progress, read_metrics
+from eim_jax.training.log import RunLog, StageInfo, Trained, console, print_stage, print_table, progress, read_metrics
+from eim_jax.utils import console as terminal
 
 STAGES = (
     StageInfo("st", {"st": 1.0}, (Trained("st/.*", 4, 300),), 1000, steps=4, epochs=1.0, batch=2),

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eim_jax import losses
-from eim_jax.losses import NCE, queue_nce
-from eim_jax.queues import compress
-from eim_jax.sharding import batch_sharding, make_mesh, queue_sharding
+from eim_jax.losses import contrastive
+from eim_jax.losses.contrastive import NCE, queue_nce
+from eim_jax.losses.queues import compress
+from eim_jax.parallel.sharding import batch_sharding, make_mesh, queue_sharding
 
 MODES = ("self", "group", "mask")
 MESHES = {"1": (1, 1, 1), "data8": (8, 1, 1), "2x2x2": (2, 2, 2), "fsdp8": (1, 8, 1)}
@@ -285,8 +285,8 @@ def test_padding_is_invisible(positives, pad):
 @pytest.mark.parametrize("positives", MODES)
 def test_bfloat16_keys_give_the_loss_of_the_rounded_keys(positives, on_cpu, monkeypatch):
     """Both forms of the products: f32 chunks on CPU, and pairs of bf16 halves for matrix units."""
-    products = losses._products
-    monkeypatch.setattr(losses, "_products", lambda u, dtype, _: products(u, dtype, on_cpu))
+    products = contrastive._products
+    monkeypatch.setattr(contrastive, "_products", lambda u, dtype, _: products(u, dtype, on_cpu))
     data = problem(d=16)
     data["keys"] = np.asarray(jnp.asarray(data["keys"]).astype(jnp.bfloat16).astype(jnp.float32))
     got = run(**data, positives=positives, dtype=jnp.bfloat16, chunk=6)
@@ -299,8 +299,8 @@ def test_bfloat16_keys_give_the_loss_of_the_rounded_keys(positives, on_cpu, monk
 def test_int8_keys_give_the_loss_of_the_keys_that_the_codes_stand_for(positives, on_cpu, shape, monkeypatch):
     data = problem(b=8, n=24)
     codes, scale = compress(jnp.asarray(data.pop("keys")), "int8")
-    products = losses._products
-    monkeypatch.setattr(losses, "_products", lambda u, dtype, _: products(u, dtype, on_cpu))
+    products = contrastive._products
+    monkeypatch.setattr(contrastive, "_products", lambda u, dtype, _: products(u, dtype, on_cpu))
     mesh = make_mesh(shape) if shape else None
     got = run(keys=codes, **data, dtype=jnp.int8, scale=scale, positives=positives, chunk=4, mesh=mesh)
     wanted = oracle(keys=np.asarray(codes, float) * np.asarray(scale, float)[:, None], **data, positives=positives)

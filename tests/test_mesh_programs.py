@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import mesh_cases
 import pytest
 
-from eim_jax import inputs as loading
-from eim_jax.losses import queue_nce
-from eim_jax.plan_hlo import moved
-from eim_jax.plan_inputs import abstract_inputs
-from eim_jax.sharding import batch_sharding, make_mesh, queue_sharding, table
+from eim_jax.losses.contrastive import queue_nce
+from eim_jax.parallel.sharding import batch_sharding, make_mesh, queue_sharding, table
+from eim_jax.planning.collectives import moved
+from eim_jax.planning.shapes import abstract_inputs
+from eim_jax.training import setup as loading
 
 N = 1_000_000
 # Added to the residual stream, or reading it without a ROW behind: whole over "tensor" by intent.

@@ -13,18 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from eim_jax.data import miniature, miniature_language
-from eim_jax.data.image import normalise
-from eim_jax.data.miniature import HELD_OUT, MiniatureSplit, attribute_f1, load
-from eim_jax.data.miniature_draw import BACKGROUNDS, CELL, COLOURS, SHAPES, Dice, Scene, Thing, draw, random_scene
-from eim_jax.data.miniature_language import Group, captions, groups, parse, relation
-from eim_jax.data.text import encode_clip
-from eim_jax.models.clip import CLIPText, CLIPVision
-from eim_jax.models.gpt2 import GPT2
-from eim_jax.weights import load_clip, load_lm, resolve
+from eim_jax.data.miniature import captioning, language
+from eim_jax.data.miniature.captioning import HELD_OUT, MiniatureSplit, attribute_f1, load
+from eim_jax.data.miniature.drawing import BACKGROUNDS, CELL, COLOURS, SHAPES, Dice, Scene, Thing, draw, random_scene
+from eim_jax.data.miniature.language import Group, captions, groups, parse, relation
+from eim_jax.data.tokenize import encode_clip
+from eim_jax.models.language.gpt2 import GPT2
+from eim_jax.models.vision.clip import CLIPText, CLIPVision
+from eim_jax.pretrained import load_clip, load_lm, resolve
+from eim_jax.utils.images import normalise
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TOWERS = ROOT / "eim_jax" / "data" / "miniature_towers"
+TOWERS = ROOT / "eim_jax" / "data" / "miniature" / "towers"
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_captions_are_true_different_sentences(index):
         assert parse(text).pairs and parse(text).pairs <= scene.pairs
         for word, count in (("two", 2), ("three", 3), ("four", 4)):
             for colour, shape in scene.pairs:
-                plurals = [miniature_language.plural(noun) for noun in miniature_language.NOUNS[shape]]
+                plurals = [language.plural(noun) for noun in language.NOUNS[shape]]
                 for plural in plurals:
                     if f"{word} {colour} {plural}" in text:
                         assert sum((t.colour, t.shape) == (colour, shape) for t in scene.things) == count
@@ -238,4 +238,4 @@ def test_shipped_gpt2_prefers_the_grammar_to_shuffled_words(val):
 
 def test_loading_is_a_pure_function_of_its_arguments():
     assert load("train", scenes=3).samples == load("train", scenes=3).samples
-    assert miniature.SCENES == {"train": 1200, "val": 200, "test": 400}
+    assert captioning.SCENES == {"train": 1200, "val": 200, "test": 400}

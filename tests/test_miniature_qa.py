@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from eim_jax.data import miniature
-from eim_jax.data.miniature import HELD_OUT
-from eim_jax.data.miniature_chat import SCORED, YES_NO, load_chat, load_yes_no
-from eim_jax.data.miniature_language import parse
-from eim_jax.data.miniature_qa import PROBLEMS, load
-from eim_jax.data.scienceqa import prompt
-from eim_jax.models.llama import Llama
-from eim_jax.weights import load_lm, resolve
+from eim_jax.data.datasets.scienceqa import prompt
+from eim_jax.data.miniature import captioning
+from eim_jax.data.miniature.captioning import HELD_OUT
+from eim_jax.data.miniature.chat import SCORED, YES_NO, load_chat, load_yes_no
+from eim_jax.data.miniature.language import parse
+from eim_jax.data.miniature.qa import PROBLEMS, load
+from eim_jax.models.language.llama import Llama
+from eim_jax.pretrained import load_lm, resolve
 
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "white", "black"]
 SHAPES = ["circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart"]
@@ -172,7 +172,7 @@ def read(hint: str) -> list[tuple[str, str]]:
 @pytest.fixture(scope="module", params=["train", "val", "test"])
 def split(request):
     problems = load(request.param, problems=240)
-    return request.param, problems, miniature.load(request.param, scenes=120)
+    return request.param, problems, captioning.load(request.param, scenes=120)
 
 
 def scene_of(problem_id: str, drawn):
@@ -259,7 +259,7 @@ def test_shares_of_places_letters_subjects_and_grades():
 
 
 def test_images_are_the_captioning_scenes_and_carry_machine_captions():
-    problems, drawn = load("val", problems=60), miniature.load("val", scenes=30)
+    problems, drawn = load("val", problems=60), captioning.load("val", scenes=30)
     for sample in problems.samples:
         problem = problems.problems[sample.id]
         assert (sample.image is None) == (problem.image is None)
@@ -274,7 +274,7 @@ def test_images_are_the_captioning_scenes_and_carry_machine_captions():
 
 def test_training_names_no_held_out_pair():
     problems, chat = load("train", problems=240), load_chat("train", samples=240)
-    scenes = miniature.load("train", scenes=120).scenes
+    scenes = captioning.load("train", scenes=120).scenes
     assert not any(scenes[name].pairs & HELD_OUT for split in (problems, chat) for name in split.images.ids)
     for problem in problems.problems.values():
         texts = (problem.question, problem.hint, problem.solution, problem.caption, *problem.choices)
@@ -289,7 +289,7 @@ def test_training_names_no_held_out_pair():
         if found := re.search(r"Is the (\w+) (\w+)\?", sample.instruction):
             assert (found[2], found[1]) not in HELD_OUT
     shown = [name for split in (load("test", problems=80), load_chat("test", samples=80)) for name in split.images.ids]
-    held = miniature.load("test", scenes=40).scenes
+    held = captioning.load("test", scenes=40).scenes
     assert 0.3 < np.mean([bool(held[name].pairs & HELD_OUT) for name in shown]) < 0.7
 
 
@@ -320,7 +320,7 @@ def answers_yes(question: str, world: World) -> bool:
 
 def test_yes_no_questions_are_right_with_one_yes_and_one_no_an_image():
     split = load_yes_no(images=40)
-    scenes = miniature.load("test", scenes=100).scenes
+    scenes = captioning.load("test", scenes=100).scenes
     assert Counter(q.task for q in split.questions.values()) == dict.fromkeys(SCORED, 80)
     given = {}
     for sample in split.samples:
@@ -337,7 +337,7 @@ def test_yes_no_questions_are_right_with_one_yes_and_one_no_an_image():
 
 
 def test_chat_answers_are_true():
-    chat, scenes, kinds = load_chat("val", samples=240), miniature.load("val", scenes=120).scenes, Counter()
+    chat, scenes, kinds = load_chat("val", samples=240), captioning.load("val", scenes=120).scenes, Counter()
     for sample in chat.samples:
         instruction = sample.instruction.removeprefix("Instruction: ").removesuffix("\nResponse:")
         scene = scenes["val-0-" + str(int(sample.id.rsplit("-", 1)[1]) // 2)]

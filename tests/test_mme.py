@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eim_jax.data.checks import BadDataError
-from eim_jax.data.mme import COGNITION, PERCEPTION, TASKS, Question, YesNoSplit, load_mme, yes_no_split
-from eim_jax.data.records import DrawnImages
-from eim_jax.evals import mme
-from eim_jax.evals.mme import Result, read, read_answer, score, write_results
+from eim_jax.data.datasets.mme import COGNITION, PERCEPTION, TASKS, Question, YesNoSplit, load_mme, yes_no_split
+from eim_jax.data.samples import DrawnImages
+from eim_jax.data.validation import BadDataError
+from eim_jax.evaluation.metrics import mme
+from eim_jax.evaluation.metrics.mme import Result, read, read_answer, score, write_results
 
 PAIR = "Is it  red? Please answer yes or no.\tYes\nIs it blue? Please answer yes or no.\tNo\n"
 

@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from eim_jax.data import miniature
-from eim_jax.data.order import Order, best_widths
-from eim_jax.data.pipeline import batches
-from eim_jax.data.records import DrawnImages, Sample, Split
-from eim_jax.data.text import Encoded, encode_split, load_tokenizer
+from eim_jax.data.batch_order import Order, best_widths
+from eim_jax.data.loader import batches
+from eim_jax.data.miniature import captioning
+from eim_jax.data.samples import DrawnImages, Sample, Split
+from eim_jax.data.tokenize import Encoded, encode_split, load_tokenizer
 
 COUNT, BATCH = 107, 4
 
@@ -109,7 +109,7 @@ def test_widths_pad_least_of_all_choices(seed):
 
 
 def test_eight_widths_and_a_window_bring_captions_from_half_padding_to_a_tenth():
-    split = miniature.load("train", seed=0, scenes=300)
+    split = captioning.load("train", seed=0, scenes=300)
     encoded = encode_split(split, load_tokenizer("miniature/gpt2"), 40, eos=True)
 
     def padding(**options):

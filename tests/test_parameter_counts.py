@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from eim_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
+from eim_jax.models.adapters.inserted import Router, ZeroInit
 from eim_jax.models.connector import STConfig, make_st
-from eim_jax.models.gpt2 import GPT2Config
-from eim_jax.models.llama import Llama, LlamaConfig
-from eim_jax.models.peft import Router, ZeroInit
-from eim_jax.weights import clip_shapes, lm_shapes
+from eim_jax.models.language.gpt2 import GPT2Config
+from eim_jax.models.language.llama import Llama, LlamaConfig
+from eim_jax.models.vision.clip import CLIPTextConfig, CLIPVisionConfig
+from eim_jax.pretrained import clip_shapes, lm_shapes
 
 LOGIT_SCALE = 1  # CLIP's count includes it; our trees do not
 GPT2_LARGE = GPT2Config(width=1280, layers=36, heads=20)

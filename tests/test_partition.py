@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eim_jax import partition
 from eim_jax.config import Stage
+from eim_jax.training import partition
 
 PARAMS = {
     "st/up/kernel": jnp.ones((3, 2)),

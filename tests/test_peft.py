@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny import loud
 
-from eim_jax.models.clip import CLIPVision, CLIPVisionConfig
-from eim_jax.models.peft import Router, RouterAdapter, mix, route, shrink
+from eim_jax.models.adapters.inserted import Router, RouterAdapter, mix, route, shrink
+from eim_jax.models.vision.clip import CLIPVision, CLIPVisionConfig
 
 TINY = CLIPVisionConfig(
     image_size=16,

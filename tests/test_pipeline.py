@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eim_jax.data.image import clip_preprocess
-from eim_jax.data.pipeline import batches, eval_images, steps_per_epoch
-from eim_jax.data.records import DrawnImages, FileImages, Sample, Split
-from eim_jax.data.text import Encoded
-from eim_jax.types import Batch
+from eim_jax.data.loader import batches, eval_images, steps_per_epoch
+from eim_jax.data.samples import DrawnImages, FileImages, Sample, Split
+from eim_jax.data.tokenize import Encoded
+from eim_jax.models.batch import Batch
+from eim_jax.utils.images import clip_preprocess
 
 COUNT, IMAGES, SIZE = 23, 7, 8
 TEXT = frozenset({"tokens", "valid", "supervised"})

@@ -9,17 +9,18 @@ import jax
 import pytest
 from tiny import config_of
 
-from eim_jax import inputs as loading
-from eim_jax import plan, plan_targets, train
 from eim_jax.config import ConfigError
-from eim_jax.partition import groups
-from eim_jax.plan_inputs import abstract_inputs
-from eim_jax.plan_report import sharding_table
-from eim_jax.sharding import make_mesh
+from eim_jax.parallel.sharding import make_mesh
+from eim_jax.planning import plan, targets
+from eim_jax.planning.shapes import abstract_inputs
+from eim_jax.planning.table import sharding_table
+from eim_jax.training import arms
+from eim_jax.training import setup as loading
+from eim_jax.training.partition import groups
 
 ROOT = pathlib.Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
-GIB = plan_targets.GIB
+GIB = targets.GIB
 
 
 def program_of(config, arm, devices, samples=0, **kwargs):
@@ -27,8 +28,8 @@ def program_of(config, arm, devices, samples=0, **kwargs):
     inputs, _ = abstract_inputs(config, make_mesh(config.mesh, devices), samples, **kwargs)
     vlm = loading.model(inputs, config.arm[arm])
     params = plan.placed(loading.shapes(inputs, config.arm[arm], vlm), inputs.mesh)
-    info = train.plan_arm(inputs, arm)[0]
-    return inputs, plan.stage_program(inputs, vlm, train.resolved(config.stages[info.name], inputs), params, info.steps)
+    info = arms.plan_arm(inputs, arm)[0]
+    return inputs, plan.stage_program(inputs, vlm, arms.resolved(config.stages[info.name], inputs), params, info.steps)
 
 
 class Stopped(Exception):
@@ -54,10 +55,10 @@ def test_planned_arguments_are_those_that_training_passes_to_its_step(name, sequ
             caught.extend(arguments)
             raise Stopped
 
-    monkeypatch.setattr(train, "jit_step", lambda *args: Step())
+    monkeypatch.setattr(arms, "jit_step", lambda *args: Step())
     inputs = loading.load(config, tmp_path)
     with pytest.raises(Stopped):
-        train.run_arm(inputs, "eim")
+        arms.run_arm(inputs, "eim")
     longest = caught[3].valid.shape[1]  # a plan is for texts of max_tokens, data may hold shorter ones alone
     assert longest <= config.data.max_tokens
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_tokens=longest))
@@ -78,7 +79,7 @@ def test_a_plan_on_eight_cpu_devices_adds_up():
     """One stage of the miniature, compiled: parameters, Adam and queue by hand; the peak is the sum of the parts."""
     changes = {"data.scenes": 24, "arms": ("eim",), "arm.eim.sequence": ("st",), "arm.eim.prompts": 0}
     config = config_of("miniature", **changes, **{"stages.st.batch": 8, "stages.st.warmup_steps": 5})
-    (found,), _ = plan.plan(config, plan_targets.target("cpu:8"), samples=100)
+    (found,), _ = plan.plan(config, targets.target("cpu:8"), samples=100)
     inputs, _ = abstract_inputs(config, make_mesh(config.mesh, jax.devices()))
     arm = config.arm["eim"]
     shapes = loading.shapes(inputs, arm, loading.model(inputs, arm))
@@ -92,8 +93,8 @@ def test_a_plan_on_eight_cpu_devices_adds_up():
     assert found.fits and found.knob == ""
     assert found.steps_per_epoch == 100 // 8
     assert found.epoch_seconds == found.step_seconds * 12 == max(found.seconds.values()) * 12
-    small = dataclasses.replace(plan_targets.target("cpu:8").chip, memory=found.memory.peak)
-    (tight,), _ = plan.plan(config, plan_targets.target("cpu:8")._replace(chip=small), samples=100)
+    small = dataclasses.replace(targets.target("cpu:8").chip, memory=found.memory.peak)
+    (tight,), _ = plan.plan(config, targets.target("cpu:8")._replace(chip=small), samples=100)
     assert not tight.fits and tight.knob
 
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from eim_jax import plan_targets
 from eim_jax.config import ConfigError
-from eim_jax.plan_hlo import moved
-from eim_jax.plan_work import work
-from eim_jax.sharding import make_mesh
+from eim_jax.parallel.sharding import make_mesh
+from eim_jax.planning import targets
+from eim_jax.planning.collectives import moved
+from eim_jax.planning.flops import work
 
 P = PartitionSpec
 
@@ -26,7 +26,7 @@ P = PartitionSpec
     ],
 )
 def test_a_topology_is_read_from_its_name(name, found):
-    assert plan_targets.parse(name) == found
+    assert targets.parse(name) == found
 
 
 @pytest.mark.parametrize(
@@ -34,12 +34,12 @@ def test_a_topology_is_read_from_its_name(name, found):
 )
 def test_a_wrong_topology_is_refused_with_the_valid_forms(name):
     with pytest.raises(ConfigError, match=r"v5e: or v6e: and 1x1, 2x2.*gpu:h100xN.*cpu:N"):
-        plan_targets.parse(name)
+        targets.parse(name)
 
 
 def test_more_fake_devices_than_there_are_is_one_message():
     with pytest.raises(ConfigError, match="9 CPU devices are needed and this process began with 8"):
-        plan_targets.target("cpu:9")
+        targets.target("cpu:9")
 
 
 def test_products_count_as_often_as_they_run():

@@ -12,11 +12,11 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from eim_jax.config import Arm, Config, ConfigError, Data, differences
-from eim_jax.data import prepare as writing
-from eim_jax.data.checks import BadDataError
-from eim_jax.data.pipeline import batches
-from eim_jax.data.sources import load_split
-from eim_jax.data.text import encode_split, load_tokenizer
+from eim_jax.data import shard_writer as writing
+from eim_jax.data.datasets import load_split
+from eim_jax.data.loader import batches
+from eim_jax.data.tokenize import encode_split, load_tokenizer
+from eim_jax.data.validation import BadDataError
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = 4000  # bytes in a shard: several shards for a few pictures

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from eim_jax.models.quant import NF4, QDense, dequantise, kernel_bytes, product, quantise, quantised_shapes
-from eim_jax.sharding import COLUMN, ROW, make_mesh
+from eim_jax.parallel.sharding import COLUMN, ROW, make_mesh
 
 LAYERS, WIDTH, MLP, VOCAB = 32, 4096, 11008, 32000  # LLaMA-7B
 

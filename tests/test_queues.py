@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from eim_jax import queues
-from eim_jax.queues import BadRow, Queue, StaleQueue, build, load, save
-from eim_jax.sharding import make_mesh
+from eim_jax.losses import queues
+from eim_jax.losses.queues import BadRow, Queue, StaleQueue, build, load, save
+from eim_jax.parallel.sharding import make_mesh
 
 N, T, V, D = 37, 5, 11, 6
 MESHES = {"none": None, "8": (8, 1, 1), "2x2x2": (2, 2, 2), "1x3": (1, 3, 1)}

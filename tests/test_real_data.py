@@ -81,7 +81,9 @@ def test_the_official_scienceqa_layout_trains_and_scores_through_all_four_stages
     problems = json.loads((data / "problems.json").read_text())
     assert 0 < sum(problems[id_]["image"] is not None for id_ in asked) < len(asked)  # with and without a picture
     # The scorer, run on the file that the run wrote, says what the run says.
-    said = json.loads(run("-m", "eim_jax.evals.scienceqa", f"--predictions={file}", f"--data={data}", "--split=val"))
+    said = json.loads(
+        run("-m", "eim_jax.evaluation.metrics.scienceqa", f"--predictions={file}", f"--data={data}", "--split=val")
+    )
     scores = json.loads((tmp_path / "run/eim/scores_test.json").read_text())["greedy"]
     assert said["Avg"] == pytest.approx(100 * scores["accuracy/Avg"])
     assert said["unparsed"] == sum(index == -1 for index in predictions["results"].values())

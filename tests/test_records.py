@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eim_jax.data.records import DrawnImages, FileImages, Sample, Split
+from eim_jax.data.samples import DrawnImages, FileImages, Sample, Split
 
 
 def drawn(count=3, marks=None):

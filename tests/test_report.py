@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from eim_jax.report import write_report
-from eim_jax.report_gallery import GALLERY, mark
-from eim_jax.report_scores import table, verdict
+from eim_jax.reporting.gallery import GALLERY, mark
+from eim_jax.reporting.page import write_report
+from eim_jax.reporting.scores import table, verdict
 
 COLOURS = {"red": "#d03030", "green": "#30a040", "blue": "#3050d0", "yellow": "#e0c020"}
 SHAPES = ("circle", "square", "triangle")

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from test_report import make_run, page, picture
 
-from eim_jax.report import write_report
-from eim_jax.report_charts import Bars, bars
-from eim_jax.report_qa import SHOWN, Answers, Item, by_category, questions
-from eim_jax.report_scores import POINTS, columns, table, verdict
+from eim_jax.reporting.charts import Bars, bars
+from eim_jax.reporting.page import write_report
+from eim_jax.reporting.questions import SHOWN, Answers, Item, by_category, questions
+from eim_jax.reporting.scores import POINTS, columns, table, verdict
 
 EVIL = '<img src=x onerror=alert(1)>"&'
 CATEGORIES = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")

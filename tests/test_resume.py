@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from eim_jax.logs import read_metrics
+from eim_jax.training.log import read_metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STAGES = ("0-st", "1-lm", "2-ie")

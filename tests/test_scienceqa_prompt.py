@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from eim_jax.data.scienceqa_prompt import Problem, prompt
+from eim_jax.data.datasets.scienceqa_prompt import Problem, prompt
 
 FIRE = Problem(
     id="7",

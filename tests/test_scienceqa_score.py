@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from eim_jax.data.scienceqa import Problem, read_problems
-from eim_jax.evals.scienceqa import COLUMNS, as_fractions, load_predictions, read_answer, score
-from eim_jax.report_scores import interval, notes
+from eim_jax.data.datasets.scienceqa import Problem, read_problems
+from eim_jax.evaluation.metrics.scienceqa import COLUMNS, as_fractions, load_predictions, read_answer, score
+from eim_jax.reporting.scores import interval, notes
 
 SUBJECTS = ("natural science", "social science", "language science")
 
@@ -254,7 +254,7 @@ def test_real_problems_score_as_the_official_definition(shared_data, name):
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "eim_jax.evals.scienceqa", *map(str, arguments)]
+    command = [sys.executable, "-m", "eim_jax.evaluation.metrics.scienceqa", *map(str, arguments)]
     root = pathlib.Path(__file__).resolve().parent.parent
     return subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120, check=False)
 

@@ -9,12 +9,12 @@ import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, PartitionSpec
 
-from eim_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from eim_jax.models.adapters.inserted import Router, ZeroInit
 from eim_jax.models.connector import STConfig, make_st
-from eim_jax.models.gpt2 import GPT2, GPT2Config
-from eim_jax.models.llama import Llama, LlamaConfig
-from eim_jax.models.peft import Router, ZeroInit
-from eim_jax.sharding import batch_sharding, make_mesh, param_spec, queue_sharding, shard_params, table
+from eim_jax.models.language.gpt2 import GPT2, GPT2Config
+from eim_jax.models.language.llama import Llama, LlamaConfig
+from eim_jax.models.vision.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from eim_jax.parallel.sharding import batch_sharding, make_mesh, param_spec, queue_sharding, shard_params, table
 
 P = PartitionSpec
 LLAMAS = {

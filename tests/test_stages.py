@@ -7,10 +7,11 @@ import pytest
 import test_vlm
 import tiny
 
-from eim_jax import partition, stages
 from eim_jax.config import Losses, LossWeights, Stage
-from eim_jax.step import make_step
-from eim_jax.types import Batch
+from eim_jax.losses import objectives
+from eim_jax.models.batch import Batch
+from eim_jax.training import partition
+from eim_jax.training.step import make_step
 
 COUNTS = {"caption": tiny.SAMPLES, "embed": tiny.SAMPLES, "hidden": tiny.SAMPLES}
 ALL = ("visual/prompt/.*", "st/.*", "lm/.*")
@@ -32,9 +33,9 @@ def run_step(vlm, params, one, batch, train=False, key=0, losses=None):
     found = partition.groups(one, params)
     trained, frozen = partition.split(params, found)
     tx = partition.optimizer(one, found, params, 10)
-    objective = stages.objective(vlm, one, losses or Losses(), COUNTS)
+    objective = objectives.objective(vlm, one, losses or Losses(), COUNTS)
     step = jax.jit(make_step(vlm, one, objective, tx, train))
-    queues = {k: q._replace(count=0) for k, q in tiny.queues().items() if k in stages.queue_kinds(one)}
+    queues = {k: q._replace(count=0) for k, q in tiny.queues().items() if k in objectives.queue_kinds(one)}
     arguments = (trained, tx.init(params), frozen, batch, queues, jax.random.key(key), jnp.int32(0))
     return step(*arguments), step.lower(*arguments).compile()
 
@@ -57,16 +58,16 @@ def world():
 def test_each_loss_is_the_papers_formula_on_its_own_query(world):
     vlm, params, batch, queues = world
     tree = partition.unflatten(params)
-    objective = stages.objective(vlm, stage(base=1.0, ie=2.0, st=3.0, lm=4.0), Losses(), COUNTS)
-    norms = stages.normalisers(vlm, stage(base=1.0, ie=2.0, st=3.0, lm=4.0), batch)
+    objective = objectives.objective(vlm, stage(base=1.0, ie=2.0, st=3.0, lm=4.0), Losses(), COUNTS)
+    norms = objectives.normalisers(vlm, stage(base=1.0, ie=2.0, st=3.0, lm=4.0), batch)
     loss, metrics = objective(tree, batch, queues, norms, None)
 
-    seen = vlm.see(tree, batch.image)
+    seen = vlm.encode_image(tree, batch.image)
     visual = vlm.connect(tree, seen)
     index = np.asarray(batch.index)
     ie = nce(vlm.visual.apply({"params": tree["visual"]}, seen[:, 0], method="project"), queues["caption"].keys, index)
     st = nce(np.asarray(visual).mean(1), queues["embed"].keys, index)
-    hidden, last = np.asarray(vlm.read(tree, batch.tokens, batch.valid)), np.asarray(batch.valid).sum(1) - 1
+    hidden, last = np.asarray(vlm.lm_block(tree, batch.tokens, batch.valid)), np.asarray(batch.valid).sum(1) - 1
     lm = nce(hidden[np.arange(8), last], queues["hidden"].keys, index)
     # loss_base token by token: the whole sequence through the LM, the row before a token predicts it.
     text = vlm.embed(tree, batch.tokens)
@@ -122,9 +123,9 @@ def test_the_st_stage_computes_no_language_model_and_the_lm_stage_no_vision(worl
         _, compiled = run_step(vlm, params, stage(train=train, **weights), batch)
         flops[name] = compiled.cost_analysis()["flops"]
     assert flops["st"] + flops["lm"] < 0.6 * flops["all"]
-    needed = stages.fields(stage(st=1.0), Losses())
+    needed = objectives.fields(stage(st=1.0), Losses())
     assert needed == {"index", "image", "has_image"}
-    assert stages.fields(stage(lm=1.0), Losses()) == {"index", "tokens", "valid"}
+    assert objectives.fields(stage(lm=1.0), Losses()) == {"index", "tokens", "valid"}
 
 
 def test_frozen_weights_cost_no_gradient(world):
@@ -139,11 +140,11 @@ def test_rows_without_an_image_leave_loss_ie_and_loss_st_untouched(world):
     vlm, params, _, queues = world
     batch = tiny.batch(text_only=(0, 3))
     one = stage(ie=1.0, st=1.0)
-    objective = stages.objective(vlm, one, Losses(), COUNTS)
+    objective = objectives.objective(vlm, one, Losses(), COUNTS)
     tree = partition.unflatten(params)
-    _, with_noise = objective(tree, batch, queues, stages.normalisers(vlm, one, batch), None)
+    _, with_noise = objective(tree, batch, queues, objectives.normalisers(vlm, one, batch), None)
     kept = jax.tree.map(lambda x: x[jnp.asarray([1, 2, 4, 5, 6, 7])], batch)
-    _, without = objective(tree, kept, queues, stages.normalisers(vlm, one, kept), None)
+    _, without = objective(tree, kept, queues, objectives.normalisers(vlm, one, kept), None)
     for name in ("loss/ie", "loss/st", "queue/st/rank"):
         assert float(with_noise[name]) == pytest.approx(float(without[name]), rel=1e-5)
 
@@ -151,10 +152,10 @@ def test_rows_without_an_image_leave_loss_ie_and_loss_st_untouched(world):
 def test_a_text_only_row_is_answered_as_by_the_language_model_alone(world):
     vlm, params, batch, _ = world
     tree = partition.unflatten(params)
-    visual = vlm.connect(tree, vlm.see(tree, batch.image))
+    visual = vlm.connect(tree, vlm.encode_image(tree, batch.image))
     nobody = jnp.zeros(8, bool)
-    got = vlm.answer(tree, visual, batch.tokens, batch.valid, has_image=nobody)[:, 1:]
-    want = vlm.logits(tree, vlm.read(tree, batch.tokens, batch.valid))[:, :-1]
+    got = vlm.token_logits(tree, visual, batch.tokens, batch.valid, has_image=nobody)[:, 1:]
+    want = vlm.logits(tree, vlm.lm_block(tree, batch.tokens, batch.valid))[:, :-1]
     real = np.asarray(batch.valid)[:, 1:]
     np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=2e-5)
 
@@ -162,14 +163,14 @@ def test_a_text_only_row_is_answered_as_by_the_language_model_alone(world):
 def test_lm_loss_starts_at_the_right_key_when_queue_and_query_are_the_same_model(world):
     vlm, params, batch, _ = world
     tree = partition.unflatten(params)
-    encode, _ = stages.encoder(vlm, "hidden", Losses())
+    encode, _ = objectives.encoder(vlm, "hidden", Losses())
     keys = np.array(tiny.queues()["hidden"].keys)
     own = np.asarray(encode(tree, batch.tokens, batch.valid))
     keys[np.asarray(batch.index)] = own / np.linalg.norm(own, axis=1, keepdims=True)
     queues = {"hidden": tiny.queues()["hidden"]._replace(keys=jnp.asarray(keys))}
     one = stage(lm=1.0)
-    _, metrics = stages.objective(vlm, one, Losses(), COUNTS)(
-        tree, batch, queues, stages.normalisers(vlm, one, batch), None
+    _, metrics = objectives.objective(vlm, one, Losses(), COUNTS)(
+        tree, batch, queues, objectives.normalisers(vlm, one, batch), None
     )
     assert float(metrics["queue/lm/similarity"]) == pytest.approx(1.0, abs=1e-5)
 
@@ -177,7 +178,7 @@ def test_lm_loss_starts_at_the_right_key_when_queue_and_query_are_the_same_model
 def test_embed_keys_leave_the_end_of_text_out(world):
     vlm, params, batch, _ = world
     tree = partition.unflatten(params)
-    encode, _ = stages.encoder(vlm, "embed", Losses())
+    encode, _ = objectives.encoder(vlm, "embed", Losses())
     table = np.asarray(tree["lm"]["token_embedding"]["embedding"], np.float64)
     for row, tokens, valid in zip(
         encode(tree, batch.tokens, batch.valid), np.asarray(batch.tokens), np.asarray(batch.valid), strict=True
@@ -200,11 +201,11 @@ def gradients(vlm, params, batch, weights):
     """(losses, the gradient of their sum for every parameter) of a batch."""
     one = stage(**weights)
     tree = partition.unflatten(params)
-    queues = {k: q._replace(count=0) for k, q in tiny.queues().items() if k in stages.queue_kinds(one)}
-    objective = stages.objective(vlm, one, Losses(), COUNTS)
+    queues = {k: q._replace(count=0) for k, q in tiny.queues().items() if k in objectives.queue_kinds(one)}
+    objective = objectives.objective(vlm, one, Losses(), COUNTS)
 
     def loss_of(tree, batch, queues):
-        return objective(tree, batch, queues, stages.normalisers(vlm, one, batch), None)
+        return objective(tree, batch, queues, objectives.normalisers(vlm, one, batch), None)
 
     found, metrics = jax.jit(jax.grad(loss_of, has_aux=True))(tree, batch, queues)
     return metrics, found

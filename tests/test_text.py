@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import CLIPTokenizer, GPT2Tokenizer
 
-from eim_jax.data import text
-from eim_jax.data.records import DrawnImages, Sample, Split
-from eim_jax.data.text import check_vocabulary, encode_clip, encode_split, fingerprint, load_tokenizer
+from eim_jax.data import tokenize
+from eim_jax.data.samples import DrawnImages, Sample, Split
+from eim_jax.data.tokenize import check_vocabulary, encode_clip, encode_split, fingerprint, load_tokenizer
 
 LETTERS = [*"abcdefgh.!", "Ġ"]  # Ġ is byte-level BPE's space
 MERGES = ["a b", "Ġ a", "Ġ ab", "c d", "cd e"]
@@ -141,8 +141,8 @@ def test_impossible_settings_are_refused():
 def test_many_texts_go_through_in_chunks_unchanged(monkeypatch):
     pairs = [("", "ab" * (i % 7 + 1)) for i in range(50)]
     whole = encode_split(split_of(*pairs), tiny_gpt2(), 9, eos=True)
-    monkeypatch.setattr(text, "_LONG", 10)
-    monkeypatch.setattr(text, "_CHUNK", 7)
+    monkeypatch.setattr(tokenize, "_LONG", 10)
+    monkeypatch.setattr(tokenize, "_CHUNK", 7)
     chunked = encode_split(split_of(*pairs), tiny_gpt2(), 9, eos=True)
     for one, other in zip(whole, chunked, strict=True):
         np.testing.assert_array_equal(one, other)

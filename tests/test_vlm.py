@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eim_jax.decode import DecodeConfig, continue_text
-from eim_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from eim_jax.generation.sampler import DecodeConfig, continue_text
+from eim_jax.models.adapters.inserted import Router, ZeroInit
 from eim_jax.models.connector import STConfig, make_st
-from eim_jax.models.llama import Llama, LlamaConfig
-from eim_jax.models.peft import Router, ZeroInit
+from eim_jax.models.language.llama import Llama, LlamaConfig
+from eim_jax.models.vision.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from eim_jax.models.vlm import VLM
 
 VOCAB, WIDTH, BOS = 31, 16, 1
@@ -47,7 +47,7 @@ def build(kind, scan=False):
 
 
 def look(vlm, params, images):
-    return vlm.connect(params, vlm.see(params, images))
+    return vlm.connect(params, vlm.encode_image(params, images))
 
 
 def visible(read, row):
@@ -85,7 +85,7 @@ def test_llama_adapter_reads_text_alone_from_position_zero():
 def test_a_text_only_row_does_not_depend_on_the_pixels_in_its_slot_and_the_others_do(kind):
     vlm, params, tokens, valid, images, has_image = build(kind)
     answers = [
-        np.asarray(vlm.answer(params, look(vlm, params, pixels), tokens, valid, has_image=has_image))
+        np.asarray(vlm.token_logits(params, look(vlm, params, pixels), tokens, valid, has_image=has_image))
         for pixels in (images, 255 - images)
     ]
     np.testing.assert_array_equal(answers[0][1, :4], answers[1][1, :4])
@@ -103,7 +103,7 @@ def test_greedy_decoding_follows_the_teacher_forced_logits_at_every_position(kin
     for row in range(3):
         start = int(valid[row].sum())
         whole = jnp.concatenate([tokens[row, :start], decoded.tokens[row]])[None]
-        logits = vlm.answer(
+        logits = vlm.token_logits(
             params, visual[row : row + 1], whole, jnp.ones(whole.shape, bool), has_image=has_image[row : row + 1]
         )
         chosen = jax.nn.log_softmax(logits[0, start:])
@@ -132,14 +132,14 @@ def test_the_original_lm_is_the_one_without_adapters(kind):
     vlm, params, tokens, valid, *_ = build(kind)
     plain = build("plain")[0]
     bare = {**params, "lm": {name: leaf for name, leaf in params["lm"].items() if name != "adapter"}}
-    found = vlm.read(bare, tokens, valid, original=True)
-    np.testing.assert_array_equal(found, plain.read(bare, tokens, valid))
-    assert np.abs(np.asarray(found - vlm.read(params, tokens, valid))).max() > 1e-3
+    found = vlm.lm_block(bare, tokens, valid, original=True)
+    np.testing.assert_array_equal(found, plain.lm_block(bare, tokens, valid))
+    assert np.abs(np.asarray(found - vlm.lm_block(params, tokens, valid))).max() > 1e-3
 
 
 def test_the_first_token_of_a_text_only_row_is_predicted_from_what_stands_before_it():
     vlm, params, tokens, valid, images, has_image = build("lavin")
-    logits = vlm.answer(params, look(vlm, params, images), tokens, valid, has_image=has_image)
+    logits = vlm.token_logits(params, look(vlm, params, images), tokens, valid, has_image=has_image)
     read = vlm.lm_input(params, tokens[1:2, :0], valid[1:2, :0], visual=None, has_image=jnp.array([False]))
     # Without text and visual tokens the row is BOS alone; LaVIN's "Image: N/A" is what an image row's slots would hold.
     assert read.embeds.shape[1] == 1

@@ -12,9 +12,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from eim_jax import sharding
-from eim_jax.models.clip import CLIPVision
-from eim_jax.weights import (
+from eim_jax.models.vision.clip import CLIPVision
+from eim_jax.parallel import sharding
+from eim_jax.pretrained import (
     WeightsError,
     clip_config,
     clip_shapes,
@@ -218,7 +218,7 @@ def test_fingerprint_sees_weights_and_configuration_but_not_the_directory(tmp_pa
 
 def test_paths_that_are_no_directory_say_what_to_give(tmp_path, monkeypatch):
     assert resolve(tmp_path) == tmp_path
-    assert resolve("miniature/gpt2").parts[-3:] == ("data", "miniature_towers", "gpt2")
+    assert resolve("miniature/gpt2").parts[-3:] == ("miniature", "towers", "gpt2")
     with pytest.raises(WeightsError, match="is not a directory"):
         resolve(tmp_path / "absent")
 

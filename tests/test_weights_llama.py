@@ -13,19 +13,11 @@ from flax.traverse_util import flatten_dict
 from llama_oracle import random_params, stacked, tokens_of
 from safetensors.numpy import load_file, save_file
 
-from eim_jax import sharding
-from eim_jax.models.llama import Llama, LlamaConfig
-from eim_jax.models.peft import Router
+from eim_jax.models.adapters.inserted import Router
+from eim_jax.models.language.llama import Llama, LlamaConfig
 from eim_jax.models.quant import dequantise, quantise
-from eim_jax.weights import (
-    LM,
-    WeightsError,
-    export_lm,
-    fingerprint,
-    lm_config,
-    lm_shapes,
-    load_lm,
-)
+from eim_jax.parallel import sharding
+from eim_jax.pretrained import LM, WeightsError, export_lm, fingerprint, lm_config, lm_shapes, load_lm
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 TINY = LlamaConfig(vocab=61, context=24, width=64, layers=2, heads=4, kv_heads=2, mlp=128, eps=1e-5, rope_theta=500.0)

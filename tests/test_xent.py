@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eim_jax.losses import response_xent
-from eim_jax.sharding import make_mesh
-from eim_jax.xent import head_xent
+from eim_jax.losses.contrastive import response_xent
+from eim_jax.losses.next_token import head_xent
+from eim_jax.parallel.sharding import make_mesh
 
 B, T, WIDTH, VOCAB = 8, 7, 16, 53
 MESHES = {"none": None, "(1, 8, 1)": (1, 8, 1), "(2, 2, 2)": (2, 2, 2)}

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eim_jax import partition
 from eim_jax.config import from_config_dict
-from eim_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from eim_jax.losses.queues import Queue
+from eim_jax.models.batch import Batch
 from eim_jax.models.connector import STConfig, make_st
-from eim_jax.models.gpt2 import GPT2, GPT2Config
+from eim_jax.models.language.gpt2 import GPT2, GPT2Config
+from eim_jax.models.vision.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from eim_jax.models.vlm import VLM
-from eim_jax.queues import Queue
-from eim_jax.types import Batch
+from eim_jax.training import partition
 
 SAMPLES, TOKENS, WIDTH, JOINT, VOCAB = 24, 7, 12, 8, 31
 

@@ -9,8 +9,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from eim_jax.models.dense import Dense, DenseGeneral
-from eim_jax.models.peft import Router, mix, route, shrink
+from eim_jax.models.adapters.inserted import Router, mix, route, shrink
+from eim_jax.models.linear import Dense, DenseGeneral
 
 ACTIVATIONS: dict[str, Callable] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),

@@ -1,4 +1,4 @@
-"""The towers and the connector as pure functions: see -> connect -> answer, and read for text alone.
+"""The towers and the connector as pure functions: encode_image -> connect -> token_logits, and lm_block for text alone.
 
 There is no monolithic model: each stage composes only what its losses need (EIM section 3).
 Parameters are one nested tree {"visual", "text", "st", "lm"}.
@@ -22,12 +22,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from eim_jax.data.image import normalise
-from eim_jax.models.clip import CLIPText, CLIPVision, select
-from eim_jax.models.gpt2 import GPT2
-from eim_jax.models.llama import Llama, Steer
-from eim_jax.models.peft import Router, ZeroInit
-from eim_jax.sharding import by_row
+from eim_jax.models.adapters.inserted import Router, ZeroInit
+from eim_jax.models.language.gpt2 import GPT2
+from eim_jax.models.language.llama import Llama, Steer
+from eim_jax.models.vision.clip import CLIPText, CLIPVision, select
+from eim_jax.parallel.sharding import by_row
+from eim_jax.utils.images import normalise
 
 EVERY = 4  # features="blocks": the [CLS] row after every fourth block
 
@@ -70,7 +70,9 @@ class VLM:
     def _adapters(self) -> tuple:
         return self.visual.config.adapter, self.lm.config.adapter
 
-    def see(self, params: dict, images: UInt8[Array, "b h w 3"], dropout: Array | None = None) -> Float[Array, "b n v"]:
+    def encode_image(
+        self, params: dict, images: UInt8[Array, "b h w 3"], dropout: Array | None = None
+    ) -> Float[Array, "b n v"]:
         """The visual tokens that `features` names, before CLIP's output layer; `dropout` (of adapters) is a key."""
         config = self.visual.config
         pixels = normalise(images, config.mean, config.std)
@@ -145,7 +147,7 @@ class VLM:
             steer = self.lm.apply({"params": params["lm"]}, visual, pictured, method="steer")
         return LMInput(embeds, valid, positions, steer)
 
-    def blocks(self, params: dict, read: LMInput, dropout: Array | None = None) -> Float[Array, "b s d"]:
+    def run_lm(self, params: dict, read: LMInput, dropout: Array | None = None) -> Float[Array, "b s d"]:
         """LM_block's output; `dropout` is a key, None = deterministic."""
         hidden, _ = self.lm.apply(
             {"params": params["lm"]},
@@ -159,7 +161,7 @@ class VLM:
         )
         return by_row(hidden, self.mesh)
 
-    def read(
+    def lm_block(
         self,
         params: dict,
         tokens: Int[Array, "b t"],
@@ -172,9 +174,9 @@ class VLM:
     ) -> Float[Array, "b _ d"]:
         """LM_block's output over what `lm_input` gives; the text's are the last t columns."""
         found = self.lm_input(params, tokens, valid, visual=visual, has_image=has_image, original=original)
-        return self.blocks(params, found, dropout)
+        return self.run_lm(params, found, dropout)
 
-    def answer(
+    def token_logits(
         self,
         params: dict,
         visual: Float[Array, "b m d"],
@@ -185,9 +187,9 @@ class VLM:
         dropout: Array | None = None,
     ) -> Float[Array, "b t V"]:
         """Logits where [:, i] predicts tokens[:, i], given the visual tokens and tokens[:, :i]."""
-        return self.logits(params, self.foresee(params, visual, tokens, valid, has_image=has_image, dropout=dropout))
+        return self.logits(params, self.lm_hidden(params, visual, tokens, valid, has_image=has_image, dropout=dropout))
 
-    def foresee(
+    def lm_hidden(
         self,
         params: dict,
         visual: Float[Array, "b m d"],
@@ -199,7 +201,7 @@ class VLM:
     ) -> Float[Array, "b t d"]:
         """LM_block's output from which the head predicts: [:, i] has read the visual tokens and tokens[:, :i]."""
         found = self.lm_input(params, tokens, valid, visual=visual, has_image=has_image)
-        hidden = self.blocks(params, found, dropout)
+        hidden = self.run_lm(params, found, dropout)
         before = hidden.shape[1] - tokens.shape[1]
         # What stands before the text's first token: in a row without image not the last slot, but the last valid one.
         last = before - 1 - jnp.argmax(found.valid[:, :before][:, ::-1], axis=1)
@@ -207,7 +209,7 @@ class VLM:
         return jnp.concatenate([first, hidden[:, before:-1]], axis=1)
 
     def head_weights(self, params: dict) -> tuple[Float[Array, "_ _"], int]:
-        """The weights that turn `foresee` into logits, and which of their axes counts the vocabulary."""
+        """The weights that turn `lm_hidden` into logits, and which of their axes counts the vocabulary."""
         return self.lm.apply({"params": params["lm"]}, method="head_weights")
 
     def logits(self, params: dict, hidden: Float[Array, "b t d"]) -> Float[Array, "b t V"]:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eim_jax.models.clip import CLIPText, CLIPVision
-from eim_jax.weights import export_clip, load_clip
+from eim_jax.models.vision.clip import CLIPText, CLIPVision
+from eim_jax.pretrained import export_clip, load_clip
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")

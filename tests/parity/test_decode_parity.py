@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eim_jax.decode import DecodeConfig, generate
-from eim_jax.models.gpt2 import GPT2, GPT2Config
-from eim_jax.weights import LM, export_lm
+from eim_jax.generation.sampler import DecodeConfig, generate
+from eim_jax.models.language.gpt2 import GPT2, GPT2Config
+from eim_jax.pretrained import LM, export_lm
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.parity

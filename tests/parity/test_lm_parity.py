@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eim_jax.models.gpt2 import GPT2
-from eim_jax.models.llama import Llama
-from eim_jax.weights import export_lm, load_lm
+from eim_jax.models.language.gpt2 import GPT2
+from eim_jax.models.language.llama import Llama
+from eim_jax.pretrained import export_lm, load_lm
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")

@@ -18,7 +18,7 @@ try:
 finally:
     sys.path.pop(0)
 
-from eim_jax.losses import queue_nce
+from eim_jax.losses.contrastive import queue_nce
 
 CPU = torch.device("cpu")
 

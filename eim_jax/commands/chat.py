@@ -1,0 +1,70 @@
+"""`--mode=chat`: a conversation about an image, or about nothing, in the terminal."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from eim_jax.config import ConfigError
+from eim_jax.data.datasets import instruct
+from eim_jax.data.samples import FileImages, Split
+from eim_jax.data.validation import file_problem
+from eim_jax.generation.inference import encode_images, generate_text
+from eim_jax.models.vlm import VLM
+from eim_jax.training.partition import Flat
+from eim_jax.training.setup import Inputs
+from eim_jax.utils.console import console
+
+HELP = "/image FILE shows another image, /text none, /new forgets the conversation, /quit ends (or Ctrl-D)."
+
+
+def chat(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None) -> None:
+    """Answers line after line, each after the turns before it if the model was trained so (data.multi_turn)."""
+    inputs = replace(inputs, config=replace(inputs.config, decode=replace(inputs.config.decode, batch=1)))
+    turns: list[tuple[str, str]] = []
+    check(image)
+    console.print(f"{'image ' + str(image) if image else 'no image'}. {HELP}", soft_wrap=True, markup=False)
+    for line in _lines():
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        if command in ("/image", "/text", "/new"):
+            turns = []
+            try:
+                wanted = Path(rest) if command == "/image" else None if command == "/text" else image
+                check(wanted)
+                image = wanted
+                console.print(f"{'image ' + str(image) if image else 'no image'}, a new conversation", markup=False)
+            except ConfigError as error:
+                console.print(f"error: {error}", markup=False)
+            continue
+        if line.startswith("/"):
+            console.print(HELP, markup=False)
+            continue
+        if line:
+            said = answer(inputs, vlm, params, image, line, turns if inputs.config.data.multi_turn else ())
+            turns.append((line, said))
+            console.print(said, soft_wrap=True, markup=False)
+
+
+def answer(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None, question: str, earlier=()) -> str:
+    """The model's answer to one question, after (question, answer) turns."""
+    names, shown = ([], [None]) if image is None else ([str(image)], [0])
+    split = Split("chat", (), FileImages(Path(), names, names))
+    seen = encode_images(inputs, vlm, params, split, shown, quiet=True)
+    prompts, method = [instruct.prompt(question, earlier)], inputs.config.decode.methods[0]
+    return generate_text(inputs, vlm, params, seen, shown, prompts, method, "answer", quiet=True)[0]
+
+
+def check(image: Path | None) -> None:
+    """Raises ConfigError for an image that cannot be read."""
+    problem = None if image is None else file_problem(image) if image.exists() else "no such file"
+    if problem:
+        raise ConfigError(f"--image: {image}: {problem}")
+
+
+def _lines() -> Iterator[str]:
+    while True:
+        try:
+            yield input("> ").strip()
+        except EOFError:
+            return

@@ -1,0 +1,53 @@
+"""A trained arm as plain files: what training changed as one safetensors file, a fine-tuned GPT-2 for transformers."""
+
+import dataclasses
+import json
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from eim_jax.config import ConfigError
+from eim_jax.models.language.gpt2 import GPT2Config
+from eim_jax.pretrained import LM, export_lm
+from eim_jax.training import partition
+from eim_jax.training.partition import Flat
+from eim_jax.training.setup import Inputs
+
+LEAVES, RECORD = "trained.safetensors", "arm.json"
+
+
+def export(inputs: Inputs, arm: str, params: Flat, out: Path) -> None:
+    """Writes the folder `out`: LEAVES, RECORD, and where a stage trains a GPT-2 also lm/, as GPT2LMHeadModel reads it.
+
+    LEAVES holds, in float32, in our shapes and by our paths ("st/...", "visual/prompt/...", "lm/..."), every leaf that
+    a stage of the arm trains and every one that no tower has; with the towers of RECORD they are the whole model (with
+    towers.scan the blocks are stacked). For one process. Raises ConfigError where `out` holds other files.
+    """
+    config = inputs.config
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ConfigError(f"--out={out} holds other files: choose an empty folder")
+    sequence = config.arm[arm].sequence
+    trained = {path for name in sequence for g in partition.groups(config.stages[name], params) for path in g.paths}
+    kept = {
+        path: np.asarray(leaf, np.float32)
+        for path, leaf in params.items()
+        if path in trained or path not in inputs.towers
+    }
+    whole = any(path.startswith("lm/") for path in trained) and isinstance(inputs.lm.config, GPT2Config)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(kept, out / LEAVES)
+    if whole:
+        lm = {path: leaf.astype(np.float32) for path, leaf in params.items() if path.startswith("lm/")}
+        export_lm(out / "lm", LM(inputs.lm.config, partition.unflatten(lm)["lm"]))
+        inputs.lm_tokenizer.save_pretrained(out / "lm")
+    record = {
+        "eim_jax": metadata.version("eim_jax"),
+        "arm": arm,
+        "model": dataclasses.asdict(config.arm[arm]),
+        "stages": {name: dataclasses.asdict(config.stages[name]) for name in sequence},
+        "towers": dataclasses.asdict(config.towers),
+        "identity": inputs.fingerprints,
+    }
+    (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

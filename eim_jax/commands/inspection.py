@@ -1,0 +1,106 @@
+"""`--mode=inspect`: a few training samples as the losses see them, before or after training."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from rich.text import Text
+
+from eim_jax.data import loader
+from eim_jax.losses import objectives
+from eim_jax.models.batch import Batch
+from eim_jax.models.vlm import VLM
+from eim_jax.training import partition
+from eim_jax.training.partition import Flat
+from eim_jax.training.setup import Inputs
+from eim_jax.utils.console import console, print_table
+
+NEAREST = 3
+
+
+def inspect(inputs: Inputs, arm: str, vlm: VLM, params: Flat, samples: int) -> None:
+    """Prints images, text with the supervised tokens coloured, and each loss's nearest queue rows."""
+    config, split = inputs.config, inputs.train
+    chosen = config.arm[arm].sequence
+    names = [name for name in ("ie", "st", "lm") if any(name in objectives.weights(config.stages[s]) for s in chosen)]
+    samples = min(samples, len(split))
+    iterator = loader.batches(
+        split,
+        inputs.encoded,
+        fields={"image", "has_image", "tokens", "valid", "supervised"},
+        batch_size=samples,
+        seed=config.seed,
+        epochs=1,
+        image_size=vlm.visual.config.image_size,
+    )
+    batch = next(iterator)
+    iterator.close()
+    nearest = {name: _nearest(inputs, vlm, params, batch, name) for name in names}
+    for b, row in enumerate(batch.index):
+        sample = split.samples[row]
+        console.rule(f"row {row}: sample {sample.id}")
+        if sample.image is not None:
+            console.print(f"image {split.images.names[sample.image]}", soft_wrap=True)
+            if console.color_system:
+                console.print(picture(Image.fromarray(batch.image[b])))
+        console.print(tokens(inputs, batch, b), soft_wrap=True)
+        supervised = int(batch.supervised[b].sum())
+        console.print(
+            f"{supervised} of {int(batch.valid[b].sum())} tokens are supervised ([green], the others dim)", style="dim"
+        )
+        for name in names:
+            similar, order = nearest[name]
+            own = int((similar[b] > similar[b, row]).sum()) + 1
+            rows = [
+                (f"{similar[b, j]:.3f}", "own" if j == row else "", int(j), split.samples[j].response) for j in order[b]
+            ]
+            kind = objectives.LOSSES[name].queue
+            title = (
+                f"loss_{name.upper()}: nearest of {len(split):,} rows of queue {kind}; its own key is number {own:,}"
+            )
+            print_table(title, [config.losses.similarity, "", "row", "response"], rows)
+
+
+def tokens(inputs: Inputs, batch: Batch, b: int) -> Text:
+    """The sample's tokens, each set apart; supervised ones [green]."""
+    line = Text()
+    for token, valid, supervised in zip(batch.tokens[b], batch.valid[b], batch.supervised[b], strict=True):
+        if valid:
+            word = inputs.lm_tokenizer.decode([int(token)])
+            word = word.strip() or repr(word)
+            # The brackets say it where there are no colours.
+            line.append(f"[{word}]" if supervised else word, style="bold green" if supervised else "dim")
+            line.append(" ")
+    return line
+
+
+def picture(image: Image.Image, columns: int = 32) -> Text:
+    """An image for the terminal: two pixels a character."""
+    rows = round(columns * image.height / image.width / 2) * 2
+    pixels = np.asarray(image.convert("RGB").resize((columns, rows)))
+    text = Text()
+    for top, bottom in zip(pixels[::2], pixels[1::2], strict=True):
+        for above, below in zip(top, bottom, strict=True):
+            text.append("▀", style=f"rgb({above[0]},{above[1]},{above[2]}) on rgb({below[0]},{below[1]},{below[2]})")
+        text.append("\n")
+    return text
+
+
+def _nearest(inputs: Inputs, vlm: VLM, params: Flat, batch: Batch, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(similarity of each sample's query to every row [b N], the NEAREST rows in order [b 3])."""
+    losses = inputs.config.losses
+    queue = inputs.queue(vlm, objectives.LOSSES[name].queue)
+    similar = _similarity(vlm, losses, name, partition.unflatten(params), batch, queue.keys)
+    similar = np.asarray(similar)[:, : queue.count]
+    return similar, np.argsort(-similar, axis=1)[:, :NEAREST]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _similarity(vlm, losses, name, params, batch, keys):
+    seen = vlm.encode_image(params, batch.image)
+    query = objectives.query(vlm, losses, name, params, batch, seen, vlm.connect(params, seen)).astype(jnp.float32)
+    if losses.similarity == "cosine":
+        query = query / jnp.linalg.norm(query, axis=1, keepdims=True)
+    return query @ keys.T.astype(jnp.float32)

@@ -1,0 +1,28 @@
+"""Every field of a run with its default, checks, and the way to and from ml_collections' ConfigDict."""
+
+from eim_jax.config.checks import ConfigError, patterns
+from eim_jax.config.fields import (
+    Arm,
+    Checkpoint,
+    Config,
+    Data,
+    Decode,
+    Losses,
+    LossWeights,
+    Stage,
+    Towers,
+    as_dict,
+    deciding,
+    differences,
+    explain_unknown,
+    flatten,
+    from_config_dict,
+    read_saved,
+    to_config_dict,
+)
+
+__all__ = [
+    "Arm", "Checkpoint", "Config", "ConfigError", "Data", "Decode", "LossWeights", "Losses", "Stage", "Towers",
+    "as_dict", "deciding", "differences", "explain_unknown", "flatten", "from_config_dict", "patterns", "read_saved",
+    "to_config_dict",
+]  # fmt: skip

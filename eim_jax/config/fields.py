@@ -1,0 +1,317 @@
+"""Every field of a run, with its default: frozen dataclasses, and the way to and from ml_collections' ConfigDict.
+
+`configs/*.py` build a ConfigDict (so that every field can be overridden on the command line); `from_config_dict` turns
+it into these dataclasses at the door, and nothing behind the door sees a ConfigDict.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eim_jax.config.checks import ConfigError, check, patterns
+
+if TYPE_CHECKING:
+    import ml_collections
+
+__all__ = [
+    "Arm", "Checkpoint", "Config", "ConfigError", "Data", "Decode", "LossWeights", "Losses", "Stage", "Towers",
+    "as_dict", "deciding", "differences", "explain_unknown", "flatten", "from_config_dict", "patterns", "read_saved",
+    "to_config_dict",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Towers:
+    """The pretrained towers: directories in Hugging Face's layout, hub ids, or the shipped "miniature/..."."""
+
+    clip: str = "openai/clip-vit-base-patch32"
+    lm: str = "gpt2"  # a GPT-2 or a LLaMA, by its config.json
+    dropout: float = 0.1  # of GPT-2, in training (LLaMA has none; its adapters': arm.*.adapter_dropout)
+    quant: str = "none"  # the LLaMA's frozen linear layers: none | nf4 (4 bits, LaVIN "lite")
+    image_stats: str = "clip"  # by which images are normalised: clip (its own) | imagenet (LaVIN's)
+    scan: bool = False  # layers as one scanned stack: compiles faster when there are many; unrolled runs faster on CPU
+    remat: str = "none"  # what the backward pass recomputes: none | dots | full
+    # softmax (ours, its weights in float32) | xla | cudnn (flash attention; NVIDIA GPUs, bfloat16) | auto
+    attention: str = "auto"
+    dtype: str = "auto"  # of computation: float32 | bfloat16 | auto (float32 on CPU, bfloat16 elsewhere)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set, how its text is cut, and what happens to bad items."""
+
+    # coco (COCO's own or Karpathy's JSON, your own photos in either form) | scienceqa (the official folder) | instruct
+    # (Alpaca's and LLaVA's forms, yours in either) | miniature, miniature_qa, miniature_chat (drawn by the package)
+    kind: str = "coco"
+    annotations: str = ""  # captions_train*.json, or dataset_coco.json (Karpathy: holds all splits)
+    images: str = ""  # folder of the images
+    eval_annotations: str = ""  # for val and test; "" = the file above (COCO form: then scores are on training images)
+    eval_images: str = ""  # "" = the folder above
+    folder: str = ""  # scienceqa: the folder of problems.json, pid_splits.json, captions.json and the images
+    splits: tuple = ("train", "val", "test")  # scienceqa: which of pid_splits.json train, validate and test
+    form: str = "QCM-ALE"  # scienceqa: question, context, multiple choice -> answer, lecture, explanation
+    captions_in_context: bool = False  # scienceqa: the machine caption joins the context
+    sources: tuple = ()  # instruct: files, each alone or as (file, share of its rows)
+    multi_turn: bool = False  # instruct: a turn's instruction holds the turns before it
+    mme: str = ""  # instruct: the MME folder that is the test; "" = none
+    prepared: str = ""  # coco, scienceqa, instruct: read this folder, written by --mode=prepare, in place of the files
+    fit: str = "crop"  # how an image becomes square: crop (CLIP) | stretch (LaVIN)
+    on_bad: str = "error"  # a bad item stops the run (error) or leaves data and queues, counted in the log (drop)
+    max_tokens: int = 40  # instruction + response + EOS, what precedes them not counted; ClipCap's length on COCO
+    # Texts of a batch are cut to the smallest of so many lengths that holds them; the step is compiled once for each.
+    buckets: int = 4  # 1: every batch is as long as the longest text
+    length_window: int = 1  # batches whose samples are put together by length (then take 8 buckets); 1: none
+    eos: bool = True  # supervise an end-of-text token (ClipCap itself does not: then decode with stop_at_period)
+    cache_features: bool = True  # keep a frozen CLIP's features on disk instead of recomputing them every epoch
+    cache: str = ""  # folder for features, validation verdicts, compiled programs; "" = <workdir>/cache
+    threads: int = 4  # that decode images
+    scenes: int = 1600  # miniature only: training scenes (five captions each), or questions
+    scored: str = "test"  # the split that is scored: test | val (to choose settings on)
+    eval_limit: int = 0  # score at most so many test images; 0 = all
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Settings of the queue losses (EIM sections 1 and 6; each default is argued in the README)."""
+
+    tau: float = 0.07
+    similarity: str = "cosine"  # cosine | dot
+    positives: str = "self"  # self (the paper) | group (all captions of the image) | mask (siblings not in denominator)
+    lm_distil: bool = False  # loss_LM draws to the own key alone, (1 - cosine) / tau, instead of against all keys
+    lm_with_image: bool = False  # loss_LM's query after the visual tokens, instead of text alone
+    chunk: int = 0  # keys an online-softmax step reads; 0 = 1024 on CPU, 32768 elsewhere
+    queue_dtype: str = "auto"  # float32 | bfloat16 | int8 (a scale a row) | auto (float32 on CPU, bfloat16 elsewhere)
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """The weight of each loss in a stage; 0 = not computed."""
+
+    base: float = 0.0
+    ie: float = 0.0
+    st: float = 0.0
+    lm: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: which parameters train, on which losses, how long and how fast."""
+
+    # Regular expressions over parameter paths (full match); an entry (pattern, factor) scales the group's rate.
+    train: tuple = ()
+    losses: LossWeights = field(default_factory=LossWeights)
+    epochs: int = 10
+    steps: int = 0  # overrides epochs when > 0
+    batch: int = 40  # global: over all devices and micro-batches
+    accumulate: int = 1  # micro-batches an update; exact: the same gradient as one big batch
+    lr: float = 2e-5
+    schedule: str = "linear"  # after the warm-up: linear (to 0) | cosine (to 0) | constant
+    warmup_steps: int = 5000
+    warmup_epochs: float = 0.0  # overrides warmup_steps when > 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-6
+    weight_decay: float = 0.0  # on tensors of two and more dimensions
+    clip_norm: float = 0.0  # of the trained gradients together; 0 = no clipping
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model variant and the sequence of stages that trains it; arms of a run are compared in its report."""
+
+    description: str = ""
+    # What the ST receives: full ([CLS] and all patches) | cls | grid ([CLS] and a pooled 7 x 7 grid, EIM on LaVIN) |
+    # first (the first 50 tokens) | blocks ([CLS] after every fourth block, stock LaVIN).
+    features: str = "full"
+    output_layer: bool = False  # whether CLIP's output layer (ln_post and projection) stands before the ST
+    # ffn (EIM) | mlp, transformer (ClipCap's mappers, on one token) | projector (LaVIN's) | queries (LLaMA-Adapter's)
+    st: str = "ffn"
+    st_tokens: int = 10  # of mlp, transformer and queries; ffn and projector keep their input's number
+    st_hidden: int = 3072  # of ffn, projector and queries (its width); mlp: half its output width
+    st_layers: int = 8  # of transformer and queries
+    st_heads: int = 8  # of transformer and queries
+    prompts: int = 0  # deep visual prompt tokens a CLIP block; 0 = none
+    prompt_hidden: int = 1408  # width of the MLP that re-parametrises them; 0 = plain prompts
+    # What adapts a LLaMA: none | lavin (router adapters; the image enters as tokens) | prompts (LLaMA-Adapter's gated
+    # attention; the image is added to the prompts).
+    adapter: str = "none"
+    adapter_rank: int = 8  # of lavin
+    adapter_temperature: float = 10.0  # of lavin's router
+    adapter_dropout: float = 0.1  # of lavin
+    adapter_layers: int = 30  # of prompts: so many topmost layers
+    visual_adapter: bool = False  # router adapters in CLIP.visual too (lavin)
+    sequence: tuple = ()  # names of stages, in order
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How text is generated; every method in `methods` is scored, the first one is the arm's answer."""
+
+    methods: tuple = ("beam", "greedy")  # of greedy | beam | nucleus
+    beams: int = 5
+    max_tokens: int = 67
+    stop_at_period: bool = False  # ClipCap's stop rule, for models trained with eos=False
+    top_p: float = 0.8
+    temperature: float = 1.0
+    batch: int = 40
+    answers: str = "generated"  # questions with options: read in the generated text | likelihood (each option's)
+    unparsed: str = "wrong"  # an answer that cannot be read: wrong | random (an option drawn by the seed)
+    java: bool = True  # METEOR and SPICE of captions by the reference's jars, where Java is installed
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the training state is saved; a finished stage always is. The newest one is kept."""
+
+    every_steps: int = 1000
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    towers: Towers = field(default_factory=Towers)
+    data: Data = field(default_factory=Data)
+    losses: Losses = field(default_factory=Losses)
+    arms: tuple = ("eim",)  # which of `arm` run, in order
+    arm: dict[str, Arm] = field(default_factory=dict)
+    stages: dict[str, Stage] = field(default_factory=dict)
+    decode: Decode = field(default_factory=Decode)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    mesh: tuple = (1, -1, 1)  # devices along data, fsdp, tensor; -1 = all that remain
+    log_every: int = 50  # steps
+    profile: str = ""  # "10:15": a trace of steps 10 to 14 of each stage, in <workdir>/<arm>/profile
+
+
+# Fields that may differ when a run resumes. The mesh, micro-batches and recomputation change the order of sums, so
+# parameters to rounding only (with dropout, micro-batches also draw other noise). The last three are the test's.
+FREE_ON_RESUME = {
+    "arms",
+    "log_every",
+    "mesh",
+    "profile",
+    "towers.remat",
+    "data.cache",
+    "data.prepared",
+    "data.threads",
+    "data.eval_limit",
+    "data.eval_annotations",
+    "data.eval_images",
+    "data.mme",
+}
+FREE_GROUPS = ("decode.", "checkpoint.")
+FREE_OF_ENTRIES = (".description", ".accumulate")  # of arm.*, of stages.*
+
+
+def to_config_dict(config: Config) -> "ml_collections.ConfigDict":
+    """The same fields as a ConfigDict, for `configs/*.py` and the command line."""
+    import ml_collections  # here, because a step that is built from the dataclasses alone does without it
+
+    return ml_collections.ConfigDict(dataclasses.asdict(config))
+
+
+def from_config_dict(values: Any) -> Config:
+    """Turns a ConfigDict or nested dict into a checked `Config`; raises ConfigError naming the field."""
+    if hasattr(values, "to_dict"):
+        values = values.to_dict()
+    config = _build(Config, values, "config")
+    check(config, flatten(config))
+    return config
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The fields as {"data.max_tokens": 40, ...}."""
+    flat = {}
+
+    def visit(prefix, value):
+        if isinstance(value, dict):
+            for key, child in value.items():
+                visit(f"{prefix}.{key}" if prefix else key, child)
+        else:
+            flat[prefix] = value
+
+    visit("", dataclasses.asdict(config))
+    return flat
+
+
+def explain_unknown(values: Any, field: str) -> str | None:
+    """Why the dotted `field` is not in a ConfigDict, with the nearest valid name; None if it is there."""
+    path = []
+    for name in field.split("."):
+        known = list(values.keys()) if hasattr(values, "keys") else []
+        if name not in known:
+            where = ".".join(["config", *path])
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            return f"{where} has no field {name!r}" + (
+                f"; did you mean {where}.{near[0]}?" if near else f"; it has {', '.join(known) or 'no fields'}"
+            )
+        path.append(name)
+        values = values[name]
+    return None
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The config as nested plain values, for run.json."""
+    return dataclasses.asdict(config)
+
+
+def read_saved(workdir: Path) -> Config | None:
+    """The config that a workdir was trained with, None for a fresh one."""
+    path = workdir / "run.json"
+    return from_config_dict(json.loads(path.read_text())["config"]) if path.exists() else None
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """The fields, one line each, whose change would make a resumed run another run."""
+    common = [name for name in new.arms if name in old.arms]
+    before, after = deciding(old, common), deciding(new, common)
+    return [
+        f"{name}: {before.get(name)!r} in the workdir, {after.get(name)!r} asked for"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+def deciding(config: Config, arms: list[str]) -> dict[str, Any]:
+    """The flat fields that decide the parameters of these arms."""
+    reached = {stage for name in arms for stage in config.arm[name].sequence}
+    kept = {}
+    for name, value in flatten(config).items():
+        group, _, rest = name.partition(".")
+        entry = rest.partition(".")[0]
+        unreached = (group == "arm" and entry not in arms) or (group == "stages" and entry not in reached)
+        free = name in FREE_ON_RESUME or name.startswith(FREE_GROUPS) or rest.endswith(FREE_OF_ENTRIES)
+        if not unreached and not free:
+            kept[name] = value
+    return kept
+
+
+def _build(kind, values, where):
+    """One dataclass from nested plain values."""
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            raise ConfigError(f"{where}.{name}: no such field{hint}")
+    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _convert(hint, value, where):
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)
+    if typing.get_origin(hint) is dict:
+        return {name: _build(typing.get_args(hint)[1], child, f"{where}.{name}") for name, child in value.items()}
+    if hint is tuple and isinstance(value, (list, tuple)):
+        return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"{where}: {value!r} is not a {hint.__name__}")
+    return value

@@ -1,0 +1,1 @@
+"""The miniature world: scenes, captions and questions that the package draws itself."""

@@ -1,0 +1,300 @@
+"""COCO caption scores of a result file: BLEU, METEOR, ROUGE-L, CIDEr-D, SPICE by the reference scorers.
+
+`python -m eim_jax.evaluation.metrics.caption_scores --results results.json --annotations captions.json` prints one
+JSON object.
+BLEU, ROUGE-L and CIDEr need no Java; METEOR and SPICE are the reference jars and are null, with the reason, without it.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from eim_jax.evaluation.metrics.ptb import DROPPED, ptb_captions
+
+METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE")
+TOKENISER_JAR = "tokenizer/stanford-corenlp-3.4.1.jar"
+METEOR_JAR = "meteor/meteor-1.5.jar"
+SPICE_JARS = (
+    "spice/spice-1.0.jar",
+    "spice/lib/stanford-corenlp-3.6.0.jar",
+    "spice/lib/stanford-corenlp-3.6.0-models.jar",
+)
+# Without these METEOR reads "0.5" as text under locales with a decimal comma, and captions under the locale's charset.
+JAVA_FLAGS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
+# SPICE 1.0 reflects on JDK internals; Java 8 does not know the flag and does not read this variable.
+SPICE_ENVIRONMENT = {
+    "JDK_JAVA_OPTIONS": " ".join(
+        f"--add-opens=java.base/{package}=ALL-UNNAMED"
+        for package in ("java.lang", "java.math", "java.util", "java.util.concurrent", "java.net", "java.text")
+    )
+}
+
+Tokenised = dict[Hashable, list[str]]
+
+
+def _package() -> pathlib.Path:
+    spec = importlib.util.find_spec("pycocoevalcap")
+    if spec is None:
+        raise ModuleNotFoundError("caption scores need the package pycocoevalcap 1.2")
+    return pathlib.Path(next(iter(spec.submodule_search_locations)))
+
+
+def _java() -> str | None:
+    home = os.environ.get("JAVA_HOME")
+    return (shutil.which("java", path=os.path.join(home, "bin")) if home else None) or shutil.which("java")
+
+
+def _one_line(caption: str) -> str:
+    # The reference only replaces \n, but its tokeniser also breaks lines at \r, \v, \f, U+2028, ..., which would shift
+    # every later caption by one.
+    return " ".join(caption.split())
+
+
+def tokenise_java(captions: Sequence[str], java: str) -> list[str]:
+    """Returns what ptb.ptb_captions returns, by the reference's own jar.
+
+    Args:
+      captions: any text.
+      java: the Java executable.
+
+    Raises:
+      RuntimeError: Java failed or did not answer line for line.
+    """
+    command = [java, *JAVA_FLAGS, "-cp", str(_package() / TOKENISER_JAR), "edu.stanford.nlp.process.PTBTokenizer"]
+    command += ["-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
+    text = "\n".join(map(_one_line, captions)) + "\n"
+    done = subprocess.run(command, input=text.encode(), capture_output=True, check=False)
+    lines = done.stdout.decode().split("\n")[:-1]
+    if done.returncode or len(lines) != len(captions):
+        raise RuntimeError(
+            f"PTBTokenizer: {len(lines)} lines for {len(captions)} captions. {done.stderr.decode()[-300:]}"
+        )
+    return [" ".join(token for token in line.rstrip().split(" ") if token not in DROPPED) for line in lines]
+
+
+def meteor(references: Tokenised, results: Tokenised, java: str) -> float:
+    """Returns METEOR 1.5 by the reference jar; both arguments tokenised, with the same keys, one result a key.
+
+    Raises:
+      RuntimeError: the jar failed.
+    """
+    jar = _package() / METEOR_JAR
+    command = [java, *JAVA_FLAGS, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=jar.parent, encoding="utf-8", **pipes) as process:
+
+        def answer(line: str) -> str:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            return process.stdout.readline().strip()
+
+        try:
+            statistics = []
+            for key, (result,) in results.items():
+                result = result.replace("|||", "").replace("  ", " ")  # the protocol's separator, as the reference
+                statistics.append(answer(" ||| ".join(("SCORE", *references[key], result))))
+            scores = [float(answer(" ||| ".join(("EVAL", *statistics))))]
+            scores += [float(process.stdout.readline()) for _ in results]
+        except (OSError, ValueError) as error:
+            raise RuntimeError(f"the METEOR jar failed: {error}") from error
+        finally:
+            process.kill()
+    return scores[-1]  # one line an image, then the corpus
+
+
+def spice(references: Tokenised, results: Tokenised, java: str) -> float:
+    """Returns SPICE 1.0 by the reference jar; arguments as for meteor.
+
+    Raises:
+      RuntimeError: the jar failed.
+    """
+    jar = _package() / SPICE_JARS[0]
+    images = [{"image_id": k, "test": results[k][0], "refs": references[k]} for k in results]
+    with tempfile.TemporaryDirectory() as folder:
+        source, target, cache = (pathlib.Path(folder) / name for name in ("in.json", "out.json", "cache"))
+        source.write_text(json.dumps(images))
+        cache.mkdir()
+        command = [
+            java,
+            *JAVA_FLAGS,
+            "-Xmx8G",
+            "-jar",
+            str(jar),
+            str(source),
+            "-cache",
+            str(cache),
+            "-out",
+            str(target),
+        ]
+        command += ["-subset", "-silent"]
+        environment = {**os.environ, **SPICE_ENVIRONMENT}
+        done = subprocess.run(command, cwd=jar.parent, capture_output=True, env=environment, check=False)
+        if done.returncode or not target.is_file():
+            raise RuntimeError(f"the SPICE jar failed: {done.stderr.decode()[-300:]}")
+        scores = [image["scores"]["All"]["f"] for image in json.loads(target.read_text())]
+    return math.fsum(float("nan") if s is None else float(s) for s in scores) / len(scores)
+
+
+def _check(results: Mapping[Hashable, Any], references: Mapping[Hashable, Sequence[str]]) -> None:
+    if not results:
+        raise ValueError("no results to score")
+    unknown = [key for key in results if key not in references]
+    if unknown:
+        known = next(iter(references), None)
+        raise ValueError(
+            f"{len(unknown)} results for images that have no reference captions: {unknown[:5]!r}; "
+            f"the references' ids look like {known!r}"
+        )
+    bare = [key for key in results if not references[key]]
+    if bare:
+        raise ValueError(f"no reference caption for {len(bare)} images: {bare[:5]!r}")
+    wrong = [key for key, caption in results.items() if not isinstance(caption, str)]
+    if wrong:
+        raise ValueError(f"the caption is not a string for {len(wrong)} images: {wrong[:5]!r}")
+
+
+def _tokenise(captions: dict[Hashable, list[str]], java: str | None) -> Tokenised:
+    flat = [caption for group in captions.values() for caption in group]
+    tokens = iter(ptb_captions(flat) if java is None else tokenise_java(flat, java))
+    return {key: [next(tokens) for _ in group] for key, group in captions.items()}
+
+
+def score(
+    results: Mapping[Hashable, Any], references: Mapping[Hashable, Sequence[str]], *, java: bool = True
+) -> dict[str, Any]:
+    """Returns the COCO caption scores of one caption an image, as fractions (CIDEr: x10), by pycocoevalcap's scorers.
+
+    Images that have references but no result are left out, as the reference does; the notes say how many.
+
+    Args:
+      results: caption of each image. An empty one is scored (zeros), and counted in the notes.
+      references: at least one caption of every image in results.
+      java: False to do without Java even where it is installed: Python tokens (the same), no METEOR, no SPICE.
+
+    Returns:
+      Bleu_1 ... SPICE, None where a score could not be had; and "notes", a dict that says why, and what tokenised.
+
+    Raises:
+      ValueError: no results, a result without references, a caption that is no string.
+
+    >>> score({1: "a red cube", 2: "two balls"}, {1: ["a red cube"], 2: ["two balls"]}, java=False)["ROUGE_L"]
+    1.0
+    """
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    _check(results, references)
+    ids = [key for key in references if key in results]  # the reference's order: that of the annotations
+    executable = _java() if java else None
+    why_no_java = "Java was not asked for" if not java else "Java is not installed"
+    notes = {"images": f"{len(ids)} results, of {len(references)} images with references"}
+
+    def tokenise_both(executable: str | None) -> tuple[Tokenised, Tokenised]:
+        truth = {key: list(references[key]) for key in ids}
+        return _tokenise(truth, executable), _tokenise({key: [results[key]] for key in ids}, executable)
+
+    try:
+        truth, said = tokenise_both(executable)
+        notes["tokeniser"] = "Stanford PTBTokenizer (Java)" if executable else f"PTB rules in Python ({why_no_java})"
+    except (RuntimeError, OSError) as error:
+        executable, why_no_java = None, f"Java does not work: {error}"
+        truth, said = tokenise_both(None)
+        notes["tokeniser"] = f"PTB rules in Python ({why_no_java})"
+
+    empty = [key for key in ids if not said[key][0]]
+    if empty:
+        notes["empty"] = f"{len(empty)} results without a word: {empty[:5]!r}"
+    if len(ids) == 1:
+        notes["CIDEr"] = "always 0 for a single image: its idf is log(1/1)"
+
+    scores: dict[str, Any] = dict.fromkeys(METRICS)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout carries one JSON object
+        bleu, _ = Bleu(4).compute_score(truth, said, verbose=0)
+        scores |= {f"Bleu_{n}": float(value) for n, value in enumerate(bleu, 1)}
+        scores["ROUGE_L"] = float(Rouge().compute_score(truth, said)[0])
+        scores["CIDEr"] = float(Cider().compute_score(truth, said)[0])
+
+    for name, scorer, jars in (("METEOR", meteor, (METEOR_JAR,)), ("SPICE", spice, SPICE_JARS)):
+        missing = [jar for jar in jars if not (_package() / jar).is_file()]
+        if executable is None:
+            notes[name] = why_no_java
+        elif missing:
+            notes[name] = f"not in the installed pycocoevalcap: {', '.join(missing)}"
+        else:
+            try:
+                value = scorer(truth, said, executable)
+                scores[name] = value if math.isfinite(value) else None
+                if scores[name] is None:
+                    notes[name] = "the reference's result is not a number: an image has no tuples"
+            except RuntimeError as error:
+                notes[name] = str(error)
+    return {**scores, "notes": notes}
+
+
+def load_results(path: str | os.PathLike) -> dict[Hashable, str]:
+    """Reads COCO's result format, a list of {"image_id", "caption"}.
+
+    Raises:
+      ValueError: another format, or two captions for one image.
+    """
+    entries = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    if not isinstance(entries, list) or not all(
+        isinstance(e, dict) and {"image_id", "caption"} <= e.keys() for e in entries
+    ):
+        raise ValueError(f'{path} is not a list of {{"image_id": ..., "caption": ...}}')
+    results = {entry["image_id"]: entry["caption"] for entry in entries}
+    if len(results) != len(entries):
+        ids = [entry["image_id"] for entry in entries]
+        twice = sorted({str(i) for i in ids if ids.count(i) > 1})[:5]
+        raise ValueError(
+            f"{path} has more than one caption for {len(entries) - len(results)} images: {', '.join(twice)}"
+        )
+    return results
+
+
+def load_references(paths: Sequence[str | os.PathLike]) -> dict[Hashable, list[str]]:
+    """Reads the captions of one or several COCO annotation files, in the order of their images.
+
+    Raises:
+      ValueError: a file without "annotations" of captions.
+    """
+    references: dict[Hashable, list[str]] = {}
+    for path in paths:
+        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        annotations = content.get("annotations") if isinstance(content, dict) else None
+        if not annotations or "caption" not in annotations[0]:
+            raise ValueError(f'{path} has no "annotations" with captions')
+        for image in content.get("images", ()):
+            references.setdefault(image["id"], [])
+        for annotation in annotations:
+            references.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    return {key: captions for key, captions in references.items() if captions}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Scores a result file and prints one JSON object."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--results", required=True, help='JSON list of {"image_id", "caption"}')
+    parser.add_argument("--annotations", required=True, nargs="+", help="COCO caption annotation file(s)")
+    parser.add_argument("--no-java", action="store_true", help="no METEOR and SPICE, even where Java is installed")
+    options = parser.parse_args(arguments)
+    try:
+        scores = score(load_results(options.results), load_references(options.annotations), java=not options.no_java)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
+    print(json.dumps(scores))
+
+
+if __name__ == "__main__":
+    main()

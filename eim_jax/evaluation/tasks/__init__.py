@@ -1,0 +1,1 @@
+"""What a test split asks for: captions, options, yes or no."""

@@ -1,0 +1,179 @@
+"""What the ways to decode share: their settings, the state of the rows, one step of the LM over its cache."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from eim_jax.models.kv_cache import Cache, init_cache
+from eim_jax.models.language.llama import Steer
+from eim_jax.models.vlm import LMInput
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How to decode.
+
+    Attributes:
+      method: "greedy", "beam" (ClipCap's, ranked by mean log-probability), or "nucleus" (sampling).
+      beams: width of the beam search.
+      max_tokens: most tokens generated for a row (ClipCap: 67).
+      stop_at_period: the period token ends a text too, and stays in it (ClipCap trains without EOS).
+      top_p: nucleus mass; sampling is among the most probable tokens that reach it together.
+      temperature: divides the logits before sampling.
+      seed: of the sampling.
+    """
+
+    method: str = "greedy"
+    beams: int = 5
+    max_tokens: int = 67
+    stop_at_period: bool = False
+    top_p: float = 0.9
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):  # noqa: D105
+        if self.method not in ("greedy", "beam", "nucleus"):
+            raise ValueError(f"method {self.method!r} is not greedy, beam or nucleus")
+        if self.beams < 1 or self.max_tokens < 1:
+            raise ValueError(f"beams {self.beams} and max_tokens {self.max_tokens} must be at least 1")
+        if not 0 <= self.top_p <= 1 or not self.temperature > 0:
+            raise ValueError(f"top_p {self.top_p} must be in [0, 1] and temperature {self.temperature} positive")
+
+
+class Decoded(NamedTuple):
+    """The generated text of each row; T = max_tokens.
+
+    `tokens` is 0 from `length` on. EOS is not part of the text, the period of stop_at_period is. `logprob` is the mean
+    log-probability under the model (temperature 1, nothing cut) of all generated tokens, EOS included.
+    """
+
+    tokens: Int[Array, "b T"]
+    length: Int[Array, "b"]
+    logprob: Float[Array, "b"]
+
+
+class State(NamedTuple):
+    """What a step of any method needs; r rows = b, or b * beams with the beams of an image side by side.
+
+    The cache has b rows in any case.
+    """
+
+    step: Int[Array, ""]  # tokens generated so far
+    cache: Cache
+    last: Int[Array, "r"]  # the newest token
+    position: Int[Array, "r"]  # the newest token's position
+    tokens: Int[Array, "r T"]
+    length: Int[Array, "r"]  # of the text that scores: with EOS
+    total: Float[Array, "r"]  # sum of log-probabilities
+    done: Bool[Array, "r"]
+    sees: Bool[Array, "b k slots"] | None = None  # beam search: the slots of each beam's past
+
+
+def stops(config: DecodeConfig, eos_id: int | None, period_id: int | None) -> tuple[int, ...]:
+    """The tokens that end a text."""
+    ends = (eos_id, period_id if config.stop_at_period else None)
+    return tuple(token for token in ends if token is not None)
+
+
+def decoded(state: State, eos_id: int | None) -> Decoded:
+    """The texts of finished rows: EOS took part in the score but is no text."""
+    newest = jnp.take_along_axis(state.tokens, jnp.maximum(state.length[:, None] - 1, 0), axis=1)[:, 0]
+    length = state.length if eos_id is None else state.length - (newest == eos_id)
+    tokens = jnp.where(jnp.arange(state.tokens.shape[1])[None] < length[:, None], state.tokens, 0)
+    return Decoded(tokens, length, state.total / state.length)
+
+
+def run(lm, params, embeds, positions, cache, steer, **valid):
+    """LM_block's output and the grown cache."""
+    steering = {} if steer is None else {"steer": steer}
+    options = {"positions": positions, "cache": cache, "method": "hidden", **valid, **steering}
+    return lm.apply({"params": params}, embeds, **options)
+
+
+def prefill(lm, params, read: LMInput, room: int, mesh: Mesh | None) -> tuple[Float[Array, "b V"], Cache]:
+    """Reads the prefix once: the next token's logits, and the cache with `room` free slots."""
+    b, slots = read.valid.shape
+    cache = init_cache(lm.config, b, slots + room).place(mesh)
+    hidden, cache = run(lm, params, read.embeds, read.positions, cache, read.steer, valid=read.valid)
+    last = slots - 1 - jnp.argmax(read.valid[:, ::-1], axis=1)  # the slot of each row's last real token
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    return lm.apply({"params": params}, hidden, method="logits")[:, 0], cache.place(mesh)
+
+
+def advance(lm, params, state: State, steer: Steer | None, mesh: Mesh | None) -> tuple[Float[Array, "r V"], State]:
+    """Feeds each row's newest token: the next token's logits, and the state with the grown cache."""
+    embeds = lm.apply({"params": params}, state.last[:, None], method="embed")
+    position = state.position + 1
+    hidden, cache = run(lm, params, embeds, position[:, None], state.cache, steer)
+    logits = lm.apply({"params": params}, hidden, method="logits")[:, 0]
+    return logits, state._replace(cache=cache.place(mesh), position=position)
+
+
+def ended(token: Int[Array, "r"], stops: Sequence[int]) -> Bool[Array, "r"]:
+    """Which rows' newest token is one of `stops`."""
+    return functools.reduce(jnp.logical_or, [token == stop for stop in stops], jnp.zeros(token.shape, bool))
+
+
+def loop(step, state: State, max_tokens: int) -> State:
+    """Repeats `step` until all rows have ended or are full."""
+    return jax.lax.while_loop(lambda s: (s.step < max_tokens) & ~jnp.all(s.done), step, state)
+
+
+def begin(cache: Cache, position: Int[Array, "r"], max_tokens: int) -> State:
+    """The state before the first token."""
+    r, zero = len(position), jnp.zeros(len(position), jnp.int32)
+    empty = jnp.zeros((r, max_tokens), jnp.int32)
+    return State(jnp.int32(0), cache, zero, position, empty, zero, jnp.zeros(r), jnp.zeros(r, bool))
+
+
+def extend(
+    config: DecodeConfig, ends: Sequence[int], state: State, logits: Float[Array, "r V"], index: Int[Array, "r"]
+) -> State:
+    """Adds each unfinished row's next token, the most probable one or a sample; rows may be at different steps."""
+    if config.method == "greedy":
+        token = jax.lax.top_k(logits, 1)[1][:, 0]  # XLA's argmax over a vocabulary is ten times slower on CPU
+    else:
+        fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+        keys = jax.vmap(jax.random.fold_in)(fold(jax.random.key(config.seed), index), state.length)
+        token = jax.vmap(jax.random.categorical)(keys, nucleus(logits, config.top_p, config.temperature))
+    logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    kept = jnp.where(state.done, 0, token).astype(jnp.int32)
+    here = (jnp.arange(config.max_tokens)[None] == state.length[:, None]) & ~state.done[:, None]
+    length = state.length + ~state.done
+    return state._replace(
+        step=state.step + 1,
+        last=kept,
+        tokens=jnp.where(here, kept[:, None], state.tokens),
+        length=length,
+        total=state.total + jnp.where(state.done, 0.0, logprob),
+        done=state.done | ended(token, ends) | (length == config.max_tokens),
+    )
+
+
+def nucleus(logits: Float[Array, "b V"], top_p: float, temperature: float) -> Float[Array, "b V"]:
+    """Returns logits / temperature with -inf outside the fewest most probable tokens whose mass reaches top_p.
+
+    Tokens exactly as probable as the last one of them stay too; the most probable one always does (Holtzman et al.
+    2020, section 3.1).
+    """
+    logits = logits / temperature
+    mass = jax.nn.softmax(logits, axis=-1)
+    # Non-negative floats are ordered as their bits are: 31 halvings find the exact least probability that stays. A sort
+    # of the vocabulary gives the same and takes longer than the model on a CPU.
+    bits = jax.lax.bitcast_convert_type(mass.astype(jnp.float32), jnp.int32)
+
+    def halve(_, bounds):
+        low, high = bounds  # the tokens from `low` on reach top_p, those from `high` on do not
+        middle = low + (high - low) // 2
+        reached = jnp.sum(jnp.where(bits >= middle, mass, 0.0), axis=-1, keepdims=True) >= top_p
+        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+
+    highest = jnp.max(bits, axis=-1, keepdims=True)
+    least, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(highest), highest + 1))
+    return jnp.where(bits >= jnp.minimum(least, highest), logits, -jnp.inf)

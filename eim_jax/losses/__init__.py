@@ -1,0 +1,1 @@
+"""The contrastive losses against queues, loss_base, and a stage's objective."""

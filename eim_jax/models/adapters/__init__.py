@@ -1,0 +1,1 @@
+"""Parameters added to frozen towers."""

@@ -1,0 +1,1 @@
+"""Language models with LM_e, LM_block and head callable by themselves."""

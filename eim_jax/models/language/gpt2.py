@@ -1,0 +1,144 @@
+"""GPT-2 with its three parts callable by themselves (LM_e, LM_block, head) and an explicit key-value cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from eim_jax.models.kv_cache import Cache, init_cache, visible
+from eim_jax.models.layers import BlockConfig, layer_norm, make_blocks, run_blocks
+
+__all__ = ["GPT2", "Cache", "GPT2Config", "init_cache"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GPT2Config:
+    """Shape of a GPT-2; the defaults are GPT-2 small.
+
+    Attributes:
+      dropout: rate on embeddings, attention weights and both residual branches.
+      mlp: hidden width of the blocks' MLPs; 0 for 4 x width.
+      scan: stack the blocks' parameters and scan over them.
+      remat: "none", "full" or "dots" (layers.REMAT_POLICIES).
+      attention: a name in layers.ATTENTIONS.
+    """
+
+    vocab: int = 50257
+    context: int = 1024
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    dropout: float = 0.1
+    mlp: int = 0
+    activation: str = "gelu_new"
+    eps: float = 1e-5
+    scan: bool = False
+    remat: str = "none"
+    attention: str = "softmax"
+    dtype: DTypeLike = jnp.float32
+
+    @property
+    def adapter(self) -> None:
+        """GPT-2 takes none."""
+        return None
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values: as many as of queries."""
+        return self.heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return self.width // self.heads
+
+
+class GPT2(nn.Module):
+    """GPT-2 language model with a tied head."""
+
+    config: GPT2Config
+
+    def setup(self):  # noqa: D102
+        c = self.config
+        normal = nn.initializers.normal
+        self.token_embedding = nn.Embed(c.vocab, c.width, embedding_init=normal(0.02), dtype=c.dtype)
+        self.position_embedding = self.param("position_embedding", normal(0.02), (c.context, c.width))
+        self.drop = nn.Dropout(c.dropout)
+        block = BlockConfig(
+            width=c.width,
+            heads=c.heads,
+            mlp=c.mlp or 4 * c.width,
+            activation=c.activation,
+            eps=c.eps,
+            dropout=c.dropout,
+            residual_init=normal(0.02 * (2 * c.layers) ** -0.5),  # keeps the residual stream's variance with depth
+            attention=c.attention,
+            dtype=c.dtype,
+        )
+        self.blocks = make_blocks(block, c.layers, scan=c.scan, remat=c.remat)
+        self.ln_f = layer_norm(c.eps, c.dtype)
+
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Returns the token embeddings alone, without positions: LM_e."""
+        return self.token_embedding(tokens)
+
+    def hidden(
+        self,
+        embeds: Float[Array, "b t d"],
+        *,
+        valid: Bool[Array, "b t"] | None = None,
+        positions: Int[Array, "b t"] | None = None,
+        cache: Cache | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "b t d"], Cache | None]:
+        """Returns LM_block's output (after ln_f) for input embeddings, and the cache that now holds these tokens.
+
+        Args:
+          embeds: token embeddings or the ST's output, without positions.
+          valid: False for padding, which nothing sees; None means all real.
+          positions: of each token; 0..t-1 by default. Must be given with a cache.
+          cache: what was read before; these tokens take its next t slots.
+          train: dropout is on; needs the rng "dropout".
+
+        Raises:
+          ValueError: more tokens than positions, or a cache without positions.
+        """
+        c, (b, t) = self.config, embeds.shape[:2]
+        if t > c.context:
+            raise ValueError(f"{t} tokens do not fit GPT-2's context of {c.context}")
+        if positions is not None:
+            position = self.position_embedding[positions]
+        elif cache is None:
+            position = self.position_embedding[None, :t]
+        else:
+            raise ValueError("with a cache the positions of the new tokens must be given")
+        x = embeds.astype(c.dtype) + position.astype(c.dtype)
+        x = self.drop(x, deterministic=not train)
+
+        mask, flags = visible(cache, valid, b, t)
+        if cache is None:
+            x, _ = run_blocks(self.blocks, x, mask=mask, train=train)
+            return self.ln_f(x), None
+        x, kv = run_blocks(self.blocks, x, mask=mask, train=train, start=cache.length, kv=cache.kv)
+        return self.ln_f(x), Cache(kv, flags, cache.length + t)
+
+    def logits(self, hidden: Float[Array, "b t d"]) -> Float[Array, "b t V"]:
+        """Returns float32 next-token logits by the tied head."""
+        c = self.config
+        weight = self.head_weights()[0].astype(c.dtype)
+        contract_width = (((2,), (1,)), ((), ()))
+        return jax.lax.dot_general(hidden.astype(c.dtype), weight, contract_width, preferred_element_type=jnp.float32)
+
+    def head_weights(self) -> tuple[Float[Array, "V d"], int]:
+        """Returns the tied head's weights, and which of their axes counts the vocabulary."""
+        return self.token_embedding.embedding, 0
+
+    def __call__(
+        self, tokens: Int[Array, "b t"], valid: Bool[Array, "b t"] | None = None, train: bool = False
+    ) -> Float[Array, "b t V"]:
+        """Returns the logits of text alone."""
+        hidden, _ = self.hidden(self.embed(tokens), valid=valid, train=train)
+        return self.logits(hidden)

@@ -1,0 +1,204 @@
+"""A LLaMA's shape and its blocks: RoPE, grouped-query attention, SwiGLU, and where an adapter enters them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from eim_jax.models.adapters.inserted import Router, ZeroInit, mix, route, shrink
+from eim_jax.models.layers import REMAT_POLICIES, check_attention, flash
+from eim_jax.models.quant import QDense
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a LLaMA; the defaults are LLaMA-7B (6,738,415,616 parameters).
+
+    Attributes:
+      kv_heads: heads of keys and values, each read by heads/kv_heads queries; 0 for as many as heads.
+      eps: of RMSNorm (v1: 1e-6, Llama 2: 1e-5).
+      tied: the head is the embedding.
+      adapter: LaVIN's Router, LLaMA-Adapter's ZeroInit, or None.
+      quant: "none", or "nf4" for the blocks' linear layers.
+      qkv_bias: biases of the query, key and value maps, which LLaMA lacks and a folded adapter needs (fold.py).
+      scan: stack the blocks' parameters and scan over them.
+      remat: "none", "full" or "dots" (layers.REMAT_POLICIES).
+      attention: a name in layers.ATTENTIONS, for all but the decoding of one token and the prompts' own softmax.
+    """
+
+    vocab: int = 32000
+    context: int = 2048
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 0
+    mlp: int = 11008
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tied: bool = False
+    adapter: Router | ZeroInit | None = None
+    quant: str = "none"
+    qkv_bias: bool = False
+    scan: bool = False
+    remat: str = "none"
+    attention: str = "softmax"
+    dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self):  # noqa: D105
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        if self.width % self.heads or self.heads % self.kv_heads:
+            raise ValueError(f"width {self.width}, heads {self.heads}, kv_heads {self.kv_heads}: each divides the last")
+        if self.head_width % 2:
+            raise ValueError(f"head width {self.head_width} is odd: RoPE turns pairs")
+        check_attention(self.attention)
+        if isinstance(self.adapter, ZeroInit) and not 1 <= self.adapter.layers <= self.layers:
+            raise ValueError(f"the adapter's {self.adapter.layers} topmost layers are not among {self.layers}")
+        if isinstance(self.adapter, Router):
+            self.adapter.check(self.width)
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return self.width // self.heads
+
+
+def rotation(positions: Int[Array, "b t"], head_width: int, theta: float) -> tuple[Array, Array]:
+    """Returns RoPE's cos and sin [b t 1 e/2], float32, for each position."""
+    frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
+    return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+
+
+def rotate(x: Float[Array, "b t h e"], turn: tuple[Array, Array]) -> Float[Array, "b t h e"]:
+    """Turns the pairs (x_i, x_{i+e/2}), as Hugging Face's files order them (Meta's pairs are adjacent)."""
+    cos, sin = turn
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query attention with RoPE, float32 softmax, and LLaMA-Adapter's gated second attention."""
+
+    config: LlamaConfig
+
+    def setup(self):  # noqa: D102
+        c = self.config
+        inner, shared = c.heads * c.head_width, c.kv_heads * c.head_width
+        self.q = QDense(c.width, inner, quant=c.quant, use_bias=c.qkv_bias, dtype=c.dtype)
+        self.k = QDense(c.width, shared, quant=c.quant, use_bias=c.qkv_bias, dtype=c.dtype)
+        self.v = QDense(c.width, shared, quant=c.quant, use_bias=c.qkv_bias, dtype=c.dtype)
+        residual = nn.initializers.normal(0.02 * (2 * c.layers) ** -0.5)
+        self.out = QDense(inner, c.width, quant=c.quant, dtype=c.dtype, kernel_init=residual)
+
+    def keys_values(self, x: Float[Array, "b t d"]) -> tuple[Array, Array]:
+        """Returns x's keys (not turned) and values [b t kv e]."""
+        shape = (*x.shape[:2], self.config.kv_heads, self.config.head_width)
+        return self.k(x).reshape(shape), self.v(x).reshape(shape)
+
+    def __call__(self, x, turn, mask, start, prompt, kv):
+        """Attends from x [b t d] to x, or (kv given) to cache slots after writing x at slot `start`.
+
+        `prompt` = (keys, values [b K kv e], gate [h]) adds tanh(gate) times a softmax of its own over the prompts.
+        """
+        c, (b, t, _) = self.config, x.shape
+        k, v = self.keys_values(x)
+        k = rotate(k, turn)
+        q = rotate(self.q(x).reshape(b, t, c.heads, c.head_width), turn) * c.head_width**-0.5
+        whole, q = q, q.reshape(b, t, c.kv_heads, c.heads // c.kv_heads, c.head_width)
+        if kv is not None:
+            at = (0, start, 0, 0)
+            k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), at)
+            v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), at)
+            kv = (k, v)
+        if c.attention == "softmax" or (kv is not None and t == 1):
+            mixed = _attend(q, k, v, None if mask is None else mask[:, None])
+        else:
+            mixed = flash(whole, k, v, mask, c.attention).reshape(q.shape)
+        if prompt is not None:
+            keys, values, gate = prompt
+            gate = jnp.tanh(gate.astype(jnp.float32)).astype(mixed.dtype).reshape(1, 1, c.kv_heads, -1, 1)
+            mixed = mixed + gate * _attend(q, keys.astype(k.dtype), values.astype(v.dtype), None)
+        return self.out(mixed.reshape(b, t, c.heads * c.head_width)), kv
+
+
+def _attend(q, k, v, mask):
+    """Softmax attention of q [b t kv g e] over k, v [b s kv e]; mask [b 1 1 t s] or None."""
+    logits = jnp.einsum("btkge,bske->bkgts", q, k, preferred_element_type=jnp.float32)
+    if mask is not None:  # finite, so that a row that may see nothing gives no NaN
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bske->btkge", weights, v)
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    config: LlamaConfig
+
+    def setup(self):  # noqa: D102
+        c = self.config
+        self.gate = QDense(c.width, c.mlp, quant=c.quant, dtype=c.dtype)
+        self.up = QDense(c.width, c.mlp, quant=c.quant, dtype=c.dtype)
+        residual = nn.initializers.normal(0.02 * (2 * c.layers) ** -0.5)
+        self.down = QDense(c.mlp, c.width, quant=c.quant, dtype=c.dtype, kernel_init=residual)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Maps every token by itself."""
+        return self.down(nn.silu(self.gate(x)) * self.up(x))
+
+
+class LlamaBlock(nn.Module):
+    """x + attention(norm_1(x)), then x + mlp(norm_2(x)); a router adapter stands between norm_1 and attention."""
+
+    config: LlamaConfig
+
+    def setup(self):  # noqa: D102
+        c = self.config
+        self.norm_1 = nn.RMSNorm(epsilon=c.eps, dtype=c.dtype)
+        self.attn = LlamaAttention(c)
+        self.norm_2 = nn.RMSNorm(epsilon=c.eps, dtype=c.dtype)
+        self.mlp = LlamaMLP(c)
+        if isinstance(c.adapter, Router):
+            self.drop = nn.Dropout(c.adapter.dropout)
+
+    def keys_values(self, x: Float[Array, "b t d"]) -> tuple[Array, Array]:
+        """Returns the attention's keys and values of x as it is, without norm and RoPE."""
+        return self.attn.keys_values(x)
+
+    def __call__(self, x, turn, mask, train, start, leaf, row, kv):
+        """Returns the output [b t d] and (the updated cache slots, the routing weights used).
+
+        `leaf` is the layer's part of the adapter, `row` its part of Steer: (weights [b 2],), (keys, values), or None,
+        for which the weights come from the first row of the adapter's own input.
+        """
+        z, weights, prompt = self.norm_1(x), None, None
+        if isinstance(self.config.adapter, Router) and leaf is not None:
+            weights = route(leaf, z[:, 0], self.config.adapter.temperature) if row is None else row[0]
+            z = mix(leaf, z, self.drop(shrink(leaf, z), deterministic=not train), weights)
+        elif row is not None:
+            prompt = (*row, leaf)
+        mixed, kv = self.attn(z, turn, mask, start, prompt, kv)
+        x = x + mixed
+        return x + self.mlp(self.norm_2(x)), (kv, weights)
+
+
+def make_blocks(c: LlamaConfig):
+    """A list of blocks, or one scanned block, as layers.make_blocks."""
+    if c.remat not in REMAT_POLICIES:
+        raise ValueError(f"remat {c.remat!r} is not one of {sorted(REMAT_POLICIES)}")
+    block = LlamaBlock
+    if c.remat != "none":  # argument 4 of __call__ (self is 0) is the Python bool `train`
+        block = nn.remat(block, policy=REMAT_POLICIES[c.remat], static_argnums=(4,), prevent_cse=not c.scan)
+    if not c.scan:
+        return [block(c) for _ in range(c.layers)]
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0),
+        length=c.layers,
+    )
+    return scanned(c)

@@ -1,0 +1,1 @@
+"""Vision towers, and the text towers that share their joint space."""

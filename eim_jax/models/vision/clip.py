@@ -1,0 +1,243 @@
+"""CLIP's two towers: images to [CLS] and patch features, captions to the [EOS] feature."""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from eim_jax.models.adapters.inserted import DeepPrompts, Router, RouterAdapter, fold_prompts
+from eim_jax.models.layers import BlockConfig, causal_mask, first_tokens, layer_norm, make_blocks, run_blocks
+
+__all__ = ["FEATURES", "CLIPText", "CLIPTextConfig", "CLIPVision", "CLIPVisionConfig", "fold_prompts", "select"]
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+FEATURES = ("full", "cls", "grid", "first")
+GRID = 7  # patches a side that "grid" leaves: [CLS] and 49 of them are EIM's 50 tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Shape of a CLIP vision tower; the defaults are ViT-B/32.
+
+    Attributes:
+      joint: width of the joint space, the output projection's result.
+      activation: "quick_gelu" (OpenAI's weights) or "gelu" (most OpenCLIP weights).
+      prompts: deep prompt tokens at every block's input; 0 for none.
+      prompt_hidden: width of the prompts' re-parametrising MLPs; 0 for plain prompt tokens.
+      adapter: LaVIN's router adapter on every block's attention input, routed by each image's own [CLS].
+      mean, std: the channel statistics by which images in [0, 1] are normalised before `see`.
+      scan: stack the blocks' parameters and scan over them.
+      remat: "none", "full" or "dots" (layers.REMAT_POLICIES).
+      attention: a name in layers.ATTENTIONS.
+    """
+
+    image_size: int = 224
+    patch_size: int = 32
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp: int = 3072
+    joint: int = 512
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    eps: float = 1e-5
+    prompts: int = 0
+    prompt_hidden: int = 0
+    adapter: Router | None = None
+    mean: tuple[float, ...] = OPENAI_MEAN
+    std: tuple[float, ...] = OPENAI_STD
+    scan: bool = False
+    remat: str = "none"
+    attention: str = "softmax"
+    dtype: DTypeLike = jnp.float32
+
+    @property
+    def tokens(self) -> int:
+        """Number of visual tokens: [CLS] and the patches."""
+        return 1 + (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfig:
+    """Shape of a CLIP text tower; the defaults are ViT-B/32's. `eos_id` marks the position that is pooled."""
+
+    vocab: int = 49408
+    context: int = 77
+    width: int = 512
+    layers: int = 12
+    heads: int = 8
+    mlp: int = 2048
+    joint: int = 512
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    eps: float = 1e-5
+    eos_id: int = 49407
+    scan: bool = False
+    remat: str = "none"
+    attention: str = "softmax"
+    dtype: DTypeLike = jnp.float32
+
+
+def _block_config(c: CLIPVisionConfig | CLIPTextConfig) -> BlockConfig:
+    init = nn.initializers.normal(c.width**-0.5)
+    residual = nn.initializers.normal(c.width**-0.5 * (2 * c.layers) ** -0.5)
+    return BlockConfig(
+        c.width,
+        c.heads,
+        c.mlp,
+        c.activation,
+        c.eps,
+        adapter=c.adapter if isinstance(c, CLIPVisionConfig) else None,
+        init=init,
+        residual_init=residual,
+        attention=c.attention,
+        dtype=c.dtype,
+    )
+
+
+class CLIPVision(nn.Module):
+    """CLIP's vision Transformer, with its output layer (post_ln and projection) as a step of its own."""
+
+    config: CLIPVisionConfig
+
+    def setup(self):  # noqa: D102
+        c = self.config
+        init = nn.initializers.normal(c.width**-0.5)
+        self.class_embedding = self.param("class_embedding", init, (c.width,))
+        self.patch_embedding = nn.DenseGeneral(c.width, axis=(-3, -2, -1), use_bias=False, dtype=c.dtype)
+        self.position_embedding = self.param("position_embedding", init, (c.tokens, c.width))
+        self.pre_ln = layer_norm(c.eps, c.dtype)
+        self.blocks = make_blocks(_block_config(c), c.layers, scan=c.scan, remat=c.remat)
+        self.post_ln = layer_norm(c.eps, c.dtype)
+        self.projection = nn.Dense(c.joint, use_bias=False, dtype=c.dtype, kernel_init=init)
+        if c.prompts:
+            self.prompt = DeepPrompts(c.layers, c.prompts, c.width, c.prompt_hidden)
+        if c.adapter is not None:
+            self.adapter = RouterAdapter(c.layers, c.width, c.adapter)
+
+    def see(self, pixels: Float[Array, "b h w 3"], train: bool = False) -> Float[Array, "b n v"]:
+        """Returns [CLS] and all patch features before the output layer (EIM, "CLIP features").
+
+        Args:
+          pixels: images of config.image_size, normalised by config.mean and config.std.
+          train: the adapter's dropout is on; needs the rng "dropout".
+
+        Raises:
+          ValueError: images of another size.
+        """
+        return run_blocks(self.blocks, self._embed(pixels), train=train, **self._steering())[0]
+
+    def cls_of_blocks(
+        self, pixels: Float[Array, "b h w 3"], every: int = 4, train: bool = False
+    ) -> Float[Array, "b n v"]:
+        """Returns [CLS] of the residual stream after blocks every, 2 every, ... (LaVIN: six tokens of ViT-L/14).
+
+        Neither ln_post nor the projection is applied. The arguments are see's.
+
+        Raises:
+          ValueError: images of another size, or `every` outside 1..layers.
+        """
+        c = self.config
+        if not 1 <= every <= c.layers:
+            raise ValueError(f"every {every} is not among this CLIP's {c.layers} blocks")
+        rows = first_tokens(self.blocks, self._embed(pixels), train=train, **self._steering())
+        return rows[every - 1 :: every].transpose(1, 0, 2)
+
+    def _steering(self) -> dict:
+        """The added parameters by layer, as run_blocks takes them."""
+        c = self.config
+        return {
+            "prompts": self.prompt().astype(c.dtype) if c.prompts else None,
+            "leaves": self.adapter.leaves() if c.adapter is not None else None,
+        }
+
+    def _embed(self, pixels):
+        """The first block's input [b n v]."""
+        c = self.config
+        if pixels.shape[1:3] != (c.image_size, c.image_size):
+            raise ValueError(f"images are {pixels.shape[1:3]}, this CLIP sees {c.image_size} x {c.image_size}")
+        b, p, side = pixels.shape[0], c.patch_size, c.image_size // c.patch_size
+        # A convolution whose stride is its kernel size is one matmul over the patches.
+        patches = pixels[:, : side * p, : side * p].reshape(b, side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
+        patches = self.patch_embedding(patches.reshape(b, side * side, p, p, 3).astype(c.dtype))
+        cls = jnp.broadcast_to(self.class_embedding.astype(c.dtype), (b, 1, c.width))
+        x = jnp.concatenate([cls, patches], axis=1) + self.position_embedding.astype(c.dtype)[None]
+        return self.pre_ln(x)
+
+    def project(self, seen: Float[Array, "*tokens v"]) -> Float[Array, "*tokens j"]:
+        """Returns the output layer's view of `see`'s tokens, in the joint space of image and text."""
+        return self.projection(self.post_ln(seen))
+
+    def __call__(self, pixels: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b n v"], Float[Array, "b j"]]:
+        """Returns `see`'s tokens and the projected [CLS], CLIP's image feature (not normalised)."""
+        seen = self.see(pixels)
+        return seen, self.project(seen[:, 0])
+
+
+def select(seen: Float[Array, "b n v"], features: str) -> Float[Array, "b m v"]:
+    """Returns the visual tokens that go to the ST.
+
+    Args:
+      seen: [CLS] and the patches, row by row of a square grid.
+      features: "full" all of them; "cls" [CLS] alone; "grid" [CLS] and the patches average-pooled to 7 x 7 (bins as
+        torch.nn.AdaptiveAvgPool2d's; a grid of at most 7 x 7 stays); "first" the first 50 tokens, or all if fewer.
+
+    Raises:
+      ValueError: an unknown name, or "grid" of patches that form no square.
+    """
+    if features not in FEATURES:
+        raise ValueError(f"features {features!r} is not one of {FEATURES}")
+    if features != "grid":
+        return seen[:, : {"full": None, "cls": 1, "first": 1 + GRID**2}[features]]
+    b, n, v = seen.shape
+    side = math.isqrt(n - 1)
+    if side**2 != n - 1:
+        raise ValueError(f"features 'grid' needs [CLS] and a square of patches, not {n} tokens")
+    if side <= GRID:
+        return seen
+    # Bin i holds rows floor(i side / 7) up to ceil((i + 1) side / 7): neighbours overlap where 7 does not divide side.
+    start, stop = np.arange(GRID) * side // GRID, -(-np.arange(1, GRID + 1) * side // GRID)
+    row = np.arange(side)
+    inside = (row >= start[:, None]) & (row < stop[:, None])
+    bins = jnp.asarray(inside / inside.sum(1, keepdims=True), jnp.float32)
+    patches = seen[:, 1:].reshape(b, side, side, v).astype(jnp.float32)
+    pooled = jnp.einsum("ir,jc,brcv->bijv", bins, bins, patches, precision="highest")
+    return jnp.concatenate([seen[:, :1], pooled.reshape(b, GRID**2, v).astype(seen.dtype)], axis=1)
+
+
+class CLIPText(nn.Module):
+    """CLIP's causal text Transformer; EIM uses it only to build the caption queue K_t."""
+
+    config: CLIPTextConfig
+
+    def setup(self):  # noqa: D102
+        c = self.config
+        self.token_embedding = nn.Embed(c.vocab, c.width, embedding_init=nn.initializers.normal(0.02), dtype=c.dtype)
+        self.position_embedding = self.param("position_embedding", nn.initializers.normal(0.01), (c.context, c.width))
+        self.blocks = make_blocks(_block_config(c), c.layers, scan=c.scan, remat=c.remat)
+        self.final_ln = layer_norm(c.eps, c.dtype)
+        init = nn.initializers.normal(c.width**-0.5)
+        self.projection = nn.Dense(c.joint, use_bias=False, dtype=c.dtype, kernel_init=init)
+
+    def hidden(self, tokens: Int[Array, "b s"]) -> Float[Array, "b s w"]:
+        """Returns every position's feature after the final LayerNorm."""
+        c, s = self.config, tokens.shape[1]
+        if s > c.context:
+            raise ValueError(f"{s} tokens do not fit CLIP's context of {c.context}")
+        x = self.token_embedding(tokens) + self.position_embedding[:s].astype(c.dtype)[None]
+        x, _ = run_blocks(self.blocks, x, mask=causal_mask(s))
+        return self.final_ln(x)
+
+    def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b j"]:
+        """Returns the projected feature of each row's first [EOS], CLIP's text feature (not normalised).
+
+        A row without [EOS] is pooled at position 0, as in transformers.
+        """
+        eos = jnp.argmax(tokens == self.config.eos_id, axis=1)
+        pooled = jnp.take_along_axis(self.hidden(tokens), eos[:, None, None], axis=1)[:, 0]
+        return self.projection(pooled)

@@ -1,0 +1,194 @@
+"""What a Hugging Face directory holds: its files, read into our leaves and written from them by hf_tables.py.
+
+Every key and every shape is checked before an array is read; leaf by leaf is placed, so at most one leaf is in memory
+twice.
+"""
+
+import contextlib
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from eim_jax.pretrained.key_tables import Leaf
+
+
+class WeightsError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, key or field and says what to do."""
+
+
+class Tensors:
+    """Their keys, read from one model.safetensors or from the shards that an index names."""
+
+    def __init__(self, directory: pathlib.Path, stack: contextlib.ExitStack):
+        self._where, self._name = {}, {}
+        for path in weight_files(directory):
+            try:
+                file = stack.enter_context(safe_open(path, "numpy"))
+            except (OSError, SafetensorError) as error:
+                raise WeightsError(f"{path} cannot be read ({error}); download it again") from error
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                name = key.removeprefix("transformer.")  # GPT-2 saved with or without its head
+                if name in self._where:
+                    raise WeightsError(f"{path}: key {key!r} is there a second time, in another file or spelling")
+                self._where[name], self._name[name] = file, key
+
+    def __iter__(self) -> Iterator[str]:  # noqa: D105
+        return iter(self._where)
+
+    def __contains__(self, key: str) -> bool:  # noqa: D105
+        return key in self._where
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Returns a tensor's shape without reading it."""
+        return tuple(self._where[key].get_slice(self._name[key]).get_shape())
+
+    def read(self, key: str) -> np.ndarray:
+        """Returns a tensor."""
+        return self._where[key].get_tensor(self._name[key])
+
+
+def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Returns a checkpoint's safetensors files: all shards of an index, or the single file.
+
+    Raises:
+      WeightsError: there are none, or not all; the message says what to do.
+    """
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.is_file():
+        files = [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        missing = [f.name for f in files if not f.is_file()]
+        if missing:
+            raise WeightsError(
+                f"{directory}: {index.name} names {', '.join(missing)}, which are missing; download them"
+            )
+        return files
+    if single.is_file():
+        return [single]
+    hint = "give a directory that transformers' save_pretrained wrote"
+    if list(directory.glob("pytorch_model*.bin")):
+        hint = "pytorch_model.bin is not read; load it in transformers once and save_pretrained it"
+    raise WeightsError(f"{directory} holds neither {single.name} nor {index.name}; {hint}")
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """Returns a JSON file's content, or raises a WeightsError that names the file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise WeightsError(f"{path} is missing; a checkpoint needs it beside its safetensors") from None
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"{path} is not JSON ({error}); download it again") from error
+
+
+def check_keys(directory: pathlib.Path, tensors: Tensors, leaves: dict[str, Leaf], shapes: dict, ignored: str) -> None:
+    """Raises WeightsError unless the keys are exactly the table's and every shape is the configuration's."""
+    problems, known = [], set()
+    for path, leaf in leaves.items():
+        shape = shapes[path].shape[1:] if leaf.stacked else shapes[path].shape
+        # np.empty touches no memory, and every layout only views it
+        theirs = [a.shape for a in leaf.layout.save(np.empty(shape, np.int8))]
+        for keys in leaf.keys:
+            known.update(keys)
+            for key, expected in zip(keys, theirs, strict=True):
+                if key not in tensors:
+                    problems.append(f"key {key!r} (our {path}) is missing")
+                elif tensors.shape(key) != expected:
+                    problems.append(f"key {key!r} (our {path}) has shape {tensors.shape(key)}, not {expected}")
+    problems += [f"key {k!r} is unexpected" for k in tensors if k not in known and not re.fullmatch(ignored, k)]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise WeightsError(f"{directory}: {shown}. Check that config.json and the safetensors are of the same model.")
+
+
+def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Puts an array where a sharding says; on the default device if None."""
+    if sharding is None:
+        return jnp.asarray(array)
+    # Unlike device_put this moves each device its own part only, on every process of a multi-process run.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def kind_of(dtype: DTypeLike | Mapping[str, DTypeLike], path: str) -> DTypeLike:
+    """Returns a leaf's dtype: the one of all leaves, or its own in a mapping from our paths."""
+    return dtype[path] if isinstance(dtype, Mapping) else dtype
+
+
+def read_leaves(
+    tensors: Tensors,
+    leaves: dict[str, Leaf],
+    *,
+    dtype: DTypeLike | Mapping[str, DTypeLike],
+    shardings: Callable | None,
+) -> dict[str, jax.Array]:
+    """Returns our paths -> arrays of `dtype`, each placed where shardings(path) says, one leaf after the other."""
+    flat = {}
+    for path, leaf in leaves.items():
+        kind = kind_of(dtype, path)
+        first = leaf.layout.load([tensors.read(k) for k in leaf.keys[0]])
+        if leaf.stacked:
+            array = np.empty((len(leaf.keys), *first.shape), kind)
+            array[0] = first
+            for i, keys in enumerate(leaf.keys[1:], start=1):
+                array[i] = leaf.layout.load([tensors.read(k) for k in keys])
+        else:
+            array = first.astype(kind)
+        flat[path] = place(array, shardings(path) if shardings else None)
+    return flat
+
+
+def write_leaves(flat: dict[str, jax.Array], leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
+    """Returns their keys -> arrays, from our leaves.
+
+    Raises:
+      WeightsError: a leaf is missing or unexpected.
+    """
+    missing, unexpected = leaves.keys() - flat.keys(), flat.keys() - leaves.keys()
+    if missing or unexpected:
+        raise WeightsError(f"parameters to export: missing {sorted(missing)[:8]}, unexpected {sorted(unexpected)[:8]}")
+    tensors = {}
+    for path, leaf in leaves.items():
+        array = np.asarray(flat[path])
+        for keys, layer in zip(leaf.keys, array if leaf.stacked else [array], strict=True):
+            theirs = leaf.layout.save(layer)
+            tensors |= {k: np.ascontiguousarray(x) for k, x in zip(keys, theirs, strict=True)}
+    return tensors
+
+
+def hf_config(directory: pathlib.Path, model_type: str) -> dict:
+    """Returns a checkpoint's config.json, or raises WeightsError when it is of another kind of model."""
+    config = read_json(directory / "config.json")
+    if config.get("model_type") != model_type:
+        raise WeightsError(
+            f"{directory}/config.json: model_type is {config.get('model_type')!r}, not {model_type!r}; "
+            f"give a {model_type} checkpoint here"
+        )
+    return config
+
+
+def ours(theirs: dict, fields: dict[str, str]) -> dict[str, Any]:
+    """Returns our fields from theirs; one that is absent or null is left to our default."""
+    return {ours: theirs[field] for field, ours in fields.items() if theirs.get(field) is not None}
+
+
+def write(directory: str | pathlib.Path, config: dict, tensors: dict[str, np.ndarray]) -> pathlib.Path:
+    """Writes config.json and model.safetensors; returns the directory."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    # transformers reads the file only if its metadata says which framework's layout it has
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def theirs(ours: Any, fields: dict[str, str]) -> dict[str, Any]:
+    """Returns their fields from our configuration."""
+    return {field: getattr(ours, name) for field, name in fields.items()}

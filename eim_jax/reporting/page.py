@@ -1,0 +1,264 @@
+"""A run as one self-contained page: scores, stages, curves, and test pictures with their captions.
+
+Everything is read from the work directory's artifacts; the page needs no network and no scripts.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+from PIL import Image
+
+from eim_jax.reporting.charts import Line, panel
+from eim_jax.reporting.gallery import gallery
+from eim_jax.reporting.questions import Answers, Item, by_category, questions, read_answers
+from eim_jax.reporting.scores import BASELINE, table, verdict
+from eim_jax.training.log import read_metrics
+from eim_jax.utils.console import duration
+from eim_jax.utils.files import write_text
+
+LOSSES = {"base": "loss_base", "ie": "loss_IE", "st": "loss_ST", "lm": "loss_LM"}
+QUEUE_OF = {"ie": "K_t", "st": "K_e", "lm": "K_b"}
+DIAGNOSTICS = {  # key in metrics.jsonl -> title, unit, logarithmic axis, axis fixed to 0...1
+    "recall1": ("recall@1 in {}", "share of queries", False, True),
+    "rank": ("right key's rank in {}", "mean rank, 1 = first", True, False),
+    "similarity": ("right key's similarity, {}", "mean similarity", False, False),
+    "effective": ("effective negatives, {}", "keys, 1 / Σp²", True, False),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm's artifacts; what an interrupted run has not written is empty."""
+
+    name: str
+    run: dict
+    metrics: list[dict]
+    scores: dict[str, dict]
+    captions: dict[str, str]
+    answers: Answers | None = None
+
+
+def read_arm(directory: Path) -> Arm:
+    """Reads run.json, metrics.jsonl, scores_test.json and predictions_test.json of an arm, each if it is there."""
+    path = directory / "predictions_test.json"
+    predictions = _json(path, [])
+    captioned = isinstance(predictions, list)
+    return Arm(
+        name=directory.name,
+        run=_json(directory / "run.json", {}),
+        metrics=read_metrics(directory / "metrics.jsonl"),
+        scores=_json(directory / "scores_test.json", {}),
+        captions={str(row["image_id"]): row["caption"] for row in predictions} if captioned else {},
+        answers=None if captioned else read_answers(path, predictions),
+    )
+
+
+def write_report(
+    workdir: Path,
+    images: Callable[[str], Image.Image | None],
+    references: Mapping[str, Sequence[str]],
+    items: Sequence[Item] | None = None,
+) -> Path:
+    """Writes workdir/report.html from the run's artifacts and returns its path.
+
+    `images` gives the test picture of an image id, or None; `references` its captions by people. `items` are the test
+    questions of a run that answers questions instead, in the split's order. Raises FileNotFoundError if the directory
+    holds no run.json, ValueError if it names no arm, or an arm's predictions are not of the kind that was asked for.
+    """
+    if not (workdir / "run.json").exists():
+        raise FileNotFoundError(f"{workdir}: no run.json, so nothing has been run here")
+    run = _json(workdir / "run.json", {})
+    names = [arm if isinstance(arm, str) else arm["name"] for arm in run.get("config", {}).get("arms", ())]
+    if not names:
+        raise ValueError(f"{workdir / 'run.json'}: config names no arms")
+    arms = [read_arm(workdir / name) for name in names]
+    for arm in arms:
+        path = workdir / arm.name / "predictions_test.json"
+        if items is None and arm.answers is not None:
+            raise ValueError(f"{path}: holds answers to questions: give write_report the questions as items")
+        if items is not None and arm.captions:
+            raise ValueError(f"{path}: holds captions, not answers to the items: give write_report no items")
+    scores = {arm.name: arm.scores for arm in arms}
+    others = [name for name in names if name != BASELINE] or [BASELINE]
+    named = ", ".join(others) if len(others) < 3 else f"{len(others)} arms"
+    compared = BASELINE in names and others != [BASELINE]
+    # Fields that an interrupted run lacks are undefined in the template, which is false there.
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=f"{named} against the baseline" if compared else f"Run of {named}",
+            summary=_summary(arms),
+            noise=_noise(run),
+            run={key: run.get(key) for key in ("command", "started", "finished", "seconds", "machine", "versions")},
+            arms=[{"name": arm.name, "run": arm.run, "stages": stages(arm), "curves": curves(arm)} for arm in arms],
+            unfinished=[text for arm in arms if (text := _unfinished(arm))],
+            finished=bool(run.get("finished") or run.get("seconds")),
+            verdicts=verdict(scores),
+            has_baseline=compared,
+            scores=table(scores),
+            together=together(arms),
+            categories=by_category(scores),
+            gallery=gallery({arm.name: arm.captions for arm in arms}, images, references),
+            questions=None if items is None else questions({arm.name: arm.answers for arm in arms}, items),
+            config=json.dumps(run.get("config", {}), indent=2, ensure_ascii=False),
+        )
+    )
+    path = workdir / "report.html"
+    write_text(path, page)
+    return path
+
+
+def _summary(arms: Sequence[Arm]) -> str:
+    parts = []
+    for arm in arms:
+        names = [stage["name"] for stage in arm.run.get("stages", ())]
+        count = f"{len(names)} stage{'' if len(names) == 1 else 's'}"
+        parts.append(f"{arm.name}: {count} ({' → '.join(names)})" if names else f"{arm.name}: no finished stage")
+    answers = max((len(arm.answers.outputs) for arm in arms if arm.answers), default=0)
+    answered = f" Answers given to {answers:,} test questions." if answers else ""
+    pictures = max((len(arm.captions) for arm in arms), default=0)
+    return (
+        "; ".join(parts) + "." + (f" Captions written for {pictures:,} test pictures." if pictures else "") + answered
+    )
+
+
+def _noise(run: Mapping) -> str:
+    seed = run.get("config", {}).get("seed")
+    once = "Each arm was run once" + (f" (seed {seed})" if seed is not None else "")
+    return f"{once}: the noise between seeds is unknown here, so a small difference may mean nothing."
+
+
+def stages(arm: Arm) -> list[dict]:
+    """The stage table's rows, from the arm's run.json."""
+    rows = []
+    for stage in arm.run.get("stages", ()):
+        trained, total = stage["trained_params"], stage["total_params"]
+        losses = [(LOSSES.get(name, name), weight) for name, weight in stage["losses"].items()]
+        rows.append(stage | {"losses": losses, "share": trained / max(total, 1), "frozen": total - trained})
+    return rows
+
+
+def curves(arm: Arm) -> list[dict]:
+    """Charts of one arm, stage by stage: every loss term, then the diagnostics of every queue."""
+    groups = []
+    for index, stage in dict.fromkeys((row["stage_index"], row["stage"]) for row in arm.metrics):
+        rows = [row for row in arm.metrics if row["stage_index"] == index]
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        terms = [key for key in keys if key.startswith("loss/")]
+        charts = []
+        # The sum says nothing new beside a single term.
+        for key in (["loss"] if "loss" in keys and len(terms) != 1 else []) + terms:
+            name = key.removeprefix("loss/")
+            title = "all losses, weighted" if key == "loss" else LOSSES.get(name, name)
+            charts.append(_chart(arm.name, index, rows, key, title, "nats", _colour(name)))
+        queues = dict.fromkeys(key.split("/")[1] for key in keys if key.startswith("queue/"))
+        for queue in queues:
+            for key, (title, unit, log, unit_range) in DIAGNOSTICS.items():
+                if f"queue/{queue}/{key}" in keys:
+                    title = title.format(QUEUE_OF.get(queue, queue))
+                    place = (arm.name, index, rows, f"queue/{queue}/{key}")
+                    charts.append(_chart(*place, title, unit, _colour(queue), log, unit_range))
+        groups.append({"stage": stage, "number": index + 1, "charts": charts})
+    return groups
+
+
+def together(arms: Sequence[Arm]) -> list[dict]:
+    """Charts with all arms in one panel: each loss term that the last stages of two or more arms share."""
+    last: dict[str, list[Line]] = {}
+    for arm in arms:
+        rows = [row for row in arm.metrics if row["stage_index"] == arm.metrics[-1]["stage_index"]]
+        for key in dict.fromkeys(key for row in rows for key in row if key.startswith("loss/")):
+            look = {"colour": len(LOSSES) if arm.name == BASELINE else arms.index(arm), "dashed": arm.name == BASELINE}
+            label = f"{arm.name}, stage {rows[-1]['stage']}"
+            last.setdefault(key.removeprefix("loss/"), []).append(_line(rows, key, label, **look))
+    return [
+        {"title": LOSSES.get(name, name), "range": "", "svg": panel(lines, unit="nats", name=f"together-{name}")}
+        for name, lines in last.items()
+        if len(lines) > 1
+    ]
+
+
+def _colour(loss: str) -> int:
+    return list(LOSSES).index(loss) if loss in LOSSES else len(LOSSES)
+
+
+def _line(rows: Sequence[dict], key: str, label: str, colour: int, dashed: bool = False) -> Line:
+    have = [row for row in rows if key in row]
+    return Line(label, [row["step"] for row in have], [row[key] for row in have], colour, dashed)
+
+
+def _chart(
+    arm: str,
+    index: int,
+    rows: Sequence[dict],
+    key: str,
+    title: str,
+    unit: str,
+    colour: int,
+    log: bool = False,
+    unit_range: bool = False,
+) -> dict:
+    line = _line(rows, key, title, colour)
+    finite = [value for value in line.values if value is not None]
+    bad = len(line.values) - len(finite)
+    told = f"{_short(finite[0])} → {_short(finite[-1])}" if finite else "no finite value"
+    told += f" · {bad} not finite" if bad else ""
+    svg = panel([line], unit=unit, name=f"{arm}-{index}-{key}", log=log, unit_range=unit_range)
+    return {"title": title, "range": told, "svg": svg}
+
+
+def _short(value: int | float) -> str:
+    return (
+        f"{value:,.0f}"
+        if abs(value) >= 100
+        else f"{value:.3g}"
+        if abs(value) >= 0.001 or value == 0
+        else f"{value:.0e}"
+    )
+
+
+def _unfinished(arm: Arm) -> str:
+    if not arm.metrics:
+        return "" if arm.run.get("stages") else f"{arm.name}: not started"
+    last = arm.metrics[-1]
+    stages = arm.run.get("stages", ())
+    if last["stage_index"] < len(stages) and arm.scores:
+        return ""
+    where = f"stage {last['stage']}, step {last['step']}"
+    return f"{arm.name}: last record in {where}" + ("" if arm.scores else "; no test scores")
+
+
+def _json(path: Path, default: object) -> object:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+
+
+def _millions(count: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)
+
+
+def environment(*folders: Path) -> jinja2.Environment:
+    """The package's templates, and those of other folders, with the filters that they use."""
+    package = resources.files("eim_jax.reporting") / "templates"
+    loader = jinja2.ChoiceLoader(
+        [
+            jinja2.FileSystemLoader(folders),
+            jinja2.FunctionLoader(lambda name: package.joinpath(name).read_text("utf-8")),
+        ]
+    )
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "duration": duration,
+        "millions": _millions,
+        "count": lambda n: f"{n:,}",
+        "bytes": lambda size: f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB",
+        "percent": lambda share: f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1f} %",
+    }
+    return environment

@@ -1,0 +1,1 @@
+"""Training in segmented stages: set-up, partition, step, stages, checkpoints, log."""

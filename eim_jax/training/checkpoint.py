@@ -1,0 +1,146 @@
+"""What a run saves, when, and how it starts again.
+
+Order of precedence at a stage's start: (1) the stage's `result/` (the stage is done: its trained parameters are put
+into place), (2) its newest whole `steps/` checkpoint, (3) the parameters as the previous stage left them.
+Only trained leaves, their optimizer state, the data iterator and a small JSON record are saved; frozen leaves come
+from the pretrained towers and the results of the stages before. Both kinds appear by an atomic rename: a kill in the
+middle of a save leaves the older state.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from eim_jax.training.partition import Flat
+
+
+class StageCheckpoints:
+    """The checkpoints of one stage under `directory`; use as a context manager."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory.absolute()
+        self._steps: ocp.CheckpointManager | None = None
+
+    def __enter__(self) -> "StageCheckpoints":
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits for a save in flight."""
+        if self._steps is not None:
+            self._steps.close()
+
+    def wait(self) -> None:
+        """Returns when a save in flight is whole."""
+        if self._steps is not None:
+            self._steps.wait_until_finished()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage's result is there."""
+        return (self._directory / "result").exists()
+
+    def latest_step(self) -> int | None:
+        """The step of the newest whole checkpoint, None without one."""
+        return self._manager().latest_step() if (self._directory / "steps").exists() else None
+
+    def save(self, step: int, trained: Flat, opt_state: Any, iterator: Any, record: dict) -> None:
+        """Saves after `step` steps, in the background; `record` is JSON."""
+        state = {"trained": _dotted(trained), "optimizer": _numbered(opt_state)}
+        self._manager().save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                record=ocp.args.JsonSave({**record, "data": iterator.get_state()}),
+            ),
+        )
+
+    def restore(self, trained: Flat, opt_state: Any, iterator: Any) -> tuple[int, Flat, Any, dict]:
+        """(step, trained, opt_state, record) of the newest checkpoint, in the shapes and shardings of the arguments.
+
+        The iterator continues where it stood, on any number of processes: its state counts global batches, so one
+        process's serves all. Raises ValueError when the saved tree is another one.
+        """
+        manager = self._manager()
+        step = manager.latest_step()
+        like = {"trained": _dotted(trained), "optimizer": _numbered(opt_state)}
+        restored = manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(_abstract(like)),
+                record=ocp.args.JsonRestore(),
+            ),
+        )
+        iterator.set_state(restored["record"].pop("data"))
+        state = restored["state"]
+        leaves = [state["optimizer"][name] for name in like["optimizer"]]
+        opt_state = jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
+        return step, {path: state["trained"][_dot(path)] for path in trained}, opt_state, restored["record"]
+
+    def finish(self, trained: Flat, summary: dict) -> None:
+        """Saves the stage's result and drops its step checkpoints."""
+        self.wait()
+        with ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler("trained", summary=ocp.JsonCheckpointHandler())
+        ) as checkpointer:
+            checkpointer.save(
+                self._directory / "result",
+                ocp.args.Composite(trained=ocp.args.StandardSave(_dotted(trained)), summary=ocp.args.JsonSave(summary)),
+            )
+        self.drop_steps()
+
+    def drop_steps(self) -> None:
+        """Removes what a finished stage no longer needs."""
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+        if jax.process_index() == 0:
+            shutil.rmtree(self._directory / "steps", ignore_errors=True)
+
+    def result(self, trained: Flat) -> tuple[Flat, dict]:
+        """(trained, summary) of the finished stage, in the shapes and shardings of the argument."""
+        with ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler("trained", summary=ocp.JsonCheckpointHandler())
+        ) as checkpointer:
+            restored = checkpointer.restore(
+                self._directory / "result",
+                ocp.args.Composite(
+                    trained=ocp.args.StandardRestore(_abstract(_dotted(trained))), summary=ocp.args.JsonRestore()
+                ),
+            )
+        return {path: restored["trained"][_dot(path)] for path in trained}, restored["summary"]
+
+    def _manager(self) -> ocp.CheckpointManager:
+        if self._steps is None:
+            self._steps = ocp.CheckpointManager(
+                self._directory / "steps",
+                options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True),
+                item_names=("state", "record"),
+            )
+        return self._steps
+
+
+def _dot(path: str) -> str:
+    """Slashes would be read as folders by the storage layer."""
+    return path.replace("/", ".")
+
+
+def _dotted(flat: Flat) -> Flat:
+    return {_dot(path): leaf for path, leaf in flat.items()}
+
+
+def _numbered(tree: Any) -> dict[str, jax.Array]:
+    """An optimizer state's leaves by order and place: optax's containers stay out of the file format."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        f"{i:05d}{re.sub('[^A-Za-z0-9_]+', '.', jax.tree_util.keystr(where))}": leaf
+        for i, (where, leaf) in enumerate(leaves)
+    }
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,0 +1,320 @@
+"""What a run reads before it trains: towers, tokenisers, splits, queues and cached features."""
+
+import functools
+import hashlib
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from eim_jax import pretrained
+from eim_jax.config import Arm, Config, ConfigError, Stage, patterns
+from eim_jax.data import tokenize
+from eim_jax.data.datasets import load_split
+from eim_jax.data.feature_cache import cached_features
+from eim_jax.data.samples import Split
+from eim_jax.losses import objectives, queues
+from eim_jax.losses.queues import Queue
+from eim_jax.models.adapters.inserted import Router, ZeroInit
+from eim_jax.models.connector import STConfig, make_st
+from eim_jax.models.language.gpt2 import GPT2, GPT2Config
+from eim_jax.models.language.llama import Llama
+from eim_jax.models.quant import NF4_SCALES
+from eim_jax.models.vision.clip import CLIPText, CLIPVision
+from eim_jax.models.vlm import VLM
+from eim_jax.parallel import processes
+from eim_jax.parallel.sharding import make_mesh, param_shardings, shard_params
+from eim_jax.training import partition
+from eim_jax.training.partition import Flat
+from eim_jax.utils.console import console
+from eim_jax.utils.images import IMAGENET_MEAN, IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that all arms of a run share; `towers` holds the untouched pretrained parameters.
+
+    Leaves that no stage of any arm trains are in the compute dtype, and shared with every arm's own parameters.
+
+    `train` and `encoded` are None where only trained arms are used (`load(..., data=False)`).
+    """
+
+    config: Config
+    workdir: Path
+    mesh: Mesh
+    dtype: jnp.dtype
+    clip: pretrained.CLIP
+    lm: pretrained.LM
+    towers: Flat
+    lm_tokenizer: object
+    clip_tokenizer: object
+    train: Split | None
+    encoded: tokenize.Encoded | None
+    fingerprints: dict[str, str]
+
+    def identity(self) -> dict[str, str]:
+        """What a workdir's results depend on besides its config: fingerprints of towers, tokenisers and data."""
+        data = {} if self.train is None else {"training data": self.train.fingerprint()}
+        return {**self.fingerprints, **data}
+
+    @property
+    def cache(self) -> Path:
+        """Where features and validation verdicts are kept."""
+        return Path(self.config.data.cache) if self.config.data.cache else self.workdir / "cache"
+
+    def queue(self, vlm: VLM, kind: str) -> Queue:
+        """The queue of that kind, loaded, or built from the untouched towers and saved in the workdir.
+
+        Raises queues.StaleQueue when the workdir holds one of other weights, data or settings.
+        """
+        settings = self.config.losses
+        dtype = resolve_dtype(settings.queue_dtype, self.mesh.devices.flat[0].platform)
+        encode, pooling = objectives.encoder(vlm, kind, settings)
+        tower, longest = ("clip", self.clip.text.context) if kind == "caption" else ("lm", self.config.data.max_tokens)
+        manifest = queues.manifest(
+            kind,
+            weights=self.fingerprints[tower],
+            data=self.train.fingerprint(),
+            tokenizer=f"{self.fingerprints[f'{tower}_tokenizer']}, at most {longest} tokens",
+            pooling=f"{pooling}, in {self.dtype.name}",
+            similarity=settings.similarity,
+            dtype=dtype.name,
+            count=len(self.train),
+        )
+        folder = self.workdir / "queues" / kind
+        if (folder / "manifest.json").exists():
+            return queues.load(folder, manifest, self.mesh)
+        if kind == "caption":
+            captions = [sample.caption or sample.response for sample in self.train.samples]
+            tokens = tokenize.encode_clip(captions, self.clip_tokenizer, longest)
+            valid = np.ones(tokens.shape, bool)
+        else:
+            tokens, valid = self.encoded.tokens, self.encoded.valid
+        params = partition.unflatten({p: leaf for p, leaf in self.towers.items() if p.startswith(("text/", "lm/"))})
+        queue = queues.build(
+            kind,
+            encode,
+            params,
+            tokens,
+            valid,
+            self.train.groups,
+            ids=[sample.id for sample in self.train.samples],
+            batch=256,
+            mesh=self.mesh,
+            dtype=dtype,
+            similarity=settings.similarity,
+            progress=True,
+        )
+        queues.save(folder, queue, manifest)
+        return queue
+
+
+def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
+    """Loads what the config names, without `data` the towers alone; an error says which field or file is wrong."""
+    mesh = make_mesh(config.mesh)
+    dtype = resolve_dtype(config.towers.dtype, mesh.devices.flat[0].platform)
+    form = {"scan": config.towers.scan, "remat": config.towers.remat, "dtype": dtype}
+    form["attention"] = resolve_attention(config.towers.attention, dtype, mesh.devices.flat[0].platform)
+    shapes = pretrained.clip_shapes(*pretrained.clip_config(config.towers.clip, **form))
+    shapes |= pretrained.lm_shapes(pretrained.lm_config(config.towers.lm, quant=config.towers.quant, **form))
+    place = param_shardings(shapes, mesh).__getitem__  # each leaf goes from the file to its own devices
+    lean = {path: jnp.float32 if _ever_trained(config, path) else dtype for path in shapes}
+    clip = pretrained.load_clip(config.towers.clip, shardings=place, param_dtype=lean, **form)
+    lm = pretrained.load_lm(config.towers.lm, quant=config.towers.quant, shardings=place, param_dtype=lean, **form)
+    vision, language = tower_settings(config, clip.vision, lm.config)
+    clip, lm = clip._replace(vision=vision), lm._replace(config=language)
+    clip_dir, lm_dir = pretrained.resolve(config.towers.clip), pretrained.resolve(config.towers.lm)
+    lm_tokenizer, clip_tokenizer = tokenize.load_tokenizer(lm_dir), tokenize.load_tokenizer(clip_dir)
+    tokenize.check_vocabulary(lm_tokenizer, lm.config.vocab, config.towers.lm)
+    tokenize.check_vocabulary(clip_tokenizer, clip.text.vocab, config.towers.clip)
+    train = encoded = None
+    if data:
+        with processes.first_alone("training data"):
+            train = load_split(config, "train", workdir)
+        encoded = tokenize.encode_split(train, lm_tokenizer, config.data.max_tokens, eos=config.data.eos)
+        console.print(f"{len(train):,} training samples ({len(train.images):,} images)", soft_wrap=True)
+    towers = partition.flatten({**clip.params, "lm": lm.params})
+    console.print(
+        f"towers {config.towers.clip} and {config.towers.lm}, {jax.device_count()} {jax.default_backend()} "
+        f"device(s), {dtype.name}",
+        soft_wrap=True,
+    )
+    fingerprints = {
+        "clip": pretrained.fingerprint(clip_dir),
+        "lm": pretrained.fingerprint(lm_dir),
+        "clip_tokenizer": tokenize.fingerprint(clip_tokenizer),
+        "lm_tokenizer": tokenize.fingerprint(lm_tokenizer),
+    }
+    return Inputs(
+        config, workdir, mesh, dtype, clip, lm, towers, lm_tokenizer, clip_tokenizer, train, encoded, fingerprints
+    )
+
+
+def _ever_trained(config: Config, path: str) -> bool:
+    """Whether some stage of some arm trains the leaf: then it is loaded in float32, else in the compute dtype."""
+    reached = {stage for name in config.arms for stage in config.arm[name].sequence}
+    return any(re.fullmatch(pattern, path) for name in reached for pattern, _ in patterns(config.stages[name]))
+
+
+def tower_settings(config: Config, vision, lm):
+    """The towers' configurations with the run's own settings: (CLIP.visual's, the LM's)."""
+    if isinstance(lm, GPT2Config):
+        lm = replace(lm, dropout=config.towers.dropout)
+    if config.towers.image_stats == "imagenet":
+        vision = replace(vision, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return vision, lm
+
+
+def model(inputs: Inputs, arm: Arm) -> VLM:
+    """The arm's modules; no parameters."""
+    router = Router(arm.adapter_rank, temperature=arm.adapter_temperature, dropout=arm.adapter_dropout)
+    vision = replace(
+        inputs.clip.vision,
+        prompts=arm.prompts,
+        prompt_hidden=arm.prompt_hidden if arm.prompts else 0,
+        adapter=router if arm.visual_adapter else None,
+    )
+    width = vision.joint if arm.output_layer else vision.width
+    st = STConfig(
+        kind=arm.st,
+        width_in=width,
+        width_out=inputs.lm.config.width,
+        tokens=arm.st_tokens,
+        hidden=0 if arm.st in ("mlp", "transformer") else arm.st_hidden,
+        layers=arm.st_layers,
+        heads=arm.st_heads,
+        dtype=inputs.dtype,
+    )
+    towers = {"visual": CLIPVision(vision), "text": CLIPText(inputs.clip.text), "st": make_st(st)}
+    chosen = {"features": arm.features, "output_layer": arm.output_layer, "mesh": inputs.mesh}
+    if isinstance(inputs.lm.config, GPT2Config):
+        if arm.adapter != "none":
+            raise ConfigError(f"config.arm.*.adapter={arm.adapter!r} adapts a LLaMA: config.towers.lm is a GPT-2")
+        return VLM(**towers, lm=GPT2(inputs.lm.config), **chosen)
+    adapter = {"none": None, "lavin": router, "prompts": ZeroInit(arm.st_tokens, arm.adapter_layers)}[arm.adapter]
+    try:
+        lm = Llama(replace(inputs.lm.config, adapter=adapter))
+    except ValueError as error:
+        raise ConfigError(f"config.arm.*.adapter={arm.adapter!r}: {error}") from error
+    return VLM(**towers, lm=lm, **chosen, **_markers(inputs, adapter))
+
+
+def _markers(inputs: Inputs, adapter) -> dict:
+    """The tokens that a LLaMA reads before a text: BOS, and LaVIN's "Image: " or "Image: N/A"."""
+    tokenizer = inputs.lm_tokenizer
+    if tokenizer.bos_token_id is None:
+        raise ConfigError(f"{inputs.config.towers.lm}: this LLaMA's tokenizer has no BOS: set bos_token in its config")
+    found = {"bos": tokenizer.bos_token_id}
+    if isinstance(adapter, Router):
+        for field, words in (("with_image", "Image: "), ("without_image", "Image: N/A")):
+            found[field] = tuple(tokenizer(words, add_special_tokens=False)["input_ids"])
+    return found
+
+
+def fresh(vlm: VLM, key: jax.Array) -> Flat:
+    """The parameters that no checkpoint holds, drawn from the key: the ST's, prompts' and adapters'."""
+    drawn = {"st": vlm.st.init(jax.random.fold_in(key, 1), jnp.zeros((1, 1, vlm.st.config.width_in)))["params"]}
+    visual, size = vlm.visual.config, vlm.visual.config.image_size
+    if visual.prompts or visual.adapter:  # the tower around them is shape alone: XLA drops what is not returned
+        tower = vlm.visual.init(jax.random.fold_in(key, 2), jnp.zeros((1, size, size, 3)))["params"]
+        drawn["visual"] = {name: tower[name] for name in ("prompt", "adapter") if name in tower}
+    if vlm.lm.config.adapter is not None:
+        tower = vlm.lm.init(jax.random.fold_in(key, 3), jnp.zeros((1, 1), jnp.int32))["params"]
+        drawn["lm"] = {"adapter": tower["adapter"]}
+    return partition.flatten(drawn)
+
+
+def shapes(inputs: Inputs, arm: Arm, vlm: VLM) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every parameter of an arm as `start` holds it, nothing allocated."""
+    drawn = jax.eval_shape(lambda key: fresh(vlm, key), jax.random.key(0))
+    params = {**inputs.towers, **drawn}
+    held = _held(inputs, arm, params)
+    return {path: jax.ShapeDtypeStruct(leaf.shape, held[path]) for path, leaf in params.items()}
+
+
+def _held(inputs: Inputs, arm: Arm, params: Flat) -> dict[str, jnp.dtype]:
+    """Each leaf's dtype: float32 for those that some stage trains, the compute dtype for others; NF4's as they are."""
+    ever = {path for s in arm.sequence for g in partition.groups(inputs.config.stages[s], params) for path in g.paths}
+
+    def dtype(path: str, leaf) -> jnp.dtype:
+        whole = path in ever or not jnp.issubdtype(leaf.dtype, jnp.floating) or path.rpartition("/")[2] in NF4_SCALES
+        return leaf.dtype if whole else inputs.dtype
+
+    return {path: dtype(path, leaf) for path, leaf in params.items()}
+
+
+def start(inputs: Inputs, arm: Arm) -> tuple[VLM, Flat]:
+    """The arm's model and its parameters before the first stage: pretrained towers, what `fresh` draws by the seed."""
+    vlm = model(inputs, arm)
+    draw, key = functools.partial(fresh, vlm), jax.random.key(inputs.config.seed)
+    where = param_shardings(jax.eval_shape(draw, key), inputs.mesh)
+    params = {**inputs.towers, **jax.jit(draw, out_shardings=where)(key)}
+    held = _held(inputs, arm, params)
+    return vlm, shard_params({path: leaf.astype(held[path]) for path, leaf in params.items()}, inputs.mesh)
+
+
+def reads_features(inputs: Inputs, stage: Stage, params: Flat) -> bool:
+    """Whether the stage reads CLIP's features from the cache: it leaves CLIP.visual alone, and the cache is on."""
+    trained = [path for group in partition.groups(stage, params) for path in group.paths]
+    trains_visual = any(path.startswith("visual/") for path in trained)
+    return not trains_visual and inputs.config.data.cache_features and len(inputs.train.images) > 0
+
+
+def stage_features(inputs: Inputs, vlm: VLM, stage: Stage, params: Flat):
+    """Cached features [images n v] where the stage leaves CLIP.visual alone, else None (images are decoded)."""
+    return features_of(inputs, vlm, inputs.train, params) if reads_features(inputs, stage, params) else None
+
+
+def features_of(inputs: Inputs, vlm: VLM, split: Split, params: Flat):
+    """A split's features [images n v] under these visual parameters, from the cache or computed into it."""
+    visual = {path: leaf for path, leaf in params.items() if path.startswith("visual/")}
+    manifest = {
+        "visual": pretrained.fingerprint(partition.unflatten(visual)),
+        "tower": str(vlm.visual.config),
+        "tokens": vlm.features,
+    }
+    # One folder for each content: data sets and arms may share data.cache.
+    name = hashlib.sha256(f"{manifest} {inputs.config.data.fit} {split.images.fingerprint()}".encode()).hexdigest()[:12]
+    folder = inputs.cache / "features" / f"{split.name}-{name}"
+    see = functools.partial(_see, vlm, partition.unflatten(visual))
+    return cached_features(
+        folder,
+        split,
+        see,
+        manifest,
+        image_size=vlm.visual.config.image_size,
+        fit=inputs.config.data.fit,
+        dtype=inputs.dtype.name,
+        threads=inputs.config.data.threads,
+        mesh=inputs.mesh,
+    )
+
+
+# Parameters are arguments: closed over, they would be compiled into the program as constants.
+@functools.partial(jax.jit, static_argnums=0)
+def _see(vlm: VLM, params: dict, images: jax.Array) -> jax.Array:
+    return vlm.encode_image(params, images)
+
+
+def resolve_attention(name: str, dtype: jnp.dtype, platform: str) -> str:
+    """auto: ours. cudnn is refused where it does not exist; it is chosen by name, as no odd length compiles there.
+
+    Raises ConfigError for cudnn on another platform than a GPU, or in float32.
+    """
+    if name == "cudnn" and (platform not in ("gpu", "cuda") or dtype != jnp.bfloat16):
+        raise ConfigError(
+            f"config.towers.attention='cudnn' is for NVIDIA GPUs in bfloat16, this is {platform} in {dtype.name}: "
+            "set it to 'auto', or config.towers.dtype='bfloat16' on a GPU"
+        )
+    return "softmax" if name == "auto" else name
+
+
+def resolve_dtype(name: str, platform: str) -> jnp.dtype:
+    """auto: float32 on CPU (XLA has no fast bfloat16 there), bfloat16 on accelerators."""
+    if name == "auto":
+        name = "float32" if platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)

@@ -1,0 +1,69 @@
+"""One update of a stage, as a pure function and jitted.
+
+A stage differentiates with respect to its own parameters only ("gradient truncation", EIM section 3).
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from eim_jax.config import Losses, Stage
+from eim_jax.losses import objectives
+from eim_jax.models.vlm import VLM
+from eim_jax.training import partition
+
+
+def make_step(vlm: VLM, stage: Stage, objective: Callable, tx: optax.GradientTransformation, train: bool) -> Callable:
+    """The stage's update as a pure function.
+
+    (trained, opt_state, frozen, batch, queues, key, step) -> (trained, opt_state, metrics). The micro-batches of
+    `stage.accumulate` divide by the whole batch's counts: the gradient is the big batch's. `train=False` switches
+    dropout off.
+    """
+
+    def loss_of(trained, frozen, batch, queues, norms, key):
+        params = partition.unflatten({**trained, **frozen})
+        return objective(params, batch, queues, norms, key if train else None)
+
+    def gradients(trained, frozen, batch, queues, key):
+        norms = objectives.normalisers(vlm, stage, batch)
+        differentiate = jax.grad(loss_of, has_aux=True)
+        if stage.accumulate == 1:
+            return differentiate(trained, frozen, batch, queues, norms, key)
+        # Every accumulate-th row: where each device's rows divide by accumulate, they stay on it.
+        micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, stage.accumulate, *x.shape[1:]), 1, 0), batch)
+
+        def add(total, part):
+            i, rows = part
+            more = differentiate(trained, frozen, rows, queues, norms, jax.random.fold_in(key, i))
+            return jax.tree.map(jnp.add, total, more), None
+
+        shapes = jax.eval_shape(differentiate, trained, frozen, jax.tree.map(lambda x: x[0], micro), queues, norms, key)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zero, (jnp.arange(stage.accumulate), micro))[0]
+
+    def step(trained, opt_state, frozen, batch, queues, key, number):
+        grads, metrics = gradients(trained, frozen, batch, queues, jax.random.fold_in(key, number))
+        metrics["grad_norm"] = optax.tree.norm(grads)  # of the trained leaves, the only ones there are
+        # optax sees the whole tree, frozen leaves with zero gradients that no state depends on. Their updates are
+        # dropped here and not added: adding 0.0 would turn a frozen -0.0 into 0.0.
+        zeros = {path: jnp.zeros_like(leaf) for path, leaf in frozen.items()}
+        updates, opt_state = tx.update({**grads, **zeros}, opt_state, {**trained, **frozen})
+        trained = optax.apply_updates(trained, {path: updates[path] for path in trained})
+        return trained, opt_state, metrics
+
+    return step
+
+
+def jit_step(vlm: VLM, stage: Stage, losses: Losses, tx, counts: dict[str, int], mesh, state: tuple) -> Callable:
+    """The stage's step, jitted, which donates its state = (trained, opt_state): arrays, or shapes with shardings."""
+    objective = objectives.objective(vlm, stage, losses, counts, mesh)
+    # Parameters and moments come out as they went in; else XLA may choose another layout for the next step.
+    kept = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        make_step(vlm, stage, objective, tx, vlm.dropout > 0),
+        donate_argnums=(0, 1),
+        out_shardings=(*kept, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
+    )

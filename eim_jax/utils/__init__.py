@@ -1,0 +1,1 @@
+"""Console, files and image operations: what knows nothing of models."""
