@@ -113,7 +113,7 @@ def _plan() -> None:
     """--mode=plan: reads no data, allocates no weight, writes nothing but --out."""
     if flags.FLAGS.config is None:
         raise app.UsageError("--config is missing: --mode=plan says what a config's stages cost")
-    config = settings.from_config_dict(flags.FLAGS.config)
+    config = _asked()
     from eim_jax.planning import targets
 
     targets.prepare(_TOPOLOGY.value)
@@ -137,7 +137,7 @@ def _prepare() -> None:
 
     if flags.FLAGS.config is None or not _OUT.value:
         raise app.UsageError("--mode=prepare needs --config=FILE, whose data is prepared, and --out=FOLDER")
-    shard_writer.prepare(settings.from_config_dict(flags.FLAGS.config), Path(_OUT.value))
+    shard_writer.prepare(_asked(), Path(_OUT.value))
 
 
 def versions() -> dict[str, str]:
@@ -166,7 +166,7 @@ def _config(workdir: Path, mode: str) -> settings.Config:
         if mode == "train":
             raise app.UsageError("--config is missing: --config=configs/miniature.py trains the embedded example")
         raise app.UsageError(f"{workdir} holds no run: --mode={mode} needs the workdir of a trained one, or --config")
-    config, saved = settings.from_config_dict(flags.FLAGS.config), settings.read_saved(workdir)
+    config, saved = _asked(), settings.read_saved(workdir)
     if saved is not None:
         changed = settings.differences(saved, config)
         if changed:
@@ -175,6 +175,15 @@ def _config(workdir: Path, mode: str) -> settings.Config:
                 f"{workdir} belongs to a run with another config:\n  {lines}\n"
                 "Choose another --workdir, or delete this one to start again."
             )
+    return config
+
+
+def _asked() -> settings.Config:
+    """The command line's config, checked by its structure and by the kinds that it names."""
+    from eim_jax.training import kinds
+
+    config = settings.from_config_dict(flags.FLAGS.config)
+    kinds.check(config)
     return config
 
 

@@ -13,7 +13,7 @@ from eim_jax.models.connector import STConfig, make_st
 from eim_jax.models.language.gpt2 import GPT2, GPT2Config
 from eim_jax.models.vision.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from eim_jax.models.vlm import VLM
-from eim_jax.training import partition
+from eim_jax.training import kinds, partition
 
 SAMPLES, TOKENS, WIDTH, JOINT, VOCAB = 24, 7, 12, 8, 31
 
@@ -28,7 +28,9 @@ def config_of(name, **changes):
             for key in path:
                 holder = holder[key]
             holder[last] = value
-    return from_config_dict(values)
+    config = from_config_dict(values)
+    kinds.check(config)
+    return config
 
 
 def loud(init, *args, **options) -> dict:
