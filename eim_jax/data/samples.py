@@ -121,6 +121,9 @@ class DrawnImages(ImageSource):
 class Split:
     """A named list of samples with their images and, for evaluation, the reference texts of each image id.
 
+    `task` names what the split asks for when it is scored: an entry of evaluation.tasks.TASKS. A subclass that holds
+    what its task needs (the options of a question, say) gives the field its own default.
+
     Errors: duplicate sample ids, duplicate image ids, and an image row that is not in `images`, each named.
     """
 
@@ -128,6 +131,7 @@ class Split:
     samples: tuple[Sample, ...]
     images: ImageSource
     references: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    task: str = dataclasses.field(default="captions", kw_only=True)
 
     def __post_init__(self):
         """Refuses what the class docstring names."""

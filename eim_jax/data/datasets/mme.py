@@ -48,6 +48,7 @@ class YesNoSplit(Split):
     """A split that also knows the question behind each sample, `questions[sample id]`."""
 
     questions: Mapping[str, Question] = dataclasses.field(default_factory=dict)
+    task: str = dataclasses.field(default="yes_no", kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)

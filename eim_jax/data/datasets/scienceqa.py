@@ -23,6 +23,7 @@ class QASplit(Split):
     """A split that also knows the problem behind each sample, `problems[sample id]`."""
 
     problems: Mapping[str, Problem] = dataclasses.field(default_factory=dict)
+    task: str = dataclasses.field(default="options", kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,6 +47,7 @@ class MiniatureSplit(Split):
 
     scenes: Mapping[str, Scene] = field(default_factory=dict)
     pixels: UInt8[np.ndarray, "scenes 32 32 3"] | None = None
+    task: str = field(default="scenes", kw_only=True)
 
 
 def load(split: str = "train", seed: int = 0, scenes: int | None = None) -> MiniatureSplit:
