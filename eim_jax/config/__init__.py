@@ -1,25 +1,9 @@
 """Every field of a run with its default, checks, and the way to and from ml_collections' ConfigDict."""
 
 from eim_jax.config.checks import ConfigError, patterns
-from eim_jax.config.fields import (
-    Arm,
-    Checkpoint,
-    Config,
-    Data,
-    Decode,
-    Losses,
-    LossWeights,
-    Stage,
-    Towers,
-    as_dict,
-    deciding,
-    differences,
-    explain_unknown,
-    flatten,
-    from_config_dict,
-    read_saved,
-    to_config_dict,
-)
+from eim_jax.config.conversion import as_dict, explain_unknown, flatten, from_config_dict, to_config_dict
+from eim_jax.config.fields import Arm, Checkpoint, Config, Data, Decode, Losses, LossWeights, Stage, Towers
+from eim_jax.config.resume import deciding, differences, read_saved
 
 __all__ = [
     "Arm", "Checkpoint", "Config", "ConfigError", "Data", "Decode", "LossWeights", "Losses", "Stage", "Towers",
