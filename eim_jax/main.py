@@ -79,65 +79,66 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", str((cache / "xla").absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     # Imported only now: the settings above come before anything that touches a device.
-    from eim_jax.commands import run
+    from eim_jax.commands import caption, chat, evaluate, exporting, inspection, train
 
     if _MODE.value == "train":
         record = {
-            "command": shlex.join(["python", "-m", "eim_jax.main", *sys.argv[1:]]),
+            "command": _command(),
             "config": settings.as_dict(config),
             "versions": versions(),
             "machine": machine(),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         started = time.monotonic()
-        run.train(config, workdir, record)
+        train.train(config, workdir, record)
         console.print(f"done in {duration(time.monotonic() - started)}", soft_wrap=True)
     elif _MODE.value == "eval":
-        run.evaluate(config, workdir)
+        evaluate.evaluate(config, workdir)
     elif _MODE.value == "caption":
         if not _IMAGES.value:
             raise app.UsageError("--mode=caption needs --images=FILE_OR_FOLDER[,FILE_OR_FOLDER...]")
         out = Path(_OUT.value) if _OUT.value else workdir / "captions.json"
-        run.caption(config, workdir, _arm(config), [Path(p) for p in _IMAGES.value], out)
+        caption.caption(config, workdir, _arm(config), [Path(p) for p in _IMAGES.value], out)
     elif _MODE.value == "export":
         if not _OUT.value:
             raise app.UsageError("--mode=export needs --out=FOLDER")
-        run.export(config, workdir, _arm(config), Path(_OUT.value))
+        exporting.export(config, workdir, _arm(config), Path(_OUT.value))
     elif _MODE.value == "chat":
-        run.chat(config, workdir, _arm(config), Path(_IMAGE.value) if _IMAGE.value else None)
+        chat.chat(config, workdir, _arm(config), Path(_IMAGE.value) if _IMAGE.value else None)
     else:
-        run.inspect(config, workdir, _arm(config), _SAMPLES.value or 4)
+        inspection.inspect(config, workdir, _arm(config), _SAMPLES.value or 4)
 
 
 def _plan() -> None:
     """--mode=plan: reads no data, allocates no weight, writes nothing but --out."""
     if flags.FLAGS.config is None:
         raise app.UsageError("--config is missing: --mode=plan says what a config's stages cost")
+    from eim_jax.commands import plan
+
     config = _asked()
-    from eim_jax.planning import targets
-
-    targets.prepare(_TOPOLOGY.value)
-    from eim_jax.planning import plan, table
-
-    target = targets.target(_TOPOLOGY.value)
-    if _TABLE.value:
-        table.print_table(config, target)
-        return
-    arms = (_arm(config),) if _ARM.value else ()
-    plans, notes = plan.plan(config, target, samples=_SAMPLES.value or 0, arms=arms, only=_STAGES.value)
-    table.print_plan(target, config.mesh, plans, notes)
-    if _OUT.value:
-        command = shlex.join(["python", "-m", "eim_jax.main", *sys.argv[1:]])
-        table.write(Path(_OUT.value), command, target, plans, notes)
+    plan.plan(
+        config,
+        _TOPOLOGY.value,
+        command=_command(),
+        arms=(_arm(config),) if _ARM.value else (),
+        stages=_STAGES.value,
+        samples=_SAMPLES.value or 0,
+        out=Path(_OUT.value) if _OUT.value else None,
+        table=_TABLE.value,
+    )
 
 
 def _prepare() -> None:
     """Writes a data set's shards: no model, no workdir, no device."""
-    from eim_jax.data import shard_writer
-
     if flags.FLAGS.config is None or not _OUT.value:
         raise app.UsageError("--mode=prepare needs --config=FILE, whose data is prepared, and --out=FOLDER")
-    shard_writer.prepare(_asked(), Path(_OUT.value))
+    from eim_jax.commands import prepare
+
+    prepare.prepare(_asked(), Path(_OUT.value))
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "eim_jax.main", *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

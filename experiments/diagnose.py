@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eim_jax.commands.run import after_stages
+from eim_jax.commands.trained_arms import after_stages
 from eim_jax.config import LossWeights, Stage, read_saved
 from eim_jax.data import loader, tokenize
 from eim_jax.data.datasets import load_split

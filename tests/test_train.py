@@ -71,7 +71,7 @@ def test_parameters_and_moments_lie_on_all_devices_by_the_rules(finished):
 
 def test_an_export_holds_what_training_changed_and_a_gpt2_that_loads(finished, config, tmp_path):
     inputs, begin, end, _ = finished
-    exporting.export(inputs, "eim", end, tmp_path / "out")
+    exporting.write_arm(inputs, "eim", end, tmp_path / "out")
     found = load_file(tmp_path / "out" / exporting.LEAVES)
     changed = {p for p in begin if not np.array_equal(np.asarray(begin[p]), np.asarray(end[p]))}
     assert found.keys() == changed
@@ -86,7 +86,7 @@ def test_an_export_holds_what_training_changed_and_a_gpt2_that_loads(finished, c
     assert again(words)["input_ids"] == inputs.lm_tokenizer(words)["input_ids"]
     assert json.loads((tmp_path / "out" / exporting.RECORD).read_text())["towers"]["lm"] == "miniature/gpt2"
     with pytest.raises(settings.ConfigError, match="holds other files"):
-        exporting.export(inputs, "eim", end, tmp_path / "out")
+        exporting.write_arm(inputs, "eim", end, tmp_path / "out")
 
 
 def test_the_arms_record_tells_what_each_stage_did(finished, config):

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from eim_jax.config import ConfigError
+from eim_jax.commands.trained_arms import load_finished, trained
+from eim_jax.config import Config, ConfigError
 from eim_jax.data.datasets import instruct
 from eim_jax.data.samples import FileImages, Split
 from eim_jax.data.validation import file_problem
@@ -17,11 +18,17 @@ from eim_jax.utils.console import console
 HELP = "/image FILE shows another image, /text none, /new forgets the conversation, /quit ends (or Ctrl-D)."
 
 
-def chat(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None) -> None:
+def chat(config: Config, workdir: Path, arm: str, image: Path | None) -> None:
+    """Holds a conversation with a trained arm."""
+    check(image)
+    inputs = load_finished(config, workdir)
+    converse(inputs, *trained(inputs, arm), image)
+
+
+def converse(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None) -> None:
     """Answers line after line, each after the turns before it if the model was trained so (data.multi_turn)."""
     inputs = replace(inputs, config=replace(inputs.config, decode=replace(inputs.config.decode, batch=1)))
     turns: list[tuple[str, str]] = []
-    check(image)
     console.print(f"{'image ' + str(image) if image else 'no image'}. {HELP}", soft_wrap=True, markup=False)
     for line in _lines():
         command, _, rest = line.partition(" ")

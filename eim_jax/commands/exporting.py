@@ -8,17 +8,27 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from eim_jax.config import ConfigError
+from eim_jax.commands.trained_arms import load_finished, trained
+from eim_jax.config import Config, ConfigError
 from eim_jax.models.language.gpt2 import GPT2Config
 from eim_jax.pretrained import LM, export_lm
 from eim_jax.training import partition
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
+from eim_jax.utils.console import console
 
 LEAVES, RECORD = "trained.safetensors", "arm.json"
 
 
-def export(inputs: Inputs, arm: str, params: Flat, out: Path) -> None:
+def export(config: Config, workdir: Path, arm: str, out: Path) -> None:
+    """Writes a trained arm as plain files."""
+    inputs = load_finished(config, workdir)
+    _, params = trained(inputs, arm)
+    write_arm(inputs, arm, params, out)
+    console.print(f"written to {out}", soft_wrap=True)
+
+
+def write_arm(inputs: Inputs, arm: str, params: Flat, out: Path) -> None:
     """Writes the folder `out`: LEAVES, RECORD, and where a stage trains a GPT-2 also lm/, as GPT2LMHeadModel reads it.
 
     LEAVES holds, in float32, in our shapes and by our paths ("st/...", "visual/prompt/...", "lm/..."), every leaf that

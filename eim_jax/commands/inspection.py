@@ -1,6 +1,7 @@
 """`--mode=inspect`: a few training samples as the losses see them, before or after training."""
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,13 @@ import numpy as np
 from PIL import Image
 from rich.text import Text
 
+from eim_jax.commands.trained_arms import check_identity, trained
+from eim_jax.config import Config, ConfigError
 from eim_jax.data import loader
 from eim_jax.losses import objectives
 from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
-from eim_jax.training import partition
+from eim_jax.training import partition, setup
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.console import console, print_table
@@ -20,7 +23,20 @@ from eim_jax.utils.console import console, print_table
 NEAREST = 3
 
 
-def inspect(inputs: Inputs, arm: str, vlm: VLM, params: Flat, samples: int) -> None:
+def inspect(config: Config, workdir: Path, arm: str, samples: int) -> None:
+    """Shows training samples as the losses see them, with the arm as trained, or as training would start."""
+    inputs = setup.load(config, workdir)
+    check_identity(inputs)
+    try:
+        vlm, params = trained(inputs, arm)
+        console.print(f"arm {arm} after training", soft_wrap=True)
+    except ConfigError:
+        vlm, params = setup.start(inputs, config.arm[arm])
+        console.print(f"arm {arm} as it starts to train (not all its stages are finished)", soft_wrap=True)
+    show_samples(inputs, arm, vlm, params, samples)
+
+
+def show_samples(inputs: Inputs, arm: str, vlm: VLM, params: Flat, samples: int) -> None:
     """Prints images, text with the supervised tokens coloured, and each loss's nearest queue rows."""
     config, split = inputs.config, inputs.train
     chosen = config.arm[arm].sequence

@@ -1,0 +1,24 @@
+"""`--mode=eval`: scores trained arms again, with the decoding settings given now."""
+
+from pathlib import Path
+
+from eim_jax.commands.score_report import report_scores
+from eim_jax.commands.trained_arms import load_finished, trained
+from eim_jax.config import Config, ConfigError
+from eim_jax.data.datasets import load_split
+from eim_jax.evaluation import scoring
+from eim_jax.parallel import processes
+
+
+def evaluate(config: Config, workdir: Path) -> None:
+    """Scores the trained arms again, with the decoding settings given now, and renews the report."""
+    with processes.first_alone("test data"):
+        test = load_split(config, "test", workdir)
+    if test is None:
+        raise ConfigError("config.data.mme is empty: give the MME folder to be answered")
+    inputs = load_finished(config, workdir)
+    table = {}
+    for arm in config.arms:
+        vlm, params = trained(inputs, arm)
+        table[arm] = scoring.evaluate(inputs, vlm, params, test, workdir / arm)
+    report_scores(workdir, test, config.data.eval_limit, table)

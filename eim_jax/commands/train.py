@@ -1,0 +1,55 @@
+"""`--mode=train`: trains every arm in turn, scores it on the test split, and writes the page."""
+
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from eim_jax.commands.score_report import report_scores
+from eim_jax.commands.trained_arms import check_identity, read_record
+from eim_jax.config import Config
+from eim_jax.data.datasets import load_split
+from eim_jax.evaluation import scoring
+from eim_jax.parallel import processes
+from eim_jax.training import setup
+from eim_jax.training.arms import plan_arm, run_arm
+from eim_jax.utils.console import console
+from eim_jax.utils.files import write_json
+
+
+def train(config: Config, workdir: Path, record: dict) -> None:
+    """Trains every arm in turn, scores it on the test split, and writes workdir/report.html."""
+    begun = time.monotonic()
+    inputs = setup.load(config, workdir)
+    check_identity(inputs)
+    with processes.first_alone("test data"):
+        test = load_split(config, "test", workdir)
+    for arm in config.arms:
+        plan_arm(inputs, arm)  # what cannot run is said before anything has
+    saved = read_record(workdir)
+    spent = saved.get("seconds", 0.0)
+    kept = {key: saved[key] for key in ("started", "finished", "seconds") if key in saved}
+    record = {**record, "identity": inputs.identity(), **kept}
+    write_json(workdir / "run.json", record)
+    news, table = False, {}
+    for arm in config.arms:
+        console.rule(f"{arm}: {config.arm[arm].description or ' -> '.join(config.arm[arm].sequence)}")
+        try:
+            vlm, params = run_arm(inputs, arm)
+        except BaseException:
+            write_json(workdir / "run.json", record | {"seconds": spent + time.monotonic() - begun})
+            raise
+        if test is None:
+            continue
+        scores = scoring.read_scores(inputs, workdir / arm, test)
+        if processes.agreed(scores is None):
+            news = True
+            scores = scoring.evaluate(inputs, vlm, params, test, workdir / arm)
+        table[arm] = scores
+    if news or test is None:
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        record |= {"finished": finished, "seconds": round(spent + time.monotonic() - begun, 1)}
+        write_json(workdir / "run.json", record)
+    if test is None:
+        console.print("no test questions (config.data.mme is empty): trained, not scored", soft_wrap=True)
+    else:
+        report_scores(workdir, test, config.data.eval_limit, table)

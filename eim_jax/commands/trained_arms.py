@@ -1,0 +1,61 @@
+"""What a finished run left in its work directory: the arms' parameters, and what they were trained from."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from eim_jax.config import Config, ConfigError
+from eim_jax.models.vlm import VLM
+from eim_jax.training import partition, setup
+from eim_jax.training.checkpoint import StageCheckpoints
+from eim_jax.training.partition import Flat
+from eim_jax.training.setup import Inputs
+
+
+def load_finished(config: Config, workdir: Path) -> Inputs:
+    """Loads towers and tokenisers of a finished run, without its training data.
+
+    Raises:
+      ConfigError: the run was trained from other weights, tokenisers or data.
+    """
+    inputs = setup.load(config, workdir, data=False)
+    check_identity(inputs)
+    return inputs
+
+
+def trained(inputs: Inputs, arm: str) -> tuple[VLM, Flat]:
+    """An arm's model with the parameters its last stage left; raises ConfigError when a stage is not finished."""
+    *_, (_, vlm, params) = after_stages(inputs, arm)
+    return vlm, params
+
+
+def after_stages(inputs: Inputs, arm: str) -> Iterator[tuple[str, VLM, Flat]]:
+    """(stage, model, parameters) as training starts ("start") and as each stage left them; raises as `trained`."""
+    vlm, params = setup.start(inputs, inputs.config.arm[arm])
+    yield "start", vlm, params
+    for i, name in enumerate(inputs.config.arm[arm].sequence):
+        with StageCheckpoints(inputs.workdir / arm / "checkpoints" / f"{i}-{name}") as store:
+            if not store.finished:
+                raise ConfigError(
+                    f"stage {name} of arm {arm} is not finished in {inputs.workdir}: run --mode=train first"
+                )
+            leaves, _ = partition.split(params, partition.groups(inputs.config.stages[name], params))
+            params = {**params, **store.result(leaves)[0]}
+        yield name, vlm, params
+
+
+def check_identity(inputs: Inputs) -> None:
+    """Refuses a workdir whose results were trained from other weights, tokenisers or data, naming which."""
+    saved, found = read_record(inputs.workdir).get("identity", {}), inputs.identity()
+    changed = [name for name in found if name in saved and saved[name] != found[name]]
+    if changed:
+        what = " and another ".join(name.replace("_", " ") for name in changed)
+        raise ConfigError(
+            f"{inputs.workdir} was trained with another {what}: put the old files back, or choose another --workdir"
+        )
+
+
+def read_record(workdir: Path) -> dict:
+    """The workdir's run.json, {} for a fresh one."""
+    path = workdir / "run.json"
+    return json.loads(path.read_text()) if path.exists() else {}
