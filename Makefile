@@ -1,7 +1,8 @@
 # make demo    trains baseline and EIM on the embedded miniature world, ends with a score table and report.html
 # make test    runs the tests
 # make install installs alone, e.g. on the hosts of a cluster
-# Both make .venv in this folder and install into it what they need, pinned by constraints.txt.
+# make docs    builds the documentation into site/
+# They make .venv in this folder and install into it what they need, pinned by constraints.txt.
 # EXTRAS=cuda or EXTRAS=tpu installs JAX for that accelerator too.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -17,7 +18,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 comma := ,
 INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e
 
-.PHONY: install demo test parity topology lint clean
+.PHONY: install demo test parity topology lint docs clean
 
 install: .venv/run$(EXTRAS)
 
@@ -46,8 +47,13 @@ lint: .venv/test$(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Strictly: a dead link or a name that is not there fails. Nothing is fetched.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site
 
 .venv/uv:
 	@test -n "$(PYTHON)" || { echo "eim_jax needs Python 3.11, 3.12 or 3.13; none found. Set PYTHON=/path/to/python3"; exit 1; }
@@ -62,6 +68,10 @@ clean:
 
 .venv/test$(EXTRAS): .venv/run$(EXTRAS)
 	$(INSTALL) '.[test$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	@touch $@
+
+.venv/docs: .venv/run$(EXTRAS)
+	$(INSTALL) '.[docs$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	@touch $@
 
 # pip, not uv: it also looks where the machine's own settings point for a CPU build of PyTorch.

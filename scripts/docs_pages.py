@@ -1,0 +1,123 @@
+"""What the documentation's site takes from the package: flags, presets, every config field (a hook of mkdocs.yml).
+
+A page holds a line `<!-- generated: NAME -->`; it becomes NAME's table when the site is built.
+"""
+
+import ast
+import dataclasses
+import inspect
+import io
+import re
+import tokenize
+import typing
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+RESULTS = ("miniature.html", "miniature-time.html")  # pages of experiments/results that stand beside the results
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Adds the committed pages of results to the site (mkdocs calls it)."""
+    from mkdocs.structure.files import File
+
+    for name in RESULTS:
+        files.append(File.generated(config, f"results/{name}", abs_src_path=str(ROOT / "experiments/results" / name)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fills in what is generated (mkdocs calls it)."""
+    return MARK.sub(lambda mark: GENERATED[mark[1]](), markdown)
+
+
+def flags() -> str:
+    """The flags of `main`, as its --help says them."""
+    from absl import flags as absl_flags
+
+    from eim_jax import main
+
+    rows = [("`--config`", "a config file; any of its fields: `--config.data.max_tokens=30`", "")]
+    for flag in absl_flags.FLAGS.flags_by_module_dict()[main.__name__]:
+        default = "" if flag.default in (None, "", []) else f"`{flag.default}`"
+        rows.append((f"`--{flag.name}`", _cell(flag.help), default))
+    return _table(("flag", "what", "default"), rows)
+
+
+def presets() -> str:
+    """Every file of configs/ with the first sentence of its docstring."""
+    rows = []
+    for file in sorted((ROOT / "configs").glob("*.py")):
+        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+        if docstring:
+            rows.append((f"`configs/{file.name}`", _cell(" ".join(docstring.split("\n\n")[0].split()))))
+    return _table(("config", "what"), rows)
+
+
+def config() -> str:
+    """Every field of `Config`, a table for each of its dataclasses, with the comment that stands at the field."""
+    from eim_jax.config import Config
+
+    parts = []
+    for path, kind in _dataclasses(Config, ""):
+        parts += [f"## `{path or 'the run'}`", _cell(inspect.getdoc(kind) or ""), _table(*_fields(kind, path))]
+    return "\n\n".join(parts)
+
+
+GENERATED = {"flags": flags, "presets": presets, "config": config}
+
+
+def _dataclasses(kind: type, path: str) -> list[tuple[str, type]]:
+    """(path, dataclass) of `kind` and of every dataclass that its fields hold, alone or by name in a dict."""
+    found = [(path, kind)]
+    for name, hint in typing.get_type_hints(kind).items():
+        inside, where = hint, f"{path}.{name}" if path else name
+        if typing.get_origin(hint) is dict:
+            inside, where = typing.get_args(hint)[1], f"{where}.*"
+        if dataclasses.is_dataclass(inside):
+            found += _dataclasses(inside, where)
+    return found
+
+
+def _fields(kind: type, path: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """The table of one dataclass's plain fields."""
+    said, rows = comments(kind), []
+    for field in dataclasses.fields(kind):
+        hint = typing.get_type_hints(kind)[field.name]
+        if dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict:
+            continue
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        name = f"{path}.{field.name}" if path else field.name
+        shown = getattr(hint, "__name__", str(hint))
+        rows.append((f"`{name}`", shown, f"`{default!r}`".replace("|", "\\|"), _cell(said.get(field.name, ""))))
+    return ("field", "type", "default", "what"), rows
+
+
+def comments(kind: type) -> dict[str, str]:
+    """What is said of each field of a dataclass: the comment behind it, or the lines of comment above it."""
+    source = inspect.cleandoc("\n" + inspect.getsource(kind))
+    by_line = {
+        token.start[0]: token.string.lstrip("# ").rstrip()
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    found = {}
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            above, line = [], node.lineno - 1
+            while line in by_line and source.splitlines()[line - 1].lstrip().startswith("#"):
+                above.insert(0, by_line[line])
+                line -= 1
+            behind = [by_line[n] for n in range(node.lineno, node.end_lineno + 1) if n in by_line]
+            found[node.target.id] = " ".join([*above, *behind])
+    return found
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
