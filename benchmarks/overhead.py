@@ -124,7 +124,7 @@ def once(inputs, vlm, config, arm: str) -> float:
         encode, _ = objectives.encoder(vlm, kind, config.losses)
         length = vlm.text.config.context if kind == "caption" else config.data.max_tokens
         tokens, valid = (jax.ShapeDtypeStruct((1, length), dtype) for dtype in (jnp.int32, jnp.bool_))
-        total += work(jax.make_jaxpr(encode)(params, tokens, valid)).flops * len(inputs.train)
+        total += work(jax.make_jaxpr(encode)(params, (tokens, valid))).flops * len(inputs.train)
     if any(
         "image" in objectives.fields(stage, config.losses) and reads_features(inputs, stage, flat) for stage in chosen
     ):

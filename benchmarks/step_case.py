@@ -1,5 +1,6 @@
 """A stage's step as eim_jax.training.arms builds it, from shapes alone, and random arguments for it on the device."""
 
+import functools
 import math
 import re
 import time
@@ -45,9 +46,8 @@ def make_case(vlm: VLM, stage: Stage, *, ever: tuple[str, ...], text: int, sampl
     queues = {}
     for kind in objectives.queue_kinds(stage):
         width = WIDTH_OF.get(kind, lambda vlm: vlm.lm.config.width)(vlm)
-        keys = jax.ShapeDtypeStruct((samples, width), vlm.lm.config.dtype)
-        queues[kind] = Queue(keys, jax.ShapeDtypeStruct((samples,), jnp.int32), 0)
-    objective = objectives.objective(vlm, stage, Losses(), dict.fromkeys(queues, samples))
+        queues[kind] = jax.eval_shape(functools.partial(_zeros, samples, width, vlm.lm.config.dtype))
+    objective = objectives.objective(vlm, stage, Losses())
     step = jax.jit(make_step(vlm, stage, objective, tx, vlm.dropout > 0), donate_argnums=(0, 1))
     arguments = (
         trained,
@@ -59,6 +59,10 @@ def make_case(vlm: VLM, stage: Stage, *, ever: tuple[str, ...], text: int, sampl
         jax.ShapeDtypeStruct((), jnp.int32),
     )
     return Case(vlm, stage, step, arguments, tx)
+
+
+def _zeros(samples: int, width: int, dtype) -> Queue:
+    return Queue(jnp.zeros((samples, width), dtype), jnp.zeros(samples, jnp.int32), samples)
 
 
 def parameters(vlm: VLM, ever: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -105,8 +109,8 @@ def trains_visual(stage: Stage) -> bool:
 
 
 def nbytes(tree) -> int:
-    """Bytes of a tree of arrays or shapes; a queue's static count is neither."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree) if not isinstance(leaf, int))
+    """Bytes of a tree of arrays or shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def placed(arguments: tuple, device) -> tuple:
@@ -114,7 +118,7 @@ def placed(arguments: tuple, device) -> tuple:
     there = jax.sharding.SingleDeviceSharding(device)
 
     def place(leaf):
-        return leaf if isinstance(leaf, int) else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there)
 
     return jax.tree.map(place, arguments)
 
@@ -163,10 +167,10 @@ def arrays(case: Case) -> tuple:
         for i, (path, leaf) in enumerate(sorted({**trained, **frozen}.items()))
     }
     trained, frozen = ({path: params[path] for path in part} for part in (trained, frozen))
-    held = {
-        kind: Queue(unit_keys(queue.keys.shape, queue.keys.dtype, key), jnp.zeros(queue.groups.shape, jnp.int32), 0)
-        for kind, queue in queues.items()
-    }
+    held = {}
+    for kind, queue in queues.items():
+        groups = jnp.zeros(queue.groups.shape, jnp.int32)
+        held[kind] = Queue(unit_keys(queue.keys.shape, queue.keys.dtype, key), groups, queue.count)
     return trained, jax.jit(case.tx.init)({**trained, **frozen}), frozen, _batch(case, shape, key), held, key
 
 

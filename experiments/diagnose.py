@@ -64,14 +64,13 @@ def diagnose(inputs: Inputs, arm: str, test: Split) -> list[dict]:
             kinds = [objectives.LOSSES[name].queue for name in names if objectives.LOSSES[name].queue]
             queues = {kind: inputs.queue(vlm, kind) for kind in kinds}
             train = {name: Stage(train=every, losses=LossWeights(**{name: 1.0}), batch=ROWS) for name in names}
-            gradients = {name: gradient(inputs, vlm, stage, queues) for name, stage in train.items()}
+            gradients = {name: gradient(inputs, vlm, stage) for name, stage in train.items()}
             base = Stage(train=every, losses=LossWeights(base=1.0), batch=ROWS)
-            nats = jax.jit(objective(inputs, vlm, base, {}))
-            arrays = {kind: queue._replace(count=0) for kind, queue in queues.items()}
+            nats = jax.jit(objective(inputs, vlm, base))
             contrasts = [name for name in names if name != "base"]
             asked = {name: jax.jit(functools.partial(query, inputs, vlm, name)) for name in contrasts}
         trained, frozen = partition.split(params, partition.groups(base, params))
-        slopes = {name: slope(trained, frozen, batch, arrays) for name, slope in gradients.items()}
+        slopes = {name: slope(trained, frozen, batch, queues) for name, slope in gradients.items()}
         cosines = {f"{a}·{b}": cosine(slopes[a], slopes[b]) for a, b in itertools.combinations(names, 2)}
         spreads = {}
         for name, ask in asked.items():
@@ -90,20 +89,19 @@ def diagnose(inputs: Inputs, arm: str, test: Split) -> list[dict]:
     return found
 
 
-def objective(inputs: Inputs, vlm: VLM, stage: Stage, queues: dict) -> Callable[[Flat, Batch, dict], jax.Array]:
-    """(parameters, batch, queues' arrays) -> the stage's loss, without dropout."""
-    counts = {kind: queue.count for kind, queue in queues.items()}
-    loss = objectives.objective(vlm, stage, inputs.config.losses, counts, inputs.mesh)
+def objective(inputs: Inputs, vlm: VLM, stage: Stage) -> Callable[[Flat, Batch, dict], jax.Array]:
+    """(parameters, batch, queues) -> the stage's loss, without dropout."""
+    loss = objectives.objective(vlm, stage, inputs.config.losses, inputs.mesh)
 
-    def of(params: Flat, batch: Batch, arrays: dict) -> jax.Array:
-        return loss(partition.unflatten(params), batch, arrays, objectives.normalisers(vlm, stage, batch), None)[0]
+    def of(params: Flat, batch: Batch, queues: dict) -> jax.Array:
+        return loss(partition.unflatten(params), batch, queues, objectives.normalisers(vlm, stage, batch), None)[0]
 
     return of
 
 
-def gradient(inputs: Inputs, vlm: VLM, stage: Stage, queues: dict) -> Callable[..., Flat]:
-    """(trained, frozen, batch, queues' arrays) -> the loss's gradient with respect to what is trained."""
-    loss = objective(inputs, vlm, stage, queues)
+def gradient(inputs: Inputs, vlm: VLM, stage: Stage) -> Callable[..., Flat]:
+    """(trained, frozen, batch, queues) -> the loss's gradient with respect to what is trained."""
+    loss = objective(inputs, vlm, stage)
     return jax.jit(jax.grad(lambda trained, frozen, *rest: loss({**trained, **frozen}, *rest)))
 
 

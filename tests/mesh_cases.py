@@ -113,10 +113,10 @@ def numbers(arguments, text_only=()):
     for kind, queue in queues.items():
         rows = np.random.default_rng(len(kind)).standard_normal(queue.keys.shape)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-        keys[kind] = queue._replace(keys=rows, groups=np.arange(len(rows)))
+        keys[kind] = dataclasses.replace(queue, keys=rows, groups=np.arange(len(rows)))
 
     def place(value, leaf):
-        return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding) if not isinstance(leaf, int) else leaf
+        return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
 
     trained, frozen = (
         jax.tree.map(place, jax.tree_util.tree_map_with_path(draw, part), part) for part in (trained, frozen)

@@ -1,5 +1,7 @@
 """A stage's objective and step: the right losses, exact accumulation, gradients for the trained leaves alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,6 @@ from eim_jax.models.batch import Batch
 from eim_jax.training import partition
 from eim_jax.training.step import make_step
 
-COUNTS = {"caption": tiny.SAMPLES, "embed": tiny.SAMPLES, "hidden": tiny.SAMPLES}
 ALL = ("visual/prompt/.*", "st/.*", "lm/.*")
 
 
@@ -33,9 +34,9 @@ def run_step(vlm, params, one, batch, train=False, key=0, losses=None):
     found = partition.groups(one, params)
     trained, frozen = partition.split(params, found)
     tx = partition.optimizer(one, found, params, 10)
-    objective = objectives.objective(vlm, one, losses or Losses(), COUNTS)
+    objective = objectives.objective(vlm, one, losses or Losses())
     step = jax.jit(make_step(vlm, one, objective, tx, train))
-    queues = {k: q._replace(count=0) for k, q in tiny.queues().items() if k in objectives.queue_kinds(one)}
+    queues = {k: q for k, q in tiny.queues().items() if k in objectives.queue_kinds(one)}
     arguments = (trained, tx.init(params), frozen, batch, queues, jax.random.key(key), jnp.int32(0))
     return step(*arguments), step.lower(*arguments).compile()
 
@@ -58,7 +59,7 @@ def world():
 def test_each_loss_is_the_papers_formula_on_its_own_query(world):
     vlm, params, batch, queues = world
     tree = partition.unflatten(params)
-    objective = objectives.objective(vlm, stage(base=1.0, ie=2.0, st=3.0, lm=4.0), Losses(), COUNTS)
+    objective = objectives.objective(vlm, stage(base=1.0, ie=2.0, st=3.0, lm=4.0), Losses())
     norms = objectives.normalisers(vlm, stage(base=1.0, ie=2.0, st=3.0, lm=4.0), batch)
     loss, metrics = objective(tree, batch, queues, norms, None)
 
@@ -140,7 +141,7 @@ def test_rows_without_an_image_leave_loss_ie_and_loss_st_untouched(world):
     vlm, params, _, queues = world
     batch = tiny.batch(text_only=(0, 3))
     one = stage(ie=1.0, st=1.0)
-    objective = objectives.objective(vlm, one, Losses(), COUNTS)
+    objective = objectives.objective(vlm, one, Losses())
     tree = partition.unflatten(params)
     _, with_noise = objective(tree, batch, queues, objectives.normalisers(vlm, one, batch), None)
     kept = jax.tree.map(lambda x: x[jnp.asarray([1, 2, 4, 5, 6, 7])], batch)
@@ -167,9 +168,9 @@ def test_lm_loss_starts_at_the_right_key_when_queue_and_query_are_the_same_model
     keys = np.array(tiny.queues()["hidden"].keys)
     own = np.asarray(encode(tree, batch.tokens, batch.valid))
     keys[np.asarray(batch.index)] = own / np.linalg.norm(own, axis=1, keepdims=True)
-    queues = {"hidden": tiny.queues()["hidden"]._replace(keys=jnp.asarray(keys))}
+    queues = {"hidden": dataclasses.replace(tiny.queues()["hidden"], keys=jnp.asarray(keys))}
     one = stage(lm=1.0)
-    _, metrics = objectives.objective(vlm, one, Losses(), COUNTS)(
+    _, metrics = objectives.objective(vlm, one, Losses())(
         tree, batch, queues, objectives.normalisers(vlm, one, batch), None
     )
     assert float(metrics["queue/lm/similarity"]) == pytest.approx(1.0, abs=1e-5)
@@ -201,8 +202,8 @@ def gradients(vlm, params, batch, weights):
     """(losses, the gradient of their sum for every parameter) of a batch."""
     one = stage(**weights)
     tree = partition.unflatten(params)
-    queues = {k: q._replace(count=0) for k, q in tiny.queues().items() if k in objectives.queue_kinds(one)}
-    objective = objectives.objective(vlm, one, Losses(), COUNTS)
+    queues = {k: q for k, q in tiny.queues().items() if k in objectives.queue_kinds(one)}
+    objective = objectives.objective(vlm, one, Losses())
 
     def loss_of(tree, batch, queues):
         return objective(tree, batch, queues, objectives.normalisers(vlm, one, batch), None)

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
@@ -21,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from eim_jax.parallel.sharding import ROWS, parts_of
 
 MASKED = -1e30  # finite: exp(MASKED - MASKED) stays a number, exp(MASKED - any real score) is 0
+UNIT = {"float32": 1e-3, "bfloat16": 1e-2, "int8": 2e-2}  # how far from 1 a unit key's length may be, held so
 TIE = 1e-6  # scores closer than this fraction of |u||k_y| tie: twice the rounding of an f32 dot product
 
 Positives = Literal["self", "group", "mask", "alone"]
@@ -58,21 +60,44 @@ def queue_nce(
     chunk: int = 0,
     mesh: Mesh | None = None,
 ) -> NCE:
-    """Contrast each query with all `count` keys of a queue, exactly, in one pass (EIM: loss_IE, loss_ST, loss_LM).
+    """Contrasts each query with all `count` keys of a queue, exactly, in one pass (EIM: loss_IE, loss_ST, loss_LM).
 
-    `keys` f32 or bf16, or int8 codes of which row j times `scale`[j] is the key, of unit norm when similarity="cosine"
-    (the query is normalised here); rows from `count` on are padding and must be finite. `index` is each query's own
-    row. positives: "self", the own key (the paper); "group", every key of the own key's group, loss = -log sum_{j in
-    group} p_j; "mask", as "self" but its siblings leave the denominator; "alone", no other key at all
-    (self-distillation, cosine only), loss = (1 - cos) / tau. A row of weight 0 gives no loss and no gradient whatever
-    its query holds.
+    The loss of a query is -log(exp(s(q, k_own) / tau) / sum_j exp(s(q, k_j) / tau)), j over the queue.
 
-    `chunk` rows are read at a time (0: 1024 on CPU, 32768 elsewhere). With `mesh` the rows of `keys` and `groups`
-    lie over its ("data", "fsdp") axes: each device passes over its own rows and only [b] and [b, D] move. On CPU hold
-    the keys in float32 (bf16 works, but costs a copy); on accelerators in bf16.
+    Args:
+      query: [b D]; the only argument that gets a gradient. Normalised here when similarity="cosine".
+      keys: [N D] float32 (best on CPU, where bfloat16 costs a copy) or bfloat16 (best elsewhere), or int8 codes; of
+        unit norm when similarity="cosine". Rows from `count` on are padding and must be finite.
+      index: [b], each query's own row, 0 <= index < count.
+      count: real rows of the queue.
+      tau: the temperature.
+      similarity: "cosine" or "dot".
+      weights: [b], of each query's loss; a query of weight 0 gives no loss and no gradient, whatever it holds.
+      positives: "self", the own key (the paper); "group", every key of the own key's group, loss = -log sum_{j in
+        group} p_j; "mask", as "self", but the rest of its group leaves the denominator; "alone", no other key at all
+        (self-distillation, cosine only), loss = (1 - cos) / tau.
+      groups: [N], for "group" and "mask": keys of one group share a number.
+      scale: [N], of int8 codes: scale[j] * keys[j] is the key.
+      chunk: keys read at a time; 0: 1024 on CPU, 32768 elsewhere.
+      mesh: the rows of `keys`, `groups` and `scale` lie over its ("data", "fsdp") axes; each device passes over its own
+        rows, and only [b] and [b D] move.
 
-    Raises ValueError for a count outside 1..N, groups missing where `positives` needs them, or rows that the mesh does
-    not divide.
+    Returns:
+      Sums over the batch, see NCE: `found.loss / found.weight` is the mean loss in nats.
+
+    Raises:
+      ValueError: a count outside 1..N, groups missing where `positives` needs them, rows that the mesh does not divide;
+        and, where the values are at hand (outside jit), an index outside the queue or a key that is not of unit norm
+        under the cosine. Inside jit neither can be seen: an index outside the queue gets a key of zeros, and keys of
+        another norm act like another temperature for each key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> keys = jnp.eye(4)
+      >>> found, gradient = jax.value_and_grad(
+      ...     lambda query: queue_nce(query, keys, jnp.array([0, 1]), count=4, tau=1.0).loss)(keys[:2] + 1)
+      >>> print(f"{found:.4f}", gradient.shape)
+      2.2341 (2, 4)
     """
     batch = query.shape[0]
     shards = parts_of(mesh)
@@ -87,6 +112,7 @@ def queue_nce(
     grouped = positives in ("group", "mask")
     if grouped and groups is None:
         raise ValueError(f'positives="{positives}" needs one group id a key (groups=)')
+    _check_values(keys, index, count, similarity, scale)
     on_cpu = (mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()) == "cpu"
     rows = min(chunk or (1024 if on_cpu else 32768), keys.shape[0] // shards)
 
@@ -117,6 +143,38 @@ def response_xent(
     own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     nll = jax.nn.logsumexp(logits, axis=-1) - own
     return jnp.sum(jnp.where(mask, nll, 0)), jnp.sum(mask, dtype=jnp.float32)
+
+
+def _check_values(keys, index, count: int, similarity: str, scale) -> None:
+    """Raises ValueError for an index outside the queue or, under the cosine, a key that is not of unit norm.
+
+    Only arrays whose values are at hand are looked at: not those that jit traces, nor other processes' rows.
+    """
+
+    def at_hand(array) -> bool:
+        if isinstance(array, jax.core.Tracer):
+            return False
+        return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+    if at_hand(index):
+        outside = [int(row) for row in np.asarray(index) if not 0 <= row < count]
+        if outside:
+            raise ValueError(f"index {outside[0]} is outside the queue, whose rows are 0 to {count - 1}")
+    if similarity == "cosine" and at_hand(keys) and (scale is None or at_hand(scale)):
+        with jax.ensure_compile_time_eval():  # constants of a function that jit traces can be looked at too
+            length = np.asarray(_lengths(keys, scale))[:count]
+        row = int(np.argmax(np.abs(length - 1)))
+        if not abs(length[row] - 1) < UNIT[keys.dtype.name]:
+            raise ValueError(
+                f"the key in row {row} has length {length[row]:.4g}: under the cosine keys are of length 1. "
+                'Queue.of(features) normalises them; similarity="dot" takes them as they are'
+            )
+
+
+@jax.jit
+def _lengths(keys, scale):
+    length = jnp.linalg.norm(keys.astype(jnp.float32), axis=1)
+    return length if scale is None else length * scale
 
 
 def _unit(x: Float[Array, "b D"]) -> Float[Array, "b D"]:

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from eim_jax.config import Losses, Stage
-from eim_jax.losses.contrastive import queue_nce
 from eim_jax.losses.next_token import head_xent
 from eim_jax.losses.queues import Queue
 from eim_jax.models.batch import Batch
@@ -60,21 +59,23 @@ def queue_kinds(stage: Stage) -> tuple[str, ...]:
 
 
 def encoder(vlm: VLM, kind: str, losses: Losses) -> tuple[Callable, str]:
-    """(params, tokens [b t], valid [b t]) -> a queue's keys [b D], and the words that name its pooling in the manifest.
+    """(params, (tokens [b t], valid [b t])) -> a queue's keys [b D], and the words that name its pooling on disk.
 
     K_t reads CLIP tokens; K_e and K_b read LM tokens that end with EOS.
     """
     if kind == "caption":
-        return lambda params, tokens, valid: vlm.caption_feature(params, tokens), "[EOS] of CLIP.text, projected"
+        return lambda params, texts: vlm.caption_feature(params, texts[0]), "[EOS] of CLIP.text, projected"
     if kind == "embed":
 
-        def embed(params, tokens, valid):
+        def embed(params, texts):
+            tokens, valid = texts
             text = valid & (jnp.cumsum(valid, axis=1) < valid.sum(axis=1, keepdims=True))  # all but the EOS
             return mean_tokens(vlm.embed(params, tokens), text)
 
         return embed, "mean of LM_e over instruction and response, without EOS"
 
-    def hidden(params, tokens, valid):
+    def hidden(params, texts):
+        tokens, valid = texts
         return last_token(_text(vlm.lm_block(params, tokens, valid, original=True), tokens), valid)
 
     return hidden, "LM_block at EOS, text alone"
@@ -120,12 +121,12 @@ def normalisers(vlm: VLM, stage: Stage, batch: Batch) -> dict[str, jax.Array]:
     return {name: jnp.maximum(count, 1.0) for name, count in counts.items()}
 
 
-def objective(vlm: VLM, stage: Stage, losses: Losses, counts: dict[str, int], mesh=None) -> Callable:
+def objective(vlm: VLM, stage: Stage, losses: Losses, mesh=None) -> Callable:
     """The stage's loss as a pure function.
 
     (params, batch, queues {kind: Queue}, normalisers, key|None) -> (loss f32[], metrics {name: f32[]}); metrics and
-    loss are shares of the whole batch's means, so that they add up over micro-batches. `counts` gives each queue's
-    real rows N. Rows without an image carry weight 0 in loss_IE and loss_ST (ours: the paper only suspects them).
+    loss are shares of the whole batch's means, so that they add up over micro-batches. Rows without an image carry
+    weight 0 in loss_IE and loss_ST (ours: the paper only suspects them).
     """
     active = weights(stage)
     needs_image = "image" in fields(stage, losses)
@@ -142,17 +143,13 @@ def objective(vlm: VLM, stage: Stage, losses: Losses, counts: dict[str, int], me
 
         def contrast(name, query, row_weights):
             kind = LOSSES[name].queue
-            nce = queue_nce(
+            nce = queues[kind].nce(
                 query,
-                queues[kind].keys,
                 batch.index,
-                count=counts[kind],
                 tau=losses.tau,
                 similarity=losses.similarity,
                 weights=row_weights,
                 positives="alone" if name == "lm" and losses.lm_distil else losses.positives,
-                groups=queues[kind].groups,
-                scale=queues[kind].scale,
                 chunk=losses.chunk,
                 mesh=mesh,
             )

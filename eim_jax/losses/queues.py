@@ -1,20 +1,11 @@
-"""Queues: read-only arrays with one fixed key for each training sample, built once, kept on disk, sharded by row.
+"""Queues: read-only arrays with one fixed key for each training sample, built once, kept on disk, sharded by row."""
 
-| queue | key of a sample (EIM, section on the pre-built queues) | read by |
-|---|---|---|
-| caption K_t | [EOS] feature of CLIP.text | loss_IE |
-| embed K_e | mean over tokens of the LM's input embeddings (LM_e) | loss_ST |
-| hidden K_b | [EOS] feature out of the original LM_block | loss_LM |
-"""
-
+import dataclasses
 import functools
-import json
 import os
-import pathlib
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,130 +14,261 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
-from eim_jax.parallel.processes import barrier, is_first
+from eim_jax.losses.contrastive import NCE, Positives, Similarity, queue_nce
+from eim_jax.losses.queue_files import StaleQueue, StoredRows, manifest, open_rows, write_rows
 from eim_jax.parallel.sharding import parts_of, queue_sharding
-from eim_jax.utils.console import progress as shown
 
-QUEUES = ("caption", "embed", "hidden")
-
-
-class Queue(NamedTuple):
-    """Row i is sample i's key; rows from `count` on are zeros that fill the last device."""
-
-    keys: Float[Array, "N D"] | Int[Array, "N D"]
-    groups: Int[Array, "N"]  # samples of one image share a number; -1 in the padding
-    count: int  # real rows
-    scale: Float[Array, "N"] | None = None  # of int8 keys: row j times scale[j] is the key
-
-
-class StaleQueue(ValueError):
-    """The queue on disk was made from something else than what is asked for; the message names every difference."""
+__all__ = ["BadRow", "Queue", "StaleQueue", "compress", "manifest"]
 
 
 class BadRow(ValueError):
     """A sample's key is not finite, or has no direction."""
 
 
-def manifest(
-    kind: str,
-    *,
-    weights: str,
-    data: str,
-    tokenizer: str,
-    pooling: str,
-    similarity: str,
-    dtype: str,
-    count: int,
-) -> dict[str, Any]:
-    """Returns what decides a queue's content: its kind, three fingerprints, how rows are pooled and held, and how many.
+@dataclasses.dataclass(frozen=True)
+class Queue:
+    """One fixed key for each training sample: row i is sample i's, rows from `count` on are padding.
 
-    `save` adds the width. Raises ValueError for an unknown kind.
+    A pytree: `keys`, `groups` and `scale` are its leaves, `count` is static, so a queue passes through `jax.jit`, where
+    another `count` compiles another program. Make one with `of` (ready arrays), `build` (an encoder) or `load`.
+
+    Args:
+      keys: [N D] float32 or bfloat16, of unit norm where the similarity is the cosine; or int8 codes.
+      groups: [N] int32; samples that belong together (the captions of an image) share a number; -1 in the padding.
+      count: real rows; the padding makes N divide by the devices that share it.
+      scale: [N] float32, of int8 codes: `scale[i] * keys[i]` is the key.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> features = jax.random.normal(jax.random.key(0), (5, 4))
+      >>> queue = Queue.of(features)
+      >>> found = jax.jit(lambda queue, x: queue.nce(x, jnp.array([3, 1])))(queue, features[jnp.array([3, 1])])
+      >>> print(found.recall1 / found.weight)  # the query is the sample's own key
+      1.0
     """
-    if kind not in QUEUES:
-        raise ValueError(f"unknown queue {kind!r}: one of {', '.join(QUEUES)}")
-    return {
-        "kind": kind,
-        "weights": weights,
-        "data": data,
-        "tokenizer": tokenizer,
-        "pooling": pooling,
-        "similarity": similarity,
-        "dtype": jnp.dtype(dtype).name,
-        "count": count,
-    }
+
+    keys: Float[Array, "N D"] | Int[Array, "N D"]
+    groups: Int[Array, "N"]
+    count: int
+    scale: Float[Array, "N"] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        features: Any,
+        groups: Any = None,
+        *,
+        dtype: Any = jnp.float32,
+        similarity: Similarity = "cosine",
+        mesh: Mesh | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> "Queue":
+        """A queue of ready features, one row a sample.
+
+        Args:
+          features: [N D] floats, of NumPy or JAX; normalised here when similarity="cosine".
+          groups: [N] whole numbers; None: every sample is a group of its own.
+          dtype: in which keys are held: float32 (best on CPU), bfloat16, int8 (a scale a row).
+          similarity: "cosine" or "dot", as `nce` will be asked for.
+          mesh: over whose ("data", "fsdp") axes the rows are split; rows of zeros fill the last device.
+          ids: the samples' names, for messages.
+
+        Raises:
+          BadRow: naming the first row that is not finite, or under the cosine is zero.
+          ValueError: features that are not [N D] floats with N > 0, or groups of another number.
+
+        Example:
+          >>> import numpy as np
+          >>> Queue.of(np.array([[3.0, 4.0], [0.0, 2.0]])).keys.tolist()
+          [[0.6000000238418579, 0.800000011920929], [0.0, 1.0]]
+        """
+        shape = getattr(features, "shape", ())
+        if len(shape) != 2 or 0 in shape or not jnp.issubdtype(features.dtype, jnp.floating):
+            raise ValueError(f"features of shape {shape} {getattr(features, 'dtype', '')}: a queue takes [N D] floats")
+        count = shape[0]
+        _check_lengths("the queue", count, {"groups": groups, "ids": ids})
+        total = _padded(count, mesh)
+
+        def finish(rows):
+            rows = jnp.pad(rows, ((0, total - rows.shape[0]), (0, 0))).astype(jnp.float32)
+            keys, bad = _as_keys(rows, jnp.arange(total, dtype=jnp.int32), count, similarity)
+            return compress(keys, dtype), bad
+
+        where = None if mesh is None else (_sharding(mesh), _whole(mesh))
+        if not isinstance(features, jax.Array):
+            features = _place_rows(np.asarray(features), total, mesh, fill=0)
+        elif mesh is not None:
+            features = jax.device_put(jnp.pad(features, ((0, total - count), (0, 0))), _sharding(mesh))
+        (keys, scale), bad = jax.jit(finish, out_shardings=where)(features)
+        _check("the queue", bad, count, ids, similarity)
+        return cls(keys, _place_groups(groups, count, mesh), count, scale)
+
+    @classmethod
+    def build(
+        cls,
+        encode: Callable[[Any, Any], jax.Array],
+        params: Any,
+        fields: Any,
+        groups: Any = None,
+        *,
+        batch: int = 256,
+        dtype: Any = jnp.float32,
+        similarity: Similarity = "cosine",
+        mesh: Mesh | None = None,
+        ids: Sequence[str] | None = None,
+        name: str = "",
+        progress: bool = False,
+    ) -> "Queue":
+        """Encodes N samples, `batch` at a time, into a queue whose row i is sample i.
+
+        Each device encodes the rows that it will hold, so no key ever moves and the host holds none.
+
+        Args:
+          encode: (params, fields of a batch) -> [b D]; compiled once.
+          params: what it computes with.
+          fields: a dict or tuple (or one) of arrays [N ...]: tokens, images, features. NumPy's, whole on every process,
+            or anything with `shape`, `dtype` and `[row numbers]`: only rows that are encoded here are asked for.
+          groups: [N] whole numbers; None: every sample is a group of its own.
+          batch: samples at a time, over all devices.
+          dtype: in which keys are held: float32 (best on CPU), bfloat16, int8 (a scale a row).
+          similarity: "cosine" normalises the keys, in float32; "dot" leaves them.
+          mesh: over whose ("data", "fsdp") axes the rows are split; rows of zeros fill the last device.
+          ids: the samples' names, for messages.
+          name: the queue's, for messages.
+          progress: show how far it is (needs rich).
+
+        Raises:
+          BadRow: naming the sample whose key is not finite, or under the cosine is zero.
+          ValueError: fields, groups or ids of unequal length.
+
+        Example:
+          >>> import numpy as np
+          >>> table = np.eye(3, dtype=np.float32)
+          >>> words = np.array([[0, 1], [1, 1], [2, 0], [2, 2]])
+          >>> queue = Queue.build(lambda table, words: table[words].mean(1), table, words, batch=2)
+          >>> queue.count, queue.keys.shape
+          (4, (4, 3))
+        """
+        label, leaves = f"queue {name!r}" if name else "the queue", jax.tree.leaves(fields)
+        if not leaves or not all(leaf.shape for leaf in leaves):
+            raise ValueError(f"{label}: fields are arrays with one row a sample")
+        count = leaves[0].shape[0]
+        lengths = {f"field {i}": leaf for i, leaf in enumerate(leaves)}
+        _check_lengths(label, count, {**lengths, "groups": groups, "ids": ids})
+        encoded = _encode_all(encode, params, fields, count, batch, dtype, similarity, mesh)
+        pending = keys = None
+        with _progress(f"queue {name}".strip(), count) if progress else nullcontext(lambda _: None) as advance:
+            for block in encoded:
+                keys, bad, more = block
+                _check(label, pending, count, ids, similarity)  # one step behind, so that the devices never wait
+                pending = bad
+                advance(more)
+            _check(label, pending, count, ids, similarity)
+        flat = jax.jit(lambda x: x.reshape(-1, *x.shape[2:]), donate_argnums=0, out_shardings=_sharding(mesh))
+        keys, scale = jax.tree.map(flat, keys)
+        return cls(keys, _place_groups(groups, count, mesh), count, scale)
+
+    def nce(
+        self,
+        query: Float[Array, "b D"],
+        index: Int[Array, "b"],
+        *,
+        tau: float | Float[Array, ""] = 0.07,
+        similarity: Similarity = "cosine",
+        positives: Positives = "self",
+        weights: Float[Array, "b"] | None = None,
+        mesh: Mesh | None = None,
+        chunk: int = 0,
+    ) -> NCE:
+        """Contrasts each query with all keys of the queue: `queue_nce`, which see.
+
+        Args:
+          query: [b D]; the only argument that gets a gradient.
+          index: [b], each query's own row.
+          tau: the temperature.
+          similarity: "cosine" (the query is normalised here) or "dot".
+          positives: "self" (the paper), "group", "mask" or "alone".
+          weights: [b], of each query's loss; 0 leaves it out.
+          mesh: the one over which the queue was placed.
+          chunk: keys read at a time; 0: 1024 on CPU, 32768 elsewhere.
+
+        Returns:
+          Sums over the batch: `found.loss / found.weight` is the mean loss in nats.
+
+        Example:
+          >>> import jax, jax.numpy as jnp
+          >>> queue = Queue.of(jnp.eye(4))
+          >>> found = queue.nce(2 * jnp.eye(4)[:2], jnp.array([0, 1]), tau=1.0)
+          >>> print(f"{found.loss / found.weight:.4f}, the own key is number {found.rank / found.weight:.0f}")
+          0.7437, the own key is number 1
+        """
+        return queue_nce(
+            query,
+            self.keys,
+            index,
+            count=self.count,
+            tau=tau,
+            similarity=similarity,
+            weights=weights,
+            positives=positives,
+            groups=self.groups,
+            scale=self.scale,
+            chunk=chunk,
+            mesh=mesh,
+        )
+
+    def save(self, directory: str | os.PathLike, manifest: dict[str, Any]) -> None:
+        """Writes the real rows (keys.npy, groups.npy; int8: scale.npy) and manifest.json, whole or not at all.
+
+        All processes call it with the same directory on a shared file system.
+
+        Args:
+          directory: the queue's folder; a queue that is there is replaced.
+          manifest: what decided the content, see `manifest`; dtype, count and width are added.
+
+        Raises:
+          ValueError: the manifest contradicts the queue's dtype, count or width.
+        """
+        facts = {"dtype": self.keys.dtype.name, "count": self.count, "width": self.keys.shape[1]}
+        for field, value in facts.items():
+            if manifest.get(field, value) != value:
+                raise ValueError(f"manifest says {field}={manifest[field]!r}, the queue has {value!r}")
+        arrays = {"keys": self.keys, "groups": self.groups} | ({} if self.scale is None else {"scale": self.scale})
+        write_rows(directory, arrays, self.count, {**manifest, **facts})
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike, manifest: dict[str, Any], mesh: Mesh | None = None) -> "Queue":
+        """Reads a queue that `manifest` describes; each process reads only its rows.
+
+        Args:
+          directory: the queue's folder.
+          manifest: what it must have been made from.
+          mesh: over whose ("data", "fsdp") axes the rows are split; any, whatever wrote it.
+
+        Raises:
+          StaleQueue: naming each field in which the file differs, or that the files are damaged.
+          FileNotFoundError: there is no queue.
+        """
+        rows, count = open_rows(directory, manifest)
+        fill = {"keys": 0, "groups": -1, "scale": 0}
+        placed = {name: _place_rows(part, _padded(count, mesh), mesh, fill[name]) for name, part in rows.items()}
+        return cls(count=count, **placed)
 
 
-def build(
-    name: str,
-    encode: Callable[[Any, jax.Array, jax.Array], jax.Array],
-    params: Any,
-    tokens: np.ndarray,
-    valid: np.ndarray,
-    groups: np.ndarray,
-    *,
-    batch: int,
-    mesh: Mesh | None = None,
-    dtype: Any = jnp.float32,
-    similarity: str = "cosine",
-    ids: Sequence[str] | None = None,
-    progress: bool = False,
-) -> Queue:
-    """Encode N samples, `batch` at a time, into a queue whose row i is sample i.
+def _flatten(queue: Queue):
+    keys = [jax.tree_util.GetAttrKey(name) for name in ("keys", "groups", "scale")]
+    return list(zip(keys, (queue.keys, queue.groups, queue.scale), strict=True)), queue.count
 
-    encode(params, tokens int32[b t], valid bool[b t]) -> [b D] is compiled once. tokens [N t], valid [N t] and groups
-    [N] are NumPy arrays, whole on every process. Each device encodes the rows that it will hold, so no key ever moves
-    and the host holds none. Rows are normalised in float32 when similarity="cosine", then cast to `dtype`.
 
-    Raises BadRow naming the sample (by `ids`, else by row) whose key is not finite or, for cosine, zero.
-    """
-    count = len(tokens)
-    if not count or len(valid) != count or len(groups) != count or (ids is not None and len(ids) != count):
-        raise ValueError(f"queue {name!r}: {count} token rows, {len(valid)} masks, {len(groups)} groups, or ids differ")
-    shards = parts_of(mesh)
-    held = -(-count // shards)  # rows a device holds
-    rows = min(max(1, batch // shards), held)  # rows a device encodes at a time
-    by_row = _sharding(mesh)
+def _unflatten(count: int, leaves) -> Queue:
+    """Without `__init__`: JAX fills trees with shapes, shardings and placeholders too, which are no arrays."""
+    queue = object.__new__(Queue)
+    for name, value in zip(("keys", "groups", "scale", "count"), (*leaves, count), strict=True):
+        object.__setattr__(queue, name, value)
+    return queue
 
-    def encode_rows(params, tokens, valid, row):
-        key = encode(params, tokens.reshape(-1, *tokens.shape[2:]), valid.reshape(-1, *valid.shape[2:]))
-        key = key.astype(jnp.float32)
-        square = jnp.sum(key * key, axis=-1)
-        good = jnp.isfinite(square) & ((square > 0) | (similarity != "cosine"))
-        if similarity == "cosine":
-            key = key * lax.rsqrt(jnp.where(good, square, 1))[:, None]
-        key, good = key.reshape(shards, -1, key.shape[-1]), good.reshape(shards, -1)
-        key = jnp.where((row < count)[..., None], key, 0)
-        return compress(key, dtype), jnp.min(jnp.where(good, count, row))
 
-    def step(keys, params, tokens, valid, row, start):
-        key, bad = encode_rows(params, tokens, valid, row)
-        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-        return jax.tree.map(put, keys, key), bad
-
-    step = jax.jit(step, donate_argnums=0, out_shardings=None if mesh is None else (by_row, _whole(mesh)))
-
-    def place(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, by_row, lambda index: array[index])
-
-    starts = [min(i * rows, held - rows) for i in range(-(-held // rows))]  # the last step overlaps the one before
-    pending, keys = None, None
-    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=by_row)
-    with shown(f"queue {name}", count, "keys") if progress else nullcontext(lambda _: None) as advance:
-        for done, start in enumerate(starts, 1):
-            row = np.arange(shards, dtype=np.int32)[:, None] * held + np.arange(start, start + rows, dtype=np.int32)
-            source = np.minimum(row, count - 1)  # padding rows encode some real text, and are then set to zero
-            inputs = (place(tokens[source]), place(valid[source]), place(row))
-            if keys is None:
-                parts = jax.eval_shape(encode_rows, params, *inputs)[0]
-                keys = jax.tree.map(lambda part: zeros((shards, held, *part.shape[2:]), part.dtype), parts)
-            keys, bad = step(keys, params, *inputs, start)
-            _check(name, pending, count, ids, similarity)  # one step behind, so that the devices never wait
-            pending = bad
-            advance(min(count, done * rows * shards) - min(count, (done - 1) * rows * shards))
-        _check(name, pending, count, ids, similarity)
-    flat = jax.jit(lambda x: x.reshape(-1, *x.shape[2:]), donate_argnums=0, out_shardings=by_row)
-    keys, scale = jax.tree.map(flat, keys)
-    return Queue(keys, _place_rows(np.asarray(groups, np.int32), len(keys), mesh, fill=-1), count, scale)
+jax.tree_util.register_pytree_with_keys(Queue, _flatten, _unflatten)
 
 
 def compress(keys: Float[Array, "*rows D"], dtype: Any) -> tuple[Array, Float[Array, "*rows"] | None]:
@@ -157,110 +279,55 @@ def compress(keys: Float[Array, "*rows D"], dtype: Any) -> tuple[Array, Float[Ar
     return jnp.round(keys / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8), scale
 
 
-def save(directory: str | os.PathLike, queue: Queue, manifest: dict[str, Any]) -> None:
-    """Write the queue's real rows (keys.npy, groups.npy; int8: scale.npy) and manifest.json, whole or not at all.
-
-    All processes call it with the same directory on a shared file system. Several write a file for each device's rows,
-    keys-FIRSTROW.npy: no file has two writers, which NFS and buckets forbid. bfloat16 is stored as its bits.
-    Raises ValueError where the manifest contradicts the queue's dtype, count or width.
-    """
-    target = pathlib.Path(directory)
-    scratch, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
-    count, width = int(queue.count), queue.keys.shape[1]
-    facts = {"dtype": queue.keys.dtype.name, "count": count, "width": width}
-    for field, value in facts.items():
-        if manifest.get(field, value) != value:
-            raise ValueError(f"manifest says {field}={manifest[field]!r}, the queue has {value!r}")
-    first = is_first()
-    several = jax.process_count() > 1
-    arrays = [("keys", queue.keys), ("groups", queue.groups)]
-    if queue.scale is not None:
-        arrays.append(("scale", queue.scale))
-    if first:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        (scratch / "manifest.json").write_text(json.dumps({**manifest, **facts}, indent=1) + "\n")
-    barrier(f"queue files {target.name}")
-    for name, array in arrays:
-        stored = _stored(array.dtype)
-        if not several:
-            out = np.lib.format.open_memmap(scratch / f"{name}.npy", "w+", stored, (count, *array.shape[1:]))
-        for shard in array.addressable_shards:
-            start = shard.index[0].start or 0
-            if shard.replica_id == 0 and start < count:
-                rows = np.asarray(shard.data)[: count - start].view(stored)
-                if several:
-                    np.save(scratch / f"{name}-{start:012d}.npy", rows)
-                else:
-                    out[start : start + len(rows)] = rows
-        if not several:
-            out.flush()
-    barrier(f"queue rows {target.name}")
-    if first:
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(scratch, target)
-        shutil.rmtree(old, ignore_errors=True)
-    barrier(f"queue done {target.name}")
-
-
-def load(directory: str | os.PathLike, manifest: dict[str, Any], mesh: Mesh | None = None) -> Queue:
-    """Read a queue that `manifest` describes; each process reads only its rows, padded to a multiple of the mesh.
-
-    Raises StaleQueue naming each field in which the file differs (width, which is only known once built, may be left
-    out), FileNotFoundError where there is no queue.
-    """
-    source = pathlib.Path(directory)
-    found = json.loads((source / "manifest.json").read_text())
-    expected = json.loads(json.dumps(manifest))
-    fields = [*expected, *(field for field in found if field not in expected and field != "width")]
-    different = [
-        f"  {field}: expected {expected.get(field, '(absent)')!r}, found {found.get(field, '(absent)')!r}"
-        for field in fields
-        if field not in expected or field not in found or expected[field] != found[field]
-    ]
-    if different:
-        remedy = "Delete it to have it built anew, or give this run the setting that it was built with."
-        raise StaleQueue("\n".join([f"the queue in {source} is another one:", *different, remedy]))
-    count, dtype = found["count"], jnp.dtype(found["dtype"])
-    keys, groups = _Stored(source, "keys"), _Stored(source, "groups")
-    if keys.shape != (count, found["width"]) or groups.shape != (count,) or keys.dtype != _stored(dtype):
-        raise StaleQueue(
-            f"the queue in {source} is damaged: keys {keys.shape} {keys.dtype}, groups {groups.shape}, but its "
-            f"manifest says {count} rows of width {found['width']} in {dtype.name}. Delete it to have it built anew."
-        )
+def _encode_all(encode, params, fields, count, batch, dtype, similarity, mesh):
+    """Yields (keys and scale [devices, rows a device, ...] filled so far, the first bad row, samples encoded since)."""
     shards = parts_of(mesh)
-    total = -(-count // shards) * shards
-    keys.dtype = dtype
-    scale = _place_rows(_Stored(source, "scale"), total, mesh, 0) if dtype == jnp.int8 else None
-    return Queue(_place_rows(keys, total, mesh, 0), _place_rows(groups, total, mesh, -1), count, scale)
+    held = -(-count // shards)  # rows a device holds
+    rows = min(max(1, batch // shards), held)  # rows a device encodes at a time
+    by_row = _sharding(mesh)
+
+    def encode_rows(params, fields, row):
+        fields = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), fields)
+        keys, bad = _as_keys(encode(params, fields).astype(jnp.float32), row.reshape(-1), count, similarity)
+        return compress(keys.reshape(shards, -1, keys.shape[-1]), dtype), bad
+
+    def step(keys, params, fields, row, start):
+        key, bad = encode_rows(params, fields, row)
+        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+        return jax.tree.map(put, keys, key), bad
+
+    step = jax.jit(step, donate_argnums=0, out_shardings=None if mesh is None else (by_row, _whole(mesh)))
+    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=by_row)
+    keys = None
+    starts = [min(i * rows, held - rows) for i in range(-(-held // rows))]  # the last step overlaps the one before
+    for done, start in enumerate(starts, 1):
+        row = np.arange(shards, dtype=np.int32)[:, None] * held + np.arange(start, start + rows, dtype=np.int32)
+        source = np.minimum(row, count - 1)  # padding rows encode some real sample, and are then set to zero
+        inputs = (jax.tree.map(functools.partial(_take, rows=source, sharding=by_row), fields), _put(row, by_row))
+        if keys is None:
+            parts = jax.eval_shape(encode_rows, params, *inputs)[0]
+            keys = jax.tree.map(lambda part: zeros((shards, held, *part.shape[2:]), part.dtype), parts)
+        keys, bad = step(keys, params, *inputs, start)
+        yield keys, bad, min(count, done * rows * shards) - min(count, (done - 1) * rows * shards)
 
 
-class _Stored:
-    """The rows of a queue's file, or of its files in order, memory-mapped; `dtype` is what they are read as."""
-
-    def __init__(self, directory: pathlib.Path, name: str):
-        files = sorted(directory.glob(f"{name}-*.npy")) or [directory / f"{name}.npy"]
-        self._parts = [np.load(file, mmap_mode="r") for file in files]
-        self._starts = np.cumsum([0, *map(len, self._parts)])
-        self.dtype = self._parts[0].dtype
-        self.shape = (int(self._starts[-1]), *self._parts[0].shape[1:])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        start, stop, _ = rows.indices(len(self))
-        found = [
-            part[max(start - first, 0) : max(stop - first, 0)]
-            for first, part in zip(self._starts, self._parts, strict=False)
-        ]
-        return np.concatenate(found).view(self.dtype)
+def _as_keys(vectors: jax.Array, row: jax.Array, count: int, similarity: str) -> tuple[jax.Array, jax.Array]:
+    """Float32 vectors [b D] of these rows as keys, zero in the padding; and the first row that cannot be one."""
+    square = jnp.sum(vectors * vectors, axis=-1)
+    good = jnp.isfinite(square) & ((square > 0) | (similarity != "cosine"))
+    if similarity == "cosine":
+        vectors = vectors * lax.rsqrt(jnp.where(good, square, 1))[:, None]
+    return jnp.where((row < count)[:, None], vectors, 0), jnp.min(jnp.where(good, count, row))
 
 
-def _stored(dtype) -> np.dtype:
-    return np.dtype(np.uint16) if dtype == jnp.bfloat16 else np.dtype(dtype)  # .npy has no name for bfloat16
+def _take(field: Any, rows: np.ndarray, sharding: Sharding) -> jax.Array:
+    """The field's rows [devices, rows a device, ...]; each process asks for those of its own devices."""
+    shape = (*rows.shape, *field.shape[1:])
+    return jax.make_array_from_callback(shape, sharding, lambda index: np.asarray(field[rows[index[:2]]]))
+
+
+def _put(array: np.ndarray, sharding: Sharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _sharding(mesh: Mesh | None) -> Sharding:
@@ -271,13 +338,23 @@ def _whole(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _place_rows(rows: np.ndarray | _Stored, total: int, mesh: Mesh | None, fill: int) -> jax.Array:
+def _padded(count: int, mesh: Mesh | None) -> int:
+    """The rows of a queue of `count` samples: a multiple of the devices."""
+    return count + -count % parts_of(mesh)
+
+
+def _place_groups(groups: Any, count: int, mesh: Mesh | None) -> jax.Array:
+    groups = np.arange(count) if groups is None else groups
+    return _place_rows(np.asarray(groups, np.int32), _padded(count, mesh), mesh, fill=-1)
+
+
+def _place_rows(rows: np.ndarray | StoredRows, total: int, mesh: Mesh | None, fill: int) -> jax.Array:
     """Places `rows`, filled up to `total`, reading on each process only what its devices hold."""
-    shape = (total, *rows.shape[1:])
+    shape, dtype = (total, *rows.shape[1:]), jax.dtypes.canonicalize_dtype(rows.dtype)
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         start, stop, _ = index[0].indices(total)
-        out = np.full((stop - start, *shape[1:]), fill, rows.dtype)
+        out = np.full((stop - start, *shape[1:]), fill, dtype)
         real = rows[start : min(stop, len(rows))]
         out[: len(real)] = real
         return out
@@ -285,9 +362,25 @@ def _place_rows(rows: np.ndarray | _Stored, total: int, mesh: Mesh | None, fill:
     return jax.make_array_from_callback(shape, _sharding(mesh), part)
 
 
-def _check(name: str, bad: jax.Array | None, count: int, ids: Sequence[str] | None, similarity: str) -> None:
+def _check_lengths(label: str, count: int, others: dict[str, Any]) -> None:
+    """Raises ValueError naming what has not one entry a sample."""
+    for name, other in others.items():
+        found = None if other is None else other.shape[0] if hasattr(other, "shape") else len(other)
+        if found is not None and found != count:
+            raise ValueError(f"{label}: {count} samples, but {name} has {found}")
+    if not count:
+        raise ValueError(f"{label}: no samples")
+
+
+def _check(label: str, bad: jax.Array | None, count: int, ids: Sequence[str] | None, similarity: str) -> None:
     if bad is None or (row := int(bad)) >= count:
         return
     sample = f"sample {ids[row]!r} (row {row})" if ids is not None else f"row {row}"
     reason = "not finite or zero, so it has no direction" if similarity == "cosine" else "not finite"
-    raise BadRow(f"queue {name!r}: the key of {sample} is {reason}; look at its text, or drop the sample")
+    raise BadRow(f"{label}: the key of {sample} is {reason}; look at the sample, or drop it")
+
+
+def _progress(description: str, count: int):
+    from eim_jax.utils.console import progress  # only where it is shown: it needs rich
+
+    return progress(description, count, "keys")

@@ -15,13 +15,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eim_jax.config import ConfigError
 from eim_jax.parallel.sharding import ROWS, parts_of
-from eim_jax.utils.console import console
 
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as lost, and all others end
 
@@ -62,6 +60,8 @@ def initialize(
         return
     _watch()
     _name_warnings()
+    from eim_jax.utils.console import console  # here, so that queues alone need no rich
+
     console.quiet = not is_first()  # one process speaks for all; errors and warnings come from each
     console.print(f"{jax.process_count()} processes, {jax.device_count()} devices", soft_wrap=True)
 
@@ -217,6 +217,8 @@ def _farewell() -> None:
 
 
 def _name_warnings() -> None:
+    from absl import logging  # here, so that queues alone need no absl
+
     plain = warnings.formatwarning
     warnings.formatwarning = lambda *args, **options: named(plain(*args, **options))
     form = logging.PythonFormatter()

@@ -132,8 +132,8 @@ def stage_program(inputs: Inputs, vlm: VLM, stage: Stage, params: Flat, steps: i
         state,
         state_shardings(state, params, mesh),
     )
-    queues, counts = queue_shapes(inputs, vlm, stage)
-    step = jit_step(vlm, stage, config.losses, tx, counts, mesh, (trained, state))
+    queues = queue_shapes(inputs, vlm, stage)
+    step = jit_step(vlm, stage, config.losses, tx, mesh, (trained, state))
     key = replicated(jax.eval_shape(lambda: jax.random.key(0, impl="rbg")), mesh)
     number = replicated(jax.ShapeDtypeStruct((), jnp.int32), mesh)
     batch = batch_shapes(inputs, vlm, stage, params)
@@ -144,10 +144,10 @@ def stage_program(inputs: Inputs, vlm: VLM, stage: Stage, params: Flat, steps: i
 
 
 def local_bytes(tree) -> int:
-    """Bytes that each device holds of a tree of shapes with shardings; a queue's static count is none."""
+    """Bytes that each device holds of a tree of shapes with shardings."""
     total = 0
     for leaf in jax.tree.leaves(tree):
-        if not isinstance(leaf, int) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             total += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     return total
 

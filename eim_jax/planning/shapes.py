@@ -14,7 +14,7 @@ from eim_jax.config import Config, ConfigError, Stage
 from eim_jax.data.datasets import load_split
 from eim_jax.data.samples import Split
 from eim_jax.losses import objectives
-from eim_jax.losses.queues import Queue
+from eim_jax.losses.queues import Queue, compress
 from eim_jax.models.batch import Batch
 from eim_jax.models.language.gpt2 import GPT2Config
 from eim_jax.models.language.llama import LlamaConfig
@@ -194,23 +194,29 @@ def batch_shapes(inputs: Inputs, vlm: VLM, stage: Stage, params: Flat) -> Batch:
     return Batch(**{name: jax.ShapeDtypeStruct(*kinds[name], sharding=rows) for name in needed})
 
 
-def queue_shapes(inputs: Inputs, vlm: VLM, stage: Stage) -> tuple[dict[str, Queue], dict[str, int]]:
-    """The stage's queues, their rows filled up to the devices', and the real rows N of each."""
+def queue_shapes(inputs: Inputs, vlm: VLM, stage: Stage) -> dict[str, Queue]:
+    """The stage's queues as shapes, their rows filled up to the devices'."""
     settings, mesh, count = inputs.config.losses, inputs.mesh, len(inputs.train)
-    rows, held = count + -count % parts_of(mesh), queue_sharding(mesh)
+    dtype = jnp.dtype(settings.queue_dtype)
+
+    def placed(leaf):
+        rows = count + -count % parts_of(mesh)
+        return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype, sharding=queue_sharding(mesh))
+
     params = partition.unflatten(
         {path: leaf for path, leaf in inputs.towers.items() if path.startswith(("text/", "lm/"))}
     )
     found = {}
     for kind in objectives.queue_kinds(stage):
         encode, _ = objectives.encoder(vlm, kind, settings)
-        key = jax.eval_shape(
-            encode, params, jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 2), jnp.bool_)
-        )
-        keys = jax.ShapeDtypeStruct((rows, key.shape[1]), jnp.dtype(settings.queue_dtype), sharding=held)
-        scale = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=held) if keys.dtype == jnp.int8 else None
-        found[kind] = Queue(keys, jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=held), 0, scale)
-    return found, dict.fromkeys(found, count)
+        texts = (jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 2), jnp.bool_))
+
+        def one_row(params, texts, encode=encode):
+            keys, scale = compress(encode(params, texts).astype(jnp.float32), dtype)
+            return Queue(keys, jnp.zeros(1, jnp.int32), count, scale)
+
+        found[kind] = jax.tree.map(placed, jax.eval_shape(one_row, params, texts))
+    return found
 
 
 def replicated(leaf, mesh: Mesh) -> jax.ShapeDtypeStruct:

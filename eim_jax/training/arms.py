@@ -145,8 +145,6 @@ def _run_stage(
     if features is not None:
         needed = (needed - {"image"}) | {"features"}
     queues = {kind: inputs.queue(vlm, kind) for kind in objectives.queue_kinds(stage)}
-    counts = {kind: queue.count for kind, queue in queues.items()}
-    queues = {kind: queue._replace(count=0) for kind, queue in queues.items()}  # arrays only: N is static, in `counts`
 
     tx = partition.optimizer(stage, found, params, info.steps)
     leaves = {**trained, **frozen}
@@ -177,7 +175,7 @@ def _run_stage(
         seconds = record["seconds"]
         console.print(f"resuming {info.name} after step {done} of {info.steps}", soft_wrap=True)
 
-    step = jit_step(vlm, stage, config.losses, tx, counts, mesh, (trained, opt_state))
+    step = jit_step(vlm, stage, config.losses, tx, mesh, (trained, opt_state))
     programs = {}  # one for each width of texts
     meter = Meter(info, inputs.train)
     rates = {group.name: group.factor for group in found}

@@ -6,12 +6,13 @@ sees zeros for the rest, which `set_to_zero` groups hold no state for ("gradient
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import traverse_util
 
 from eim_jax.config import Stage, patterns
 
@@ -37,14 +38,37 @@ class Group:
         return self.pattern.removesuffix("/.*")
 
 
-def flatten(params: dict) -> Flat:
-    """A nested tree as {"a/b/c": leaf}."""
-    return traverse_util.flatten_dict(params, sep="/")
+def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested tree as {"a/b/c": leaf}.
+
+    Example:
+      >>> flatten({"st": {"up": {"kernel": 1}}, "scale": 2})
+      {'st/up/kernel': 1, 'scale': 2}
+    """
+    flat = {}
+    for name, child in params.items():
+        if isinstance(child, Mapping):
+            flat |= {f"{name}/{path}": leaf for path, leaf in flatten(child).items()}
+        else:
+            flat[name] = child
+    return flat
 
 
-def unflatten(flat: Flat) -> dict:
-    """The nested tree of a flat dict."""
-    return traverse_util.unflatten_dict(flat, sep="/")
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested tree of a flat dict.
+
+    Example:
+      >>> unflatten({"st/up/kernel": 1, "scale": 2})
+      {'st': {'up': {'kernel': 1}}, 'scale': 2}
+    """
+    nested: dict = {}
+    for path, leaf in flat.items():
+        *folders, name = path.split("/")
+        holder = nested
+        for folder in folders:
+            holder = holder.setdefault(folder, {})
+        holder[name] = leaf
+    return nested
 
 
 def groups(stage: Stage, paths) -> tuple[Group, ...]:

@@ -87,7 +87,7 @@ class Inputs:
         )
         folder = self.workdir / "queues" / kind
         if (folder / "manifest.json").exists():
-            return queues.load(folder, manifest, self.mesh)
+            return Queue.load(folder, manifest, self.mesh)
         if kind == "caption":
             captions = [sample.caption or sample.response for sample in self.train.samples]
             tokens = tokenize.encode_clip(captions, self.clip_tokenizer, longest)
@@ -95,13 +95,12 @@ class Inputs:
         else:
             tokens, valid = self.encoded.tokens, self.encoded.valid
         params = partition.unflatten({p: leaf for p, leaf in self.towers.items() if p.startswith(("text/", "lm/"))})
-        queue = queues.build(
-            kind,
+        queue = Queue.build(
             encode,
             params,
-            tokens,
-            valid,
+            (tokens, valid),
             self.train.groups,
+            name=kind,
             ids=[sample.id for sample in self.train.samples],
             batch=256,
             mesh=self.mesh,
@@ -109,7 +108,7 @@ class Inputs:
             similarity=settings.similarity,
             progress=True,
         )
-        queues.save(folder, queue, manifest)
+        queue.save(folder, manifest)
         return queue
 
 

@@ -57,9 +57,9 @@ def make_step(vlm: VLM, stage: Stage, objective: Callable, tx: optax.GradientTra
     return step
 
 
-def jit_step(vlm: VLM, stage: Stage, losses: Losses, tx, counts: dict[str, int], mesh, state: tuple) -> Callable:
+def jit_step(vlm: VLM, stage: Stage, losses: Losses, tx, mesh, state: tuple) -> Callable:
     """The stage's step, jitted, which donates its state = (trained, opt_state): arrays, or shapes with shardings."""
-    objective = objectives.objective(vlm, stage, losses, counts, mesh)
+    objective = objectives.objective(vlm, stage, losses, mesh)
     # Parameters and moments come out as they went in; else XLA may choose another layout for the next step.
     kept = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(
