@@ -32,6 +32,16 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return MARK.sub(lambda mark: GENERATED[mark[1]](), markdown)
 
 
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Refuses a page that would fetch something when it is read (mkdocs calls it)."""
+    from mkdocs.exceptions import PluginError
+
+    fetched = re.search(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=\"?(?:https?:)?//[^>]*>", output)
+    if fetched:
+        raise PluginError(f"{page.file.src_uri} would fetch {fetched[0]}: put the file into docs/assets")
+    return output
+
+
 def flags() -> str:
     """The flags of `main`, as its --help says them."""
     from absl import flags as absl_flags
