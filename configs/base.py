@@ -2,7 +2,8 @@
 
 import ml_collections
 
-from eim_jax.config import Config, to_config_dict
+from eim_jax.config import Config
+from eim_jax.training.kinds import to_config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -12,7 +12,8 @@ The stages of every experiment are defined here; an arm's `sequence` chooses. Si
 
 import ml_collections
 
-from eim_jax.config import Arm, Checkpoint, Config, Data, LossWeights, Stage, Towers, to_config_dict
+from eim_jax.config import Arm, Checkpoint, Config, Data, LossWeights, Stage, Towers
+from eim_jax.training.kinds import to_config_dict
 
 BASELINE = Arm(
     description="ClipCap: projected [CLS] -> MLP -> LM, trained end to end on loss_base",

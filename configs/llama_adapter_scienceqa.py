@@ -10,7 +10,8 @@ The 9e-3 that both papers name is a base rate for a batch of 256: the rate is 9e
 
 import ml_collections
 
-from eim_jax.config import Arm, Checkpoint, Config, Data, Decode, LossWeights, Stage, Towers, to_config_dict
+from eim_jax.config import Arm, Checkpoint, Config, Data, Decode, LossWeights, Stage, Towers
+from eim_jax.training.kinds import to_config_dict
 
 BATCH = 32
 RECIPE = {

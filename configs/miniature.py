@@ -3,7 +3,8 @@
 import ml_collections
 
 from configs.clipcap_small_coco import BASELINE
-from eim_jax.config import Arm, Config, Data, Decode, LossWeights, Stage, Towers, to_config_dict
+from eim_jax.config import Arm, Config, Data, Decode, LossWeights, Stage, Towers
+from eim_jax.training.kinds import to_config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -167,9 +167,11 @@ def _config(workdir: Path, mode: str) -> settings.Config:
         if mode == "train":
             raise app.UsageError("--config is missing: --config=configs/miniature.py trains the embedded example")
         raise app.UsageError(f"{workdir} holds no run: --mode={mode} needs the workdir of a trained one, or --config")
+    from eim_jax.training import kinds
+
     config, saved = _asked(), settings.read_saved(workdir)
     if saved is not None:
-        changed = settings.differences(saved, config)
+        changed = kinds.differences(saved, config)
         if changed:
             lines = "\n  ".join(changed)
             raise settings.ConfigError(
@@ -200,7 +202,9 @@ def _define_config(argv: list[str]) -> None:
     workdir = _given(argv, "workdir")
     saved = settings.read_saved(Path(workdir)) if workdir and _given(argv, "config") is None else None
     if saved is not None:
-        config_flags.DEFINE_config_dict("config", settings.to_config_dict(saved))
+        from eim_jax.training import kinds
+
+        config_flags.DEFINE_config_dict("config", kinds.to_config_dict(saved))
     else:
         config_flags.DEFINE_config_file("config", None, "A file of configs/; any field: --config.data.max_tokens=30.")
 

@@ -26,6 +26,7 @@ from configs import (
     miniature_llama_adapter,
 )
 from eim_jax.config import Arm, Config, Stage, deciding, flatten, from_config_dict
+from eim_jax.data import datasets
 
 SCALES = ("miniature", "full")
 BUDGETS = ("steps", "time", "paper")
@@ -140,11 +141,10 @@ class Cell:
 def hash_of(config: Config, arm: str) -> str:
     """Of every field that decides the arm's numbers; one at its default is left out, so that new fields change
     nothing."""
-    kept = deciding(config, [arm])
-    kept |= {name: value for name, value in flatten(config).items() if name.startswith("decode.")}
-    tests = ("eval_limit", "eval_annotations", "eval_images", "mme")
-    kept |= {f"data.{name}": getattr(config.data, name) for name in tests}
-    plain = flatten(Config())
+    kept = deciding(config, [arm], datasets.free_on_resume())
+    tests = {"data.eval_limit", *datasets.free_on_resume()}
+    kept |= {k: value for k, value in flatten(config).items() if k.startswith("decode.") or k in tests}
+    plain = flatten(datasets.complete(Config()))
     plain |= {f"arm.{arm}.{name}": value for name, value in vars(Arm()).items()}
     for stage in config.arm[arm].sequence:
         plain |= {f"stages.{stage}.{name}": value for name, value in vars(Stage()).items()}

@@ -9,7 +9,8 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from eim_jax.config import differences, from_config_dict
+from eim_jax.config import from_config_dict
+from eim_jax.training.kinds import differences
 
 SCORES = {  # key in scores_test.json: (title, factor, decimals)
     "Bleu_4": ("BLEU-4", 100, 1),

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from eim_jax.data.datasets import instruct, scienceqa
+from eim_jax.data.datasets import scienceqa
+from eim_jax.data.datasets.instruct_prompt import prompt
 from eim_jax.data.miniature.chat import exchange
 from eim_jax.data.miniature.drawing import BACKGROUNDS, COLOURS, SHAPES, Dice, Scene, random_scene
 from eim_jax.data.miniature.language import NOUNS, NUMBERS, caption, groups, noun_phrase, plural, relation
@@ -152,7 +153,7 @@ def drill(dice: Dice) -> Lesson:
         return Lesson((), f"Options: {lettered(options)}\nResponse:", said)
     if form == "repeat":
         words = " ".join(dice.shuffled(WORDS)[: 4 + dice.below(7)])
-        return Lesson((), instruct.prompt(f"Repeat these words. {words}"), words)
+        return Lesson((), prompt(f"Repeat these words. {words}"), words)
     asked = (ask(dice.pick(("colour", "shape", "count", "exists")), scene, dice) for _ in range(4))
     true = list(dict.fromkeys(found.short for found in asked if found))
     return Lesson((), f"{caption(scene, dice, detail=0.1, partial=0.0)} ", " ".join(true))
@@ -182,7 +183,7 @@ def lesson(dice: Dice) -> Lesson:
             response = f"{asked.solution} The answer is {'ABCDE'[asked.answer]}."
     else:
         said = exchange(scene, dice)
-        instruction, response, shown = instruct.prompt(said.instruction), said.response, said.description
+        instruction, response, shown = prompt(said.instruction), said.response, said.description
     if shown:
         return Lesson(("Image: ", shown), instruction, response)
     return Lesson(("Image: N/A",) if dice.chance(0.2) else (), instruction, response)

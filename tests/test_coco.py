@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eim_jax.data import validation
+from eim_jax.data import image_checks
+from eim_jax.data.bad_items import BadDataError
 from eim_jax.data.datasets.coco import load_coco
-from eim_jax.data.validation import BadDataError, file_problem
+from eim_jax.data.image_checks import file_problem
 
 
 def photo(path, seed=0, size=(40, 30)):
@@ -335,7 +336,7 @@ def test_a_second_start_decodes_only_what_changed(small, tmp_path, monkeypatch):
         opened.append(path.name)
         return file_problem(path)
 
-    monkeypatch.setattr(validation, "file_problem", counting)
+    monkeypatch.setattr(image_checks, "file_problem", counting)
     load_coco(file, folder, cache=cache)
     assert sorted(opened) == ["3.jpg", "5.jpg", "9.jpg"]
     opened.clear()

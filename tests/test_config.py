@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from eim_jax import config as settings
 from eim_jax import main
 from eim_jax.config import Arm, Config, ConfigError, LossWeights, Stage
+from eim_jax.data import datasets
+from eim_jax.training import kinds
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("base", "__init__"))
@@ -23,14 +26,21 @@ def built(name="miniature"):
 def tiny(**fields):
     stage = Stage(train=("st/.*",), losses=LossWeights(st=1.0), warmup_steps=0)
     values = {"arms": ("a",), "arm": {"a": Arm(sequence=("s",))}, "stages": {"s": stage}, **fields}
-    return dataclasses.asdict(Config(**values))
+    return settings.as_dict(Config(**values))
+
+
+def checked(values):
+    """What main does with a config at its door."""
+    config = settings.from_config_dict(values)
+    kinds.check(config)
+    return config
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_shipped_config_is_valid_and_survives_the_round_trip(name):
-    config = settings.from_config_dict(built(name))
-    assert settings.from_config_dict(settings.to_config_dict(config)) == config
-    assert not settings.differences(config, config)
+    config = checked(built(name))
+    assert checked(kinds.to_config_dict(config)) == config
+    assert not kinds.differences(config, config)
 
 
 def test_the_papers_coco_settings():
@@ -59,6 +69,9 @@ def test_the_papers_coco_settings():
         ("profile", "ten", "config.profile: 'ten' is not first:end"),
         ("data.max_tokens", "many", "config.data.max_tokens: 'many' is not a int"),
         ("data.max_tokn", 3, "config.data.max_tokn: no such field; did you mean 'max_tokens'?"),
+        ("data.anotations", "a", "config.data.anotations: no such field; did you mean 'annotations'?"),
+        ("data.annotations", 3, "config.data.annotations: 3 is not a str"),
+        ("data.kind", "cocoa", "config.data.kind: 'cocoa' is none of coco, .*; did you mean 'coco'?"),
     ],
 )
 def test_a_wrong_value_is_an_error_naming_the_field(field, value, message):
@@ -69,7 +82,7 @@ def test_a_wrong_value_is_an_error_naming_the_field(field, value, message):
         place = place[step]
     place[name] = value
     with pytest.raises(ConfigError, match=message):
-        settings.from_config_dict(values)
+        checked(values)
 
 
 def test_only_fields_that_decide_the_parameters_make_another_run():
@@ -78,7 +91,7 @@ def test_only_fields_that_decide_the_parameters_make_another_run():
     def changed(**overrides):
         values = built()
         values.update_from_flattened_dict({key.replace("__", "."): value for key, value in overrides.items()})
-        return settings.differences(base, settings.from_config_dict(values))
+        return kinds.differences(base, settings.from_config_dict(values))
 
     assert changed(decode__beams=9) == changed(log_every=7) == changed(data__cache="elsewhere") == []
     assert changed(arms=("eim",), stages__base__lr=0.5) == []  # the arm that is not asked for
@@ -134,10 +147,35 @@ def test_what_a_mode_lacks_is_said(tmp_path, flags, message):
 
 
 def test_conversations_have_no_validation_questions():
-    with pytest.raises(ConfigError, match="scored on MME's test alone"):
-        settings.from_config_dict(tiny(data=settings.Data(kind="miniature_chat", scored="val")))
+    with pytest.raises(
+        ConfigError, match=r"config\.data\.scored='val': data of kind 'miniature_chat' is scored on test"
+    ):
+        checked(tiny(data=settings.Data(kind="miniature_chat", scored="val")))
 
 
 def test_distillation_is_a_matter_of_angles():
     with pytest.raises(ConfigError, match=r"config\.losses\.lm_distil needs config\.losses\.similarity='cosine'"):
         settings.from_config_dict(tiny(losses=settings.Losses(lm_distil=True, similarity="dot")))
+
+
+def test_an_old_run_is_the_same_run_after_data_sets_have_gained_fields(monkeypatch):
+    """Of run.json's time: every field flat, without those of kinds that were added since."""
+    old = settings.as_dict(settings.from_config_dict(built()))
+    older = {**old, "data": {name: value for name, value in old["data"].items() if name != "multi_turn"}}
+    assert {"annotations", "scenes", "form"} < older["data"].keys() and "own" not in older["data"]
+    saved = settings.from_config_dict(json.loads(json.dumps(older)))
+    assert not kinds.differences(saved, checked(built()))
+    asked = built()
+    asked.data.multi_turn = True
+    assert kinds.differences(saved, checked(asked)) == ["data.multi_turn: False in the workdir, True asked for"]
+
+
+def test_fields_of_two_data_sets_agree_or_are_refused(monkeypatch):
+    @dataclasses.dataclass(frozen=True)
+    class Fields:
+        images: str = "photos"
+
+    twin = dataclasses.replace(datasets.DATASETS["coco"], name="twin", config=Fields)
+    monkeypatch.setitem(datasets.DATASETS, "twin", twin)
+    with pytest.raises(ConfigError, match="'twin': its field 'images' is 'photos' by default, but '' in 'coco'"):
+        datasets.own_defaults()

@@ -1,5 +1,6 @@
 """The paper's tables as data: rows that resolve, cells that run once."""
 
+import importlib
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ from eim_jax.config import ConfigError, from_config_dict
 from eim_jax.data.datasets import load_split
 from eim_jax.training.arms import plan_arm
 from experiments import report, results, rows, run
-from experiments.cells import FAMILIES, SCALES, Row, cell, hash_of
+from experiments.cells import FAMILIES, SCALES, Row, cell, hash_of, resolve
 from experiments.tables import TABLES, rows_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +86,24 @@ def test_a_hash_follows_what_decides_the_numbers_and_nothing_else():
     for deciding in ({"decode.max_tokens": 9}, {"stages.lm.lr": 0.5}, {"data.eval_limit": 9}):
         config = from_config_dict(with_overrides(module.get_config(), {**one.overrides, **deciding}))
         assert hash_of(config, "eim") != one.hash
+
+
+def test_every_committed_result_is_still_known_by_its_hash():
+    """The config that made it, by the overrides it was made with; and, where its row stands in a table, the row's."""
+    known = {row.name: row for table in TABLES.values() for row in table.rows}
+    steps = [file for file in (ROOT / results.OUT / "miniature").glob("*-s*.json")]
+    assert len(steps) > 200
+    of_rows = 0
+    for file in steps:
+        found = json.loads(file.read_text())
+        module = importlib.import_module(f"configs.{Path(found['file']).stem}")
+        config = resolve(module, {k: tuple(v) if isinstance(v, list) else v for k, v in found["overrides"].items()})
+        arm = found["overrides"]["arms"][0]
+        assert hash_of(config, arm) == found["hash"] == file.stem.rpartition("-")[2], file.name
+        if found["budget"] == "steps":
+            assert cell(known[found["row"]], "miniature", found["seed"]).hash == found["hash"], file.name
+            of_rows += 1
+    assert of_rows > 150
 
 
 def test_rates_are_compared_on_the_validation_split():

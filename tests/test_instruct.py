@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eim_jax.data import validation
+from eim_jax.data import image_checks
+from eim_jax.data.bad_items import BadDataError
 from eim_jax.data.datasets.instruct import load_instruct, prompt
-from eim_jax.data.validation import BadDataError
 
 
 def photo(path, seed=0):
@@ -223,7 +223,7 @@ def test_a_bad_image_is_listed_once_and_drops_all_its_rows(tmp_path, photos, dam
 def test_a_second_start_decodes_nothing(tmp_path, photos, monkeypatch):
     file = write(tmp_path / "x.json", [DIALOGUE])
     load_instruct([file], photos, cache=tmp_path / "cache")
-    monkeypatch.setattr(validation, "file_problem", lambda path: "opened again")
+    monkeypatch.setattr(image_checks, "file_problem", lambda path: "opened again")
     assert load_instruct([file], photos, cache=tmp_path / "cache").report.bad == ()
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eim_jax.data.bad_items import BadDataError
 from eim_jax.data.datasets.mme import COGNITION, PERCEPTION, TASKS, Question, YesNoSplit, load_mme, yes_no_split
 from eim_jax.data.samples import DrawnImages
-from eim_jax.data.validation import BadDataError
 from eim_jax.evaluation.metrics import mme
 from eim_jax.evaluation.metrics.mme import Result, read, read_answer, score, write_results
 

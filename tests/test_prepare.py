@@ -11,12 +11,13 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from eim_jax.config import Arm, Config, ConfigError, Data, differences
+from eim_jax.config import Arm, Config, ConfigError, Data
 from eim_jax.data import shard_writer as writing
+from eim_jax.data.bad_items import BadDataError
 from eim_jax.data.datasets import load_split
 from eim_jax.data.loader import batches
 from eim_jax.data.tokenize import encode_split, load_tokenizer
-from eim_jax.data.validation import BadDataError
+from eim_jax.training import kinds
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = 4000  # bytes in a shard: several shards for a few pictures
@@ -129,7 +130,7 @@ def test_files_and_shards_give_the_same_batches_and_fingerprints(made, tmp_path,
         want, got = load_split(raw, name, tmp_path), load_split(shard, name, tmp_path)
         assert got.name == name and got.samples == want.samples and got.references == want.references
         assert getattr(got, "problems", None) == getattr(want, "problems", None)
-        assert not differences(raw, shard)  # a workdir may change between the two
+        assert not kinds.differences(raw, shard)  # a workdir may change between the two
         assert got.fingerprint() == want.fingerprint() and got.images.fingerprint() == want.images.fingerprint()
         for row in range(len(want.images)):
             assert got.images.content(row) == want.images.path(row).read_bytes()
@@ -219,7 +220,7 @@ def test_what_was_begun_from_other_files_is_written_anew(made, tmp_path, monkeyp
     with pytest.raises(ZeroDivisionError):
         writing.prepare(raw, folder, SMALL)
     monkeypatch.undo()
-    file = Path(raw.data.annotations)
+    file = Path(raw.data.own["annotations"])
     file.write_text(file.read_text().replace("runs", "sits"))
     writing.prepare(raw, folder, SMALL)
     assert "is written anew: it was begun from other data" in capsys.readouterr().out.replace("\n", " ")
@@ -232,7 +233,7 @@ def _json(path, value):
 
 def test_bad_items_are_named_as_for_files_and_dropped_ones_are_remembered(made, tmp_path):
     raw, _, _ = made("coco")
-    (Path(raw.data.images) / "9.jpg").write_bytes(b"no picture")
+    (Path(raw.data.own["images"]) / "9.jpg").write_bytes(b"no picture")
     messages = []
     for act in (lambda: load_split(raw, "train", tmp_path), lambda: writing.prepare(raw, tmp_path / "bad", SMALL)):
         with pytest.raises(BadDataError) as error:
@@ -319,7 +320,7 @@ def test_data_of_other_files_or_settings_is_refused_by_the_field(made, tmp_path)
     refused = [
         (reading(questions, folder), r"prepared from data of kind 'instruct', but config.data.kind is 'scienceqa'"),
         (reading(raw, folder, multi_turn=False), "config.data.multi_turn is False, but .* was prepared with True"),
-        (reading(raw, folder, sources=raw.data.sources[:1]), "config.data.sources is"),
+        (reading(raw, folder, sources=raw.data.own["sources"][:1]), "config.data.sources is"),
         (
             dataclasses.replace(asked, data=dataclasses.replace(asked.data, splits=("test",) * 3)),
             "config.data.splits is",
@@ -332,7 +333,7 @@ def test_data_of_other_files_or_settings_is_refused_by_the_field(made, tmp_path)
     other = dataclasses.replace(asked, data=dataclasses.replace(asked.data, form="QCM-A", captions_in_context=True))
     files = dataclasses.replace(other, data=dataclasses.replace(other.data, prepared=""))  # the form is free
     assert load_split(other, "train", tmp_path).fingerprint() == load_split(files, "train", tmp_path).fingerprint()
-    source = Path(raw.data.sources[0])
+    source = Path(raw.data.own["sources"][0])
     source.write_text(source.read_text().replace("nothing", "much"))
     with pytest.raises(
         ConfigError, match=r"llava.json is not the file that .* was prepared from, or has changed since"
@@ -352,7 +353,6 @@ def test_the_folder_must_be_free_and_the_data_have_files(tmp_path):
 
 def test_the_command_prepares_and_says_how_to_read_it(tmp_path):
     data = coco(tmp_path)
-    fields = {"annotations": data.annotations, "images": data.images, "eval_annotations": data.eval_annotations}
     command = [
         sys.executable,
         "-m",
@@ -360,7 +360,7 @@ def test_the_command_prepares_and_says_how_to_read_it(tmp_path):
         "--mode=prepare",
         f"--config={ROOT / 'configs/clipcap_eim_coco.py'}",
     ]
-    command += [f"--config.data.{field}={value}" for field, value in fields.items()]
+    command += [f"--config.data.{field}={value}" for field, value in data.own.items()]
     done = subprocess.run(
         [*command, f"--out={tmp_path / 'out'}"], cwd=ROOT, capture_output=True, text=True, timeout=200
     )

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eim_jax.data.datasets.scienceqa import Problem, load_scienceqa, prompt, qa_split, read_object, read_problems
+from eim_jax.data.bad_items import BadDataError
+from eim_jax.data.datasets.scienceqa import Problem, load_scienceqa, prompt, qa_split
+from eim_jax.data.datasets.scienceqa_files import read_object, read_problems
 from eim_jax.data.samples import DrawnImages
-from eim_jax.data.validation import BadDataError
 
 FIRE = Problem(id="7", question="Is it warm?", choices=("no", "yes"), answer=1, caption="a fire")
 
@@ -332,7 +333,7 @@ def test_ids_may_be_numbers_and_files_may_start_with_a_byte_order_mark(root):
 def test_a_second_start_remembers_the_good_pictures(root, tmp_path, monkeypatch):
     load_scienceqa(root.write(), "train", cache=tmp_path / "cache")
     opened = []
-    monkeypatch.setattr("eim_jax.data.validation.file_problem", lambda path: opened.append(path.parent.name))
+    monkeypatch.setattr("eim_jax.data.image_checks.file_problem", lambda path: opened.append(path.parent.name))
     Image.new("RGB", (9, 9)).save(root.picture(1))
     load_scienceqa(root.path, "train", cache=tmp_path / "cache")
     assert opened == ["1"]

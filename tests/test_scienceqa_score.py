@@ -9,7 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from eim_jax.data.datasets.scienceqa import Problem, read_problems
+from eim_jax.data.datasets.scienceqa import Problem
+from eim_jax.data.datasets.scienceqa_files import read_problems
 from eim_jax.evaluation.metrics.scienceqa import COLUMNS, as_fractions, load_predictions, read_answer, score
 from eim_jax.reporting.scores import interval, notes
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from eim_jax.commands.trained_arms import load_finished, trained
 from eim_jax.config import Config, ConfigError
+from eim_jax.data.datasets import data_set
+from eim_jax.data.image_checks import file_problem
 from eim_jax.data.samples import FileImages, Split
-from eim_jax.data.validation import file_problem
 from eim_jax.generation.inference import encode_images, generate_text
 from eim_jax.utils.console import console
 from eim_jax.utils.files import write_json
@@ -15,7 +16,7 @@ PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 def caption(config: Config, workdir: Path, arm: str, images: list[Path], out: Path) -> None:
     """Captions image files, or all images in folders, with a trained arm; prints them and writes JSON."""
-    if config.data.kind not in ("coco", "miniature"):
+    if data_set(config.data).prompt is not None:
         raise ConfigError("this run was trained to follow instructions: ask it with --mode=chat --image=FILE")
     files = _pictures(images)
     problems = {file: file_problem(file) for file in files}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from eim_jax.commands.trained_arms import load_finished, trained
 from eim_jax.config import Config, ConfigError
-from eim_jax.data.datasets import instruct
+from eim_jax.data.datasets import chat_prompt
+from eim_jax.data.image_checks import file_problem
 from eim_jax.data.samples import FileImages, Split
-from eim_jax.data.validation import file_problem
 from eim_jax.generation.inference import encode_images, generate_text
 from eim_jax.models.vlm import VLM
 from eim_jax.training.partition import Flat
@@ -26,7 +26,7 @@ def chat(config: Config, workdir: Path, arm: str, image: Path | None) -> None:
 
 
 def converse(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None) -> None:
-    """Answers line after line, each after the turns before it if the model was trained so (data.multi_turn)."""
+    """Answers line after line, each after the turns before it if the model was trained so."""
     inputs = replace(inputs, config=replace(inputs.config, decode=replace(inputs.config.decode, batch=1)))
     turns: list[tuple[str, str]] = []
     console.print(f"{'image ' + str(image) if image else 'no image'}. {HELP}", soft_wrap=True, markup=False)
@@ -48,7 +48,7 @@ def converse(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None) -> None
             console.print(HELP, markup=False)
             continue
         if line:
-            said = answer(inputs, vlm, params, image, line, turns if inputs.config.data.multi_turn else ())
+            said = answer(inputs, vlm, params, image, line, turns)
             turns.append((line, said))
             console.print(said, soft_wrap=True, markup=False)
 
@@ -58,7 +58,7 @@ def answer(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None, question:
     names, shown = ([], [None]) if image is None else ([str(image)], [0])
     split = Split("chat", (), FileImages(Path(), names, names))
     seen = encode_images(inputs, vlm, params, split, shown, quiet=True)
-    prompts, method = [instruct.prompt(question, earlier)], inputs.config.decode.methods[0]
+    prompts, method = [chat_prompt(inputs.config.data, question, earlier)], inputs.config.decode.methods[0]
     return generate_text(inputs, vlm, params, seen, shown, prompts, method, "answer", quiet=True)[0]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from eim_jax.commands.score_report import report_scores
 from eim_jax.commands.trained_arms import load_finished, trained
 from eim_jax.config import Config, ConfigError
-from eim_jax.data.datasets import load_split
+from eim_jax.data.datasets import data_set, load_split
 from eim_jax.evaluation import scoring
 from eim_jax.parallel import processes
 
@@ -15,7 +15,7 @@ def evaluate(config: Config, workdir: Path) -> None:
     with processes.first_alone("test data"):
         test = load_split(config, "test", workdir)
     if test is None:
-        raise ConfigError("config.data.mme is empty: give the MME folder to be answered")
+        raise ConfigError(f"nothing to score: {data_set(config.data).unscored}")
     inputs = load_finished(config, workdir)
     table = {}
     for arm in config.arms:

@@ -7,7 +7,7 @@ from pathlib import Path
 from eim_jax.commands.score_report import report_scores
 from eim_jax.commands.trained_arms import check_identity, read_record
 from eim_jax.config import Config
-from eim_jax.data.datasets import load_split
+from eim_jax.data.datasets import data_set, load_split
 from eim_jax.evaluation import scoring
 from eim_jax.parallel import processes
 from eim_jax.training import setup
@@ -50,6 +50,6 @@ def train(config: Config, workdir: Path, record: dict) -> None:
         record |= {"finished": finished, "seconds": round(spent + time.monotonic() - begun, 1)}
         write_json(workdir / "run.json", record)
     if test is None:
-        console.print("no test questions (config.data.mme is empty): trained, not scored", soft_wrap=True)
+        console.print(f"nothing to score ({data_set(config.data).unscored}): trained alone", soft_wrap=True)
     else:
         report_scores(workdir, test, config.data.eval_limit, table)

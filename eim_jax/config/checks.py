@@ -47,7 +47,6 @@ _CHOICES = {
     "towers.dtype": ("auto", "float32", "bfloat16"),
     "towers.quant": ("none", "nf4"),
     "towers.image_stats": ("clip", "imagenet"),
-    "data.kind": ("coco", "scienceqa", "instruct", "miniature", "miniature_qa", "miniature_chat"),
     "data.fit": ("crop", "stretch"),
     "data.on_bad": ("error", "drop"),
     "data.scored": ("test", "val"),
@@ -77,17 +76,11 @@ def check(config: "Config", flat: dict[str, Any]) -> None:
             hit = name == pattern if not tail else name.startswith(head + ".") and name.endswith("." + tail)
             if hit and not low <= value <= high:
                 raise ConfigError(f"config.{name}: {value} is not in {low} .. {high}")
-    if config.data.prepared and config.data.kind.startswith("miniature"):
-        raise ConfigError(f"config.data.prepared: data of kind {config.data.kind!r} is drawn, not read from files")
     steps = re.fullmatch(r"(\d+):(\d+)", config.profile or "0:1")
     if not steps or int(steps[1]) >= int(steps[2]):
         raise ConfigError(f"config.profile: {config.profile!r} is not first:end of some steps, such as '10:15'")
     if len(config.mesh) != 3 or list(config.mesh).count(-1) > 1 or any(n == 0 or n < -1 for n in config.mesh):
         raise ConfigError(f"config.mesh: {config.mesh} is not (data, fsdp, tensor) with at most one -1")
-    if config.data.scored == "val" and config.data.kind in ("instruct", "miniature_chat"):
-        raise ConfigError(
-            f"config.data.scored='val': config.data.kind={config.data.kind!r} is scored on MME's test alone"
-        )
     if config.losses.lm_distil and config.losses.similarity != "cosine":
         raise ConfigError("config.losses.lm_distil needs config.losses.similarity='cosine'")
     if not config.arms or not config.decode.methods:

@@ -6,34 +6,64 @@ it into dataclasses at the door, and nothing behind the door sees a ConfigDict.
 
 import dataclasses
 import difflib
+import types
 import typing
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from eim_jax.config.checks import ConfigError, check
-from eim_jax.config.fields import Config
+from eim_jax.config.fields import Config, Data
 
 if TYPE_CHECKING:
     import ml_collections
 
+Built = TypeVar("Built")
+
 
 def to_config_dict(config: Config) -> "ml_collections.ConfigDict":
-    """The same fields as a ConfigDict, for `configs/*.py` and the command line."""
+    """Turns a config into a ConfigDict, of which a config file or a flag may set every field.
+
+    Config files call `training.kinds.to_config_dict`, which first fills in the fields that kinds have for themselves.
+
+    Args:
+      config: a run's config.
+
+    Returns:
+      The same fields, those of `config.data.own` beside the other fields of `config.data`.
+    """
     import ml_collections  # here, because a step that is built from the dataclasses alone does without it
 
-    return ml_collections.ConfigDict(dataclasses.asdict(config))
+    return ml_collections.ConfigDict(as_dict(config))
 
 
 def from_config_dict(values: Any) -> Config:
-    """Turns a ConfigDict or nested dict into a checked `Config`; raises ConfigError naming the field."""
+    """Turns a ConfigDict or nested dict into a `Config` of sound structure and ranges.
+
+    Args:
+      values: a ConfigDict, or the "config" of a run.json.
+
+    Returns:
+      The config. Names of kinds, and the fields that they have for themselves, are looked at by `training.kinds.check`.
+
+    Raises:
+      ConfigError: a field is unknown, has another type, is out of its range or contradicts another.
+    """
     if hasattr(values, "to_dict"):
         values = values.to_dict()
-    config = _build(Config, values, "config")
+    config = build(Config, values, "config")
     check(config, flatten(config))
     return config
 
 
+def as_dict(config: Config) -> dict[str, Any]:
+    """Returns the config as nested plain values, for run.json: the fields of `data.own` stand beside the others."""
+    values = dataclasses.asdict(config)
+    own = values["data"].pop("own")
+    return {**values, "data": {**values["data"], **own}}
+
+
 def flatten(config: Config) -> dict[str, Any]:
-    """The fields as {"data.max_tokens": 40, ...}."""
+    """Returns the fields by dotted name, {"data.max_tokens": 40, ...}."""
     flat = {}
 
     def visit(prefix, value):
@@ -43,12 +73,20 @@ def flatten(config: Config) -> dict[str, Any]:
         else:
             flat[prefix] = value
 
-    visit("", dataclasses.asdict(config))
+    visit("", as_dict(config))
     return flat
 
 
 def explain_unknown(values: Any, field: str) -> str | None:
-    """Why the dotted `field` is not in a ConfigDict, with the nearest valid name; None if it is there."""
+    """Says why a dotted field is not in a ConfigDict.
+
+    Args:
+      values: the ConfigDict.
+      field: such as "data.max_tokns".
+
+    Returns:
+      A sentence with the nearest valid name, or None if the field is there.
+    """
     path = []
     for name in field.split("."):
         known = list(values.keys()) if hasattr(values, "keys") else []
@@ -63,32 +101,54 @@ def explain_unknown(values: Any, field: str) -> str | None:
     return None
 
 
-def as_dict(config: Config) -> dict[str, Any]:
-    """The config as nested plain values, for run.json."""
-    return dataclasses.asdict(config)
+def build(kind: type[Built], values: Mapping[str, Any], where: str) -> Built:
+    """Builds a dataclass from nested plain values.
 
+    Args:
+      kind: the dataclass.
+      values: its fields by name; a missing one keeps its default.
+      where: what stands before a field's name in a message, such as "config.data".
 
-def _build(kind, values, where):
-    """One dataclass from nested plain values."""
+    Returns:
+      The dataclass, lists turned into tuples and whole numbers into floats where a field asks for it.
+
+    Raises:
+      ConfigError: a name is no field, or a value has another type than its field.
+    """
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]
     for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-            raise ConfigError(f"{where}.{name}: no such field{hint}")
-    return kind(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+        if name not in known and kind is not Data:  # what Data does not know is a data set's own
+            raise ConfigError(f"{where}.{name}: {no_such_field(name, known)}")
+    converted = {name: _convert(hints.get(name, Any), value, f"{where}.{name}") for name, value in values.items()}
+    return kind(**converted)
 
 
-def _convert(hint, value, where):
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)
-    if typing.get_origin(hint) is dict:
-        return {name: _build(typing.get_args(hint)[1], child, f"{where}.{name}") for name, child in value.items()}
-    if hint is tuple and isinstance(value, (list, tuple)):
+def no_such_field(name: str, known: Collection[str]) -> str:
+    """Returns the end of a message on an unknown field: the nearest of the known names, or all of them.
+
+    >>> no_such_field("max_tokn", ["kind", "max_tokens"])
+    "no such field; did you mean 'max_tokens'?"
+    """
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"no such field; did you mean {near[0]!r}?" if near else f"no such field; known: {', '.join(known)}"
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return build(hint, value, where)
+    plain = typing.get_origin(hint) or hint
+    if plain is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {value!r} is not a dict of named entries")
+        return {name: _convert(typing.get_args(hint)[1], child, f"{where}.{name}") for name, child in value.items()}
+    if plain in (tuple, Any) and isinstance(value, (list, tuple)):
         return tuple(tuple(v) if isinstance(v, list) else v for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if plain is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{where}: {value!r} is not a {hint.__name__}")
+    if plain is Any:
+        return value
+    kinds = typing.get_args(hint) if plain in (typing.Union, types.UnionType) else (plain,)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise ConfigError(f"{where}: {value!r} is not a {' or '.join(kind.__name__ for kind in kinds)}")
     return value

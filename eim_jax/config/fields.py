@@ -1,6 +1,9 @@
 """Every field of a run, with its default and what it means: frozen dataclasses."""
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,25 +22,20 @@ class Towers:
     dtype: str = "auto"  # of computation: float32 | bfloat16 | auto (float32 on CPU, bfloat16 elsewhere)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Data:
-    """The data set, how its text is cut, and what happens to bad items."""
+    """The data set, how its text is cut, and what happens to bad items.
+
+    The fields below are every kind's. What one kind alone needs (the annotations of coco, the folder of scienceqa) are
+    fields of its own: they are given beside these, `Data(kind="coco", annotations="captions.json")`, are kept in `own`,
+    and stand beside these in a ConfigDict, on the command line and in run.json. Which they are says the data set
+    (eim_jax/data/datasets), which also reads and checks them.
+    """
 
     # coco (COCO's own or Karpathy's JSON, your own photos in either form) | scienceqa (the official folder) | instruct
     # (Alpaca's and LLaVA's forms, yours in either) | miniature, miniature_qa, miniature_chat (drawn by the package)
     kind: str = "coco"
-    annotations: str = ""  # captions_train*.json, or dataset_coco.json (Karpathy: holds all splits)
-    images: str = ""  # folder of the images
-    eval_annotations: str = ""  # for val and test; "" = the file above (COCO form: then scores are on training images)
-    eval_images: str = ""  # "" = the folder above
-    folder: str = ""  # scienceqa: the folder of problems.json, pid_splits.json, captions.json and the images
-    splits: tuple = ("train", "val", "test")  # scienceqa: which of pid_splits.json train, validate and test
-    form: str = "QCM-ALE"  # scienceqa: question, context, multiple choice -> answer, lecture, explanation
-    captions_in_context: bool = False  # scienceqa: the machine caption joins the context
-    sources: tuple = ()  # instruct: files, each alone or as (file, share of its rows)
-    multi_turn: bool = False  # instruct: a turn's instruction holds the turns before it
-    mme: str = ""  # instruct: the MME folder that is the test; "" = none
-    prepared: str = ""  # coco, scienceqa, instruct: read this folder, written by --mode=prepare, in place of the files
+    prepared: str = ""  # read this folder, written by --mode=prepare, in place of the data set's files
     fit: str = "crop"  # how an image becomes square: crop (CLIP) | stretch (LaVIN)
     on_bad: str = "error"  # a bad item stops the run (error) or leaves data and queues, counted in the log (drop)
     max_tokens: int = 40  # instruction + response + EOS, what precedes them not counted; ClipCap's length on COCO
@@ -48,9 +46,15 @@ class Data:
     cache_features: bool = True  # keep a frozen CLIP's features on disk instead of recomputing them every epoch
     cache: str = ""  # folder for features, validation verdicts, compiled programs; "" = <workdir>/cache
     threads: int = 4  # that decode images
-    scenes: int = 1600  # miniature only: training scenes (five captions each), or questions
     scored: str = "test"  # the split that is scored: test | val (to choose settings on)
     eval_limit: int = 0  # score at most so many test images; 0 = all
+    own: dict[str, Any] = field(default_factory=dict)  # the fields that kinds of data set have for themselves
+
+    def __init__(self, own: Mapping[str, Any] | None = None, **fields: Any):
+        for shared in dataclasses.fields(self):
+            if shared.name != "own":
+                object.__setattr__(self, shared.name, fields.pop(shared.name, shared.default))
+        object.__setattr__(self, "own", {**(own or {}), **fields})
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Which fields a resumed run must share with the run that began, and the config that a work directory holds."""
 
 import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from eim_jax.config.conversion import flatten, from_config_dict
 from eim_jax.config.fields import Config
 
 # Fields that may differ when a run resumes. The mesh, micro-batches and recomputation change the order of sums, so
-# parameters to rounding only (with dropout, micro-batches also draw other noise). The last three are the test's.
+# parameters to rounding only (with dropout, micro-batches also draw other noise). data.eval_limit is the test's.
 FREE_ON_RESUME = {
     "arms",
     "log_every",
@@ -19,24 +20,40 @@ FREE_ON_RESUME = {
     "data.prepared",
     "data.threads",
     "data.eval_limit",
-    "data.eval_annotations",
-    "data.eval_images",
-    "data.mme",
 }
 FREE_GROUPS = ("decode.", "checkpoint.")
 FREE_OF_ENTRIES = (".description", ".accumulate")  # of arm.*, of stages.*
 
 
 def read_saved(workdir: Path) -> Config | None:
-    """The config that a workdir was trained with, None for a fresh one."""
+    """Reads the config that a work directory was trained with.
+
+    Args:
+      workdir: a run's work directory.
+
+    Returns:
+      The config in its run.json, or None for a fresh directory.
+
+    Raises:
+      ConfigError: run.json holds a config of another form.
+    """
     path = workdir / "run.json"
     return from_config_dict(json.loads(path.read_text())["config"]) if path.exists() else None
 
 
-def differences(old: Config, new: Config) -> list[str]:
-    """The fields, one line each, whose change would make a resumed run another run."""
+def differences(old: Config, new: Config, free: Collection[str] = ()) -> list[str]:
+    """Lists the fields whose change would make a resumed run another run.
+
+    Args:
+      old: what the work directory was trained with.
+      new: what is asked for. Arms that only one of the two has are not compared.
+      free: further fields that may change, by dotted name: those that data sets name (`datasets.free_on_resume()`).
+
+    Returns:
+      A line for each such field, with both values.
+    """
     common = [name for name in new.arms if name in old.arms]
-    before, after = deciding(old, common), deciding(new, common)
+    before, after = deciding(old, common, free), deciding(new, common, free)
     return [
         f"{name}: {before.get(name)!r} in the workdir, {after.get(name)!r} asked for"
         for name in sorted(before.keys() | after.keys())
@@ -44,15 +61,26 @@ def differences(old: Config, new: Config) -> list[str]:
     ]
 
 
-def deciding(config: Config, arms: list[str]) -> dict[str, Any]:
-    """The flat fields that decide the parameters of these arms."""
+def deciding(config: Config, arms: Sequence[str], free: Collection[str] = ()) -> dict[str, Any]:
+    """Picks the fields that decide the parameters of some arms.
+
+    Args:
+      config: a run's config.
+      arms: names of entries of `config.arm`.
+      free: further fields that decide nothing, by dotted name.
+
+    Returns:
+      {dotted name: value}, without other arms and without stages that none of these reaches.
+    """
     reached = {stage for name in arms for stage in config.arm[name].sequence}
     kept = {}
     for name, value in flatten(config).items():
         group, _, rest = name.partition(".")
         entry = rest.partition(".")[0]
         unreached = (group == "arm" and entry not in arms) or (group == "stages" and entry not in reached)
-        free = name in FREE_ON_RESUME or name.startswith(FREE_GROUPS) or rest.endswith(FREE_OF_ENTRIES)
-        if not unreached and not free:
+        decides_nothing = (
+            name in FREE_ON_RESUME or name in free or name.startswith(FREE_GROUPS) or rest.endswith(FREE_OF_ENTRIES)
+        )
+        if not unreached and not decides_nothing:
             kept[name] = value
     return kept

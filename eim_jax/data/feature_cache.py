@@ -19,6 +19,7 @@ from eim_jax.data.samples import Split
 from eim_jax.parallel import processes
 from eim_jax.parallel.sharding import parts_of
 from eim_jax.utils.console import console, progress
+from eim_jax.utils.files import write_text
 
 # What is written is part of the manifest: a change of any of these makes older caches stale.
 _PREPROCESSING = {
@@ -210,9 +211,7 @@ class _Cache:
         self.progress.unlink()
 
     def _write(self, file: pathlib.Path, content: Mapping[str, Any]) -> None:
-        fresh = file.with_suffix(".new")
-        fresh.write_text(json.dumps(content, indent=1))
-        os.replace(fresh, file)
+        write_text(file, json.dumps(content, indent=1))
 
 
 def _gib(size: int) -> str:

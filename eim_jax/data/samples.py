@@ -117,6 +117,24 @@ class DrawnImages(ImageSource):
         return self._identities[row]
 
 
+class SelectedImages(DrawnImages):
+    """Some images of another source, under other ids if there are any; their identities stay."""
+
+    def __init__(self, source: ImageSource, rows: Sequence[int], ids: Sequence[str] | None = None):
+        names = [source.ids[row] for row in rows] if ids is None else ids
+        super().__init__(names, lambda row: source[rows[row]], [source.identity(row) for row in rows])
+
+
+class NoImages(DrawnImages):
+    """Stands for images that were not loaded: whoever opens one is told `why`."""
+
+    def __init__(self, ids: Sequence[str], identities: Sequence[str], why: str):
+        def refuse(row: int) -> Image.Image:
+            raise ValueError(why)
+
+        super().__init__(ids, refuse, identities)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Split:
     """A named list of samples with their images and, for evaluation, the reference texts of each image id.

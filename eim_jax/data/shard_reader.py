@@ -18,15 +18,13 @@ from typing import Any
 from PIL import Image
 
 from eim_jax.config import ConfigError, Data
-from eim_jax.data.datasets import coco, instruct, scienceqa
-from eim_jax.data.datasets.scienceqa_prompt import Problem
-from eim_jax.data.samples import ImageSource, Sample, Split
-from eim_jax.data.validation import BadDataError, BadItem
+from eim_jax.data.bad_items import BadDataError, BadItem
+from eim_jax.data.data_set import DataSet, Shards
+from eim_jax.data.samples import ImageSource, Split
 from eim_jax.utils.images import load_rgb
 
 VERSION = 1  # of the manifest and the index
 MANIFEST, PARTIAL, INDEX = "manifest.json", "manifest.partial.json", "index"
-DATASETS = {"coco": "captions", "scienceqa": "scienceqa", "instruct": "instructions"}  # TFDS's name for each kind
 
 
 class PreparedImages(ImageSource):
@@ -54,16 +52,26 @@ class PreparedImages(ImageSource):
         return f"{self.names[row]}:{self._sizes[row]}"
 
 
-def load(data: Data, name: str) -> Split:
-    """The split "train" or "test" of the folder `data.prepared`, as its files would give it; opens no picture.
+def load(data: Data, kind: DataSet, name: str) -> Split:
+    """Reads a split of a prepared folder, as its files would give it; opens no picture.
 
-    Errors: FileNotFoundError for a folder without prepared data and for missing shards, ConfigError where the config
-    asks for other data than was prepared or its files have changed since, BadDataError where data.on_bad is "error" and
-    bad items were left out, ValueError for a damaged folder.
+    Args:
+      data: a run's `config.data`; its `prepared` names the folder.
+      kind: the data set; it has `shards`.
+      name: "train" or "test".
+
+    Returns:
+      The split, with the fingerprint of the one that was prepared.
+
+    Raises:
+      FileNotFoundError: no prepared data in the folder, or a shard is missing.
+      ConfigError: the config asks for other data than was prepared, or its files have changed since.
+      BadDataError: bad items were left out, and `data.on_bad` is "error".
+      ValueError: the folder is damaged, or does not hold this split.
     """
-    folder = Path(data.prepared)
+    folder, shards, own = Path(data.prepared), kind.shards, kind.settings(data)
     manifest = read_manifest(folder)
-    _same_data(data, folder, manifest)
+    _same_data(kind, own, folder, manifest)
     if name not in manifest["splits"]:
         raise ValueError(f"{folder} holds the splits {', '.join(manifest['splits'])}, not {name!r}")
     stored = manifest["splits"][name].get("same_as", name)
@@ -73,23 +81,28 @@ def load(data: Data, name: str) -> Split:
         raise BadDataError(f"{folder}, prepared with on_bad='drop', split {name!r}", bad)
     check_files(folder, manifest)
     index = _read_index(folder / INDEX / f"{stored}.json", entry["index"])
-    images = PreparedImages(dataset_folder(folder, data.kind), stored, index["images"])
-    if data.kind == "scienceqa":
-        problems = [Problem(**{**problem, "choices": tuple(problem["choices"])}) for problem in index["problems"]]
-        return scienceqa.qa_split(name, problems, images, data.form, use_caption=data.captions_in_context)
-    if data.kind == "coco":
-        captions = [(id_, images.ids[row], text) for id_, row, _, text in index["samples"]]
-        return coco.caption_split(name, captions, images)
-    return Split(name, tuple(Sample(*sample) for sample in index["samples"]), images)
+    images = PreparedImages(dataset_folder(folder, shards), stored, index["images"])
+    return shards.split(own, name, index, images)
 
 
-def dataset_folder(folder: Path, kind: str) -> Path:
-    """Where the TFDS data set of a prepared folder lies."""
-    return folder / DATASETS[kind] / "1.0.0"
+def dataset_folder(folder: Path, shards: Shards) -> Path:
+    """Returns where the TFDS data set of a prepared folder lies."""
+    return folder / shards.folder / "1.0.0"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder; FileNotFoundError without one, ValueError for a damaged or other one."""
+    """Reads the manifest of a prepared folder.
+
+    Args:
+      folder: what `--mode=prepare --out=` was given.
+
+    Returns:
+      Its content.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged, or of another version.
+    """
     file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text())
@@ -106,7 +119,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises FileNotFoundError or ValueError for a shard that is missing or has another size than was written."""
+    """Checks that every shard is there, with the size that was written.
+
+    Args:
+      folder: the prepared folder.
+      manifest: its manifest.
+
+    Raises:
+      FileNotFoundError: a shard is missing.
+      ValueError: a shard has another size.
+    """
     for name, size in manifest["files"].items():
         try:
             found = os.stat(folder / name).st_size
@@ -116,54 +138,34 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise ValueError(f"{folder / name} has {found:,} bytes, not {size:,}: copy it again, or prepare again")
 
 
-def settings(data: Data) -> dict[str, Any]:
-    """The fields of the config that decide what is prepared, beside the files themselves."""
-    if data.kind == "scienceqa":
-        return {"splits": list(data.splits)}
-    if data.kind == "instruct":
-        return {"multi_turn": data.multi_turn, "sources": instruct.shares(data.sources) if data.sources else []}
-    return {}
-
-
-def source_files(data: Data) -> dict[str, Path]:
-    """The text files that the config names, by what they are; those that are optional and absent are left out."""
-    if data.kind == "scienceqa":
-        found = {name: Path(data.folder) / name for name in scienceqa.FILES} if data.folder else {}
-        return {name: path for name, path in found.items() if path.exists()}
-    if data.kind == "instruct":
-        paths = (source if isinstance(source, str) else source[0] for source in data.sources)
-        return {f"sources[{place}]": Path(path) for place, path in enumerate(paths)}
-    named = {"annotations": data.annotations, "eval_annotations": data.eval_annotations}
-    return {field: Path(path) for field, path in named.items() if path}
-
-
 def digest(file: Path) -> str:
-    """The sha256 of a file."""
+    """Returns the sha256 of a file."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _same_data(data: Data, folder: Path, manifest: Mapping[str, Any]) -> None:
-    if manifest["kind"] != data.kind:
+def _same_data(kind: DataSet, own: Any, folder: Path, manifest: Mapping[str, Any]) -> None:
+    if manifest["kind"] != kind.name:
         raise ConfigError(
             f"config.data.prepared: {folder} was prepared from data of kind {manifest['kind']!r}, but config.data.kind "
-            f"is {data.kind!r}"
+            f"is {kind.name!r}"
         )
-    for field, wanted in settings(data).items():
+    for field, wanted in kind.shards.settings(own).items():
         found = manifest["settings"][field]
-        if found != wanted and wanted != []:  # sources may be absent where only the prepared folder is at hand
+        if found != wanted:
             raise ConfigError(
                 f"config.data.{field} is {wanted}, but {folder} was prepared with {found}: prepare another folder"
             )
-    for what, file in source_files(data).items():
+    for what, file in kind.shards.sources(own).items():
         # Where the files are at hand they must be the ones prepared; on a pod they usually are not.
         if file.exists() and digest(file) != manifest["sources"].get(what):
             raise ConfigError(
                 f"config.data.prepared: {file} is not the file that {folder} was prepared from, or has changed since: "
                 "prepare another folder"
             )
-    if data.captions_in_context and data.kind == "scienceqa" and "captions.json" not in manifest["sources"]:
-        raise ConfigError(f"config.data.captions_in_context: {folder} was prepared without captions.json")
+    for field, source in kind.shards.needs(own).items():
+        if source not in manifest["sources"]:
+            raise ConfigError(f"config.data.{field}: {folder} was prepared without {source}")
 
 
 def _read_index(file: Path, sha256: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from eim_jax.config import Config, ConfigError
-from eim_jax.data.datasets import load_files
-from eim_jax.data.datasets.scienceqa import QASplit
-from eim_jax.data.datasets.scienceqa_prompt import Problem
+from eim_jax.data.data_set import Shards
+from eim_jax.data.datasets import data_set, load_files
 from eim_jax.data.samples import FileImages, Sample, Split
 from eim_jax.data.shard_reader import (
-    DATASETS,
     INDEX,
     MANIFEST,
     PARTIAL,
@@ -26,31 +24,15 @@ from eim_jax.data.shard_reader import (
     dataset_folder,
     digest,
     read_manifest,
-    settings,
-    source_files,
 )
 from eim_jax.utils.console import console, progress
-from eim_jax.utils.files import write_json
+from eim_jax.utils.files import write_json, write_text
 
 SHARD_BYTES = 256 * 2**20  # about so much in a file: few files for a bucket, little to redo after an interruption
 _SPARE = 256 * 2**20  # bytes that stay free on the disk
 
-_TEXT = tfds.features.Text()
-# What each kind's records hold for whoever reads them with TFDS. "image" is the file itself: b"" for text only.
-_PICTURE = {"image": tfds.features.Scalar(np.object_), "image_id": _TEXT, "file_name": _TEXT}
-_FEATURES = {
-    "coco": {**_PICTURE, "captions": tfds.features.Sequence({"id": _TEXT, "text": _TEXT})},
-    "instruct": {
-        **_PICTURE,
-        "turns": tfds.features.Sequence({"id": _TEXT, "instruction": _TEXT, "response": _TEXT}),
-    },
-    "scienceqa": {
-        **_PICTURE,
-        **{field.name: _TEXT for field in dataclasses.fields(Problem) if field.name != "image"},
-        "choices": tfds.features.Sequence(_TEXT),
-        "answer": tfds.features.Scalar(np.int32),
-    },
-}
+# What every record holds; "image" is the file itself, b"" for text only.
+_PICTURE = {"image": tfds.features.Scalar(np.object_), "image_id": str, "file_name": str}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,32 +50,43 @@ class _Plan:
 
 
 def prepare(config: Config, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes the train and test split of config.data into `folder`, or continues where it was interrupted.
+    """Writes the splits of config.data into a folder, or continues where it was interrupted.
 
     The files are read and checked exactly as a run reads them. A finished shard is never written again. A folder that
     is complete and up to date is left alone.
 
-    Errors: those of the data set's reader, BadDataError above all; ConfigError for data that has no files and for a
-    folder that holds something else; OSError when the disk lacks room.
+    Args:
+      config: a run's config.
+      folder: an empty or new folder, or one that was begun from the same data.
+      shard_bytes: about so many bytes of pictures in a file.
+
+    Raises:
+      ConfigError: this kind of data cannot be prepared, or the folder holds something else.
+      BadDataError: bad items, with `config.data.on_bad="error"`.
+      OSError: the disk lacks room.
+      ValueError: as the data set's reader says.
     """
     data = dataclasses.replace(config.data, prepared="")
-    if data.kind not in DATASETS:
-        raise ConfigError(f"config.data.kind={data.kind!r} draws its pictures: there are no files to prepare")
-    known = {"cache", INDEX, DATASETS[data.kind], MANIFEST, PARTIAL}
+    kind = data_set(data)
+    if kind.shards is None:
+        raise ConfigError(f"config.data.kind={kind.name!r} draws its pictures, or has no shards: nothing to prepare")
+    shards, own = kind.shards, kind.settings(data)
+    known = {"cache", INDEX, shards.folder, MANIFEST, PARTIAL}
     strange = sorted(entry.name for entry in folder.iterdir() if entry.name not in known) if folder.is_dir() else []
     if strange:
         raise ConfigError(f"--out={folder} holds other things ({', '.join(strange[:3])}): choose an empty folder")
-    names = ("train",) if data.kind == "instruct" else ("train", "test")  # instructions are tested on MME
-    plans, manifest = {}, {"version": VERSION, "kind": data.kind, "settings": settings(data), "splits": {}}
-    manifest["sources"] = {what: digest(file) for what, file in source_files(data).items()}
-    for name in names:
+    plans, manifest = {}, {"version": VERSION, "kind": kind.name, "settings": shards.settings(own), "splits": {}}
+    manifest["sources"] = {what: digest(file) for what, file in shards.sources(own).items()}
+    for name in shards.splits:
         split, bad = load_files(data, name, Path(data.cache) if data.cache else folder / "cache")
+        if split is None:
+            raise ConfigError(f"config.data has no split {name!r} to prepare: {kind.unscored}")
         entry = {"fingerprint": split.fingerprint(), "samples": len(split), "images": len(split.images)}
         same = [other for other in plans if manifest["splits"][other]["fingerprint"] == entry["fingerprint"]]
         if same:  # one captions file for training and scores
             manifest["splits"][name] = {"same_as": same[0]}
             continue
-        plans[name] = _plan(split, shard_bytes)
+        plans[name] = _plan(split, shards, shard_bytes)
         manifest["splits"][name] = {**entry, "bad": [dataclasses.asdict(item) for item in bad]}
     if (folder / MANIFEST).exists():
         found = read_manifest(folder)
@@ -102,7 +95,7 @@ def prepare(config: Config, folder: Path, shard_bytes: int = SHARD_BYTES) -> Non
             raise ConfigError(f"--out={folder} was prepared from other files, or with other settings: choose another")
         console.print(f"{folder} is prepared and up to date", soft_wrap=True)
         return
-    _write(folder, data.kind, plans, manifest)
+    _write(folder, shards, plans, manifest)
     total = sum(plan.size for plan in plans.values())
     console.print(
         f"prepared {sum(len(plan.split) for plan in plans.values()):,} samples and {total / 2**20:,.1f} MiB of "
@@ -111,35 +104,27 @@ def prepare(config: Config, folder: Path, shard_bytes: int = SHARD_BYTES) -> Non
     )
 
 
-def _plan(split: Split, shard_bytes: int) -> _Plan:
+def _plan(split: Split, shards: Shards, shard_bytes: int) -> _Plan:
     images = split.images
-    # A kind that reads no picture folder has texts alone.
+    # A split that has no picture folder has texts alone.
     sizes = [images.path(row).stat().st_size for row in range(len(images))] if isinstance(images, FileImages) else []
-    if isinstance(split, QASplit):  # one problem a record, in the split's order
-        records = [(sample.image, [sample]) for sample in split.samples]
-        texts = {"problems": [dataclasses.asdict(split.problems[sample.id]) for sample in split.samples]}
-    else:  # one picture a record with all that is said about it, then the samples without one
-        about: list[list[Sample]] = [[] for _ in sizes]
-        alone = []
-        for sample in split.samples:
-            (alone if sample.image is None else about[sample.image]).append(sample)
-        records = [*enumerate(about), *((None, [sample]) for sample in alone)]
-        texts = {"samples": [[s.id, s.image, s.instruction, s.response] for s in split.samples]}
+    if len(sizes) != len(images):
+        raise ConfigError(f"split {split.name!r}: its images are no files of a folder, which is what shards keep")
+    records = shards.records(split)
     record_of = {row: number for number, (row, _) in enumerate(records) if row is not None}
     table = {"id": images.ids, "name": images.names, "size": sizes, "record": [record_of[r] for r in range(len(sizes))]}
     mean = (sum(sizes) + 1000 * len(records)) / len(records)
-    return _Plan(split, records, {"images": table, **texts}, max(1, round(shard_bytes / mean)))
+    return _Plan(split, records, {"images": table, **shards.index(split)}, max(1, round(shard_bytes / mean)))
 
 
-def _write(folder: Path, kind: str, plans: Mapping[str, _Plan], manifest: dict[str, Any]) -> None:
-    dataset, partial = dataset_folder(folder, kind), folder / PARTIAL
+def _write(folder: Path, shards: Shards, plans: Mapping[str, _Plan], manifest: dict[str, Any]) -> None:
+    dataset, partial = dataset_folder(folder, shards), folder / PARTIAL
     _continue_or_clear(folder, dataset, {**manifest, "shards": {name: plan.shard for name, plan in plans.items()}})
     for name, plan in plans.items():
         file = folder / INDEX / f"{name}.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(plan.index))
+        write_text(file, json.dumps(plan.index))
         manifest["splits"][name]["index"] = digest(file)
-        _write_split(dataset, name, plan, kind)
+        _write_split(dataset, name, plan, shards)
     files = sorted(dataset.glob("*.array_record-*"))
     manifest["files"] = {str(file.relative_to(folder)): file.stat().st_size for file in files}
     write_json(folder / MANIFEST, manifest)  # last: a folder is complete when it has a manifest
@@ -165,12 +150,12 @@ def _continue_or_clear(folder: Path, dataset: Path, wanted: Mapping[str, Any]) -
     write_json(partial, wanted)
 
 
-def _write_split(dataset: Path, name: str, plan: _Plan, kind: str) -> None:
+def _write_split(dataset: Path, name: str, plan: _Plan, shards: Shards) -> None:
     info = tfds.core.DatasetInfo(
         builder=tfds.core.DatasetIdentity(
-            name=DATASETS[kind], version=tfds.core.Version("1.0.0"), data_dir=str(dataset), module_name=__name__
+            name=shards.folder, version=tfds.core.Version("1.0.0"), data_dir=str(dataset), module_name=__name__
         ),
-        features=tfds.features.FeaturesDict(_FEATURES[kind]),
+        features=tfds.features.FeaturesDict(_feature({**_PICTURE, **shards.features})),
         description="Encoded pictures and their texts, prepared by eim_jax.",
     )
     # A builder's download_and_prepare starts again after an interruption; this writer goes on after its last shard.
@@ -189,14 +174,23 @@ def _write_split(dataset: Path, name: str, plan: _Plan, kind: str) -> None:
             "are free: make room or choose another --out"
         )
     with progress(f"writing {name}", len(plan.records) - done, "records") as advance:
-        records = _examples(plan, kind, done, advance)
+        records = _examples(plan, shards, done, advance)
         for _ in range(done, len(plan.records), plan.shard):
             writer.add_examples({name: islice(records, plan.shard)})  # a whole shard, and a note that it is
         writer.close_splits([name])
 
 
-def _examples(plan: _Plan, kind: str, start: int, advance) -> Iterator[dict[str, Any]]:
-    """What each record from `start` on holds."""
+def _feature(form: Any) -> Any:
+    """Returns TFDS's feature of a form as `Shards.features` writes it."""
+    if isinstance(form, Mapping):
+        return {name: _feature(child) for name, child in form.items()}
+    if isinstance(form, list):
+        return tfds.features.Sequence(_feature(form[0]))
+    return {str: tfds.features.Text(), int: tfds.features.Scalar(np.int32)}.get(form, form)
+
+
+def _examples(plan: _Plan, shards: Shards, start: int, advance: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+    """Yields what each record from `start` on holds."""
     images = plan.split.images
     for row, samples in plan.records[start:]:
         example: dict[str, Any] = {"image": b"", "image_id": "", "file_name": ""}
@@ -205,18 +199,8 @@ def _examples(plan: _Plan, kind: str, start: int, advance) -> Iterator[dict[str,
             if len(content) != plan.index["images"]["size"][row]:
                 raise ValueError(f"image id {images.ids[row]} ({images.path(row)}) changed while it was being prepared")
             example = {"image": content, "image_id": images.ids[row], "file_name": images.names[row]}
-        if kind == "scienceqa":
-            fields = dataclasses.asdict(plan.split.problems[samples[0].id])
-            fields.pop("image")
-            example |= {field: "" if value is None else value for field, value in fields.items()}
-        elif kind == "coco":
-            example["captions"] = [{"id": sample.id, "text": sample.response} for sample in samples]
-        else:
-            example["turns"] = [
-                {"id": sample.id, "instruction": sample.instruction, "response": sample.response} for sample in samples
-            ]
         advance(1)
-        yield example
+        yield example | shards.record(plan.split, samples)
 
 
 def _essence(manifest: Mapping[str, Any]) -> list[Any]:

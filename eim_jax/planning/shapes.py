@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eim_jax import pretrained
 from eim_jax.config import Config, ConfigError, Stage
-from eim_jax.data.datasets import load_split
+from eim_jax.data.datasets import data_set, load_split
 from eim_jax.data.samples import Split
 from eim_jax.losses import objectives
 from eim_jax.losses.queues import Queue, compress
@@ -44,13 +44,6 @@ LMS = {
     "huggyllama/llama-13b": LlamaConfig(width=5120, layers=40, heads=40, mlp=13824),
 }
 LMS |= {f"openai-community/{name}": LMS[name] for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-# data.kind -> (samples, images, what they are)
-PUBLISHED = {
-    "coco": (566747, 113287, "COCO captions, Karpathy's train + restval"),
-    "scienceqa": (12726, 6218, "ScienceQA's training questions"),
-    "instruct": (210000, 81000, "Alpaca's 52k and LLaVA's 158k rows; a conversation's turns would count each"),
-}
-DRAWN = ("miniature", "miniature_qa", "miniature_chat")
 
 
 class Counted(Split):
@@ -157,19 +150,22 @@ def _words(config: Config, lm, directory: Path | None):
 
 def _count(config: Config, samples: int) -> tuple[Split, str]:
     """The numbers asked for, those of the data where it is at hand, or the published ones."""
-    data = config.data
+    data, kind = config.data, data_set(config.data)
     if samples:
-        images = PUBLISHED.get(data.kind, (0, samples))[1]
+        images = kind.published.images if kind.published else samples
         return Counted(samples, min(images, samples)), f"{samples:,} training samples (--samples)"
-    files = {"coco": data.annotations, "scienceqa": f"{data.folder}/problems.json", "instruct": (*data.sources, "")[0]}
-    first = files.get(data.kind, "")
-    first = first[0] if isinstance(first, tuple) else first  # (file, share)
-    if data.kind in DRAWN or data.prepared or (first and Path(first).exists()):
+    if data.prepared or kind.at_hand(kind.settings(data)):
         with tempfile.TemporaryDirectory() as folder:
             split = load_split(config, "train", Path(folder))
         return Counted(len(split), len(split.images)), f"{len(split):,} training samples (counted)"
-    number, images, what = PUBLISHED[data.kind]
-    return Counted(number, images), f"{number:,} training samples ({what}; --samples=N for yours)"
+    if kind.published is None:
+        raise ConfigError(
+            f"config.data.kind={kind.name!r}: its files are not on this machine and its size is not published: "
+            "give --samples=N"
+        )
+    size = kind.published
+    note = f"{size.samples:,} training samples ({size.what}; --samples=N for yours)"
+    return Counted(size.samples, size.images), note
 
 
 def batch_shapes(inputs: Inputs, vlm: VLM, stage: Stage, params: Flat) -> Batch:

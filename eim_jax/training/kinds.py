@@ -1,6 +1,12 @@
 """What a config asks of the kinds: names that are in their tables, fields that they take."""
 
-from eim_jax.config import Config
+from typing import TYPE_CHECKING
+
+from eim_jax.config import Config, conversion, resume
+from eim_jax.data import datasets
+
+if TYPE_CHECKING:
+    import ml_collections
 
 
 def check(config: Config) -> None:
@@ -11,3 +17,29 @@ def check(config: Config) -> None:
     Args:
       config: a run's config, structurally sound.
     """
+    datasets.check(config)
+
+
+def to_config_dict(config: Config) -> "ml_collections.ConfigDict":
+    """Turns a config into a ConfigDict for `configs/*.py`: a flag may set every field of every kind in the tables.
+
+    Args:
+      config: a run's config.
+
+    Returns:
+      Its fields, with those that kinds have for themselves at their defaults where the config does not give them.
+    """
+    return conversion.to_config_dict(datasets.complete(config))
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Lists the fields whose change would make a resumed run another run.
+
+    Args:
+      old: what the work directory was trained with.
+      new: what is asked for.
+
+    Returns:
+      A line for each such field, with both values.
+    """
+    return resume.differences(datasets.complete(old), datasets.complete(new), datasets.free_on_resume())

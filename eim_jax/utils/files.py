@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ def write_text(path: Path, text: str) -> None:
       text: the whole content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".partial")
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")  # processes that share a folder may write at once
     fresh.write_text(text, encoding="utf-8")
     fresh.replace(path)
 

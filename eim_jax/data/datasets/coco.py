@@ -1,21 +1,35 @@
 """COCO captions, or your own photos in the same form: COCO's own JSON and Karpathy's dataset_coco.json."""
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from PIL import Image
-
-from eim_jax.data.samples import DrawnImages, FileImages, ImageSource, Sample, Split
-from eim_jax.data.validation import BadDataError, BadItem, LoadReport, check_images
+from eim_jax.config import ConfigError, Data
+from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad, counted, listed
+from eim_jax.data.data_set import DataSet, Published, Shards, exists
+from eim_jax.data.datasets.coco_files import good_captions, karpathy_form, official_form, read_annotations
+from eim_jax.data.image_checks import check_images
+from eim_jax.data.samples import FileImages, ImageSource, NoImages, Sample, Split
 from eim_jax.utils.console import console
 
-# Karpathy's train set is his "train" and "restval" together: 113,287 images.
-_KARPATHY = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What loading found: the bad items, and how many images and captions were left out because of them."""
+
+    bad: tuple[BadItem, ...]
+    dropped_images: int
+    dropped_captions: int
+
+    def __str__(self) -> str:
+        """Returns a summary of one line, or several when something was left out."""
+        if not self.bad:
+            return "no bad items"
+        head = f"left out {self.dropped_captions} captions and {self.dropped_images} images"
+        return "\n".join([f"{head}, because of {counted(self.bad)}", *listed(self.bad)])
 
 
 class Loaded(NamedTuple):
@@ -23,15 +37,6 @@ class Loaded(NamedTuple):
 
     split: Split
     report: LoadReport
-
-
-@dataclasses.dataclass
-class _Raw:
-    """The file as read: {image id: file}, captions (id, image id, text), and what is wrong so far."""
-
-    images: dict[str, str] = dataclasses.field(default_factory=dict)
-    captions: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
-    bad: list[BadItem] = dataclasses.field(default_factory=list)
 
 
 def load_coco(
@@ -51,21 +56,20 @@ def load_coco(
     names the result) or Karpathy's {"images": [{"filename", "filepath", "split", "sentences"}]} (detected; `split` is
     train = his train + restval, val, test, or None for all). Sample ids are the annotation (sentence) ids, or
     "<image id>#<k>" where there are none. White space around captions is removed unless `strip` is False (ClipCap keeps
-    it). Every image is decoded once (see checks.py; `cache` remembers the verdict); `images=None` loads text only.
+    it). Every image is decoded once (image_checks.py; `cache` remembers the verdict); `images=None` loads text only.
 
     Bad items are missing or unreadable images, images without a caption, empty or over-long captions, captions of an
     unlisted image, repeated ids. on_bad="error" raises BadDataError listing them; "drop" leaves them out of the split,
     hence also of the queues: of a repeated id the first item stays, an image without a good caption goes.
     """
-    if on_bad not in ("error", "drop"):
-        raise ValueError(f"on_bad is {on_bad!r}: give 'error' or 'drop'")
+    check_on_bad(on_bad)
     path = pathlib.Path(annotations)
     folder = None if images is None else pathlib.Path(images)
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"no image folder {folder}")
-    records, listed = _read(path)
-    raw = _karpathy(path, records, split, folder) if listed is None else _official(path, records, listed)
-    captions = _good_captions(raw, path, max_caption_chars, strip)
+    records, listed = read_annotations(path)
+    raw = karpathy_form(path, records, split, folder) if listed is None else official_form(path, records, listed)
+    captions = good_captions(raw, path, max_caption_chars, strip)
 
     ids = list(raw.images)
     broken: set[str] = set()
@@ -85,7 +89,8 @@ def load_coco(
     used = {image_id for _, image_id, _ in kept}
     ids = [image_id for image_id in ids if image_id in used]
     names = [raw.images[image_id] for image_id in ids]
-    source = DrawnImages(ids, _no_image, names) if folder is None else FileImages(folder, ids, names)
+    why = "this split was loaded as text only; give load_coco the image folder"
+    source = NoImages(ids, names, why) if folder is None else FileImages(folder, ids, names)
     result = caption_split(split or path.stem, kept, source)
     report = LoadReport(tuple(raw.bad), len(raw.images) - len(ids), len(raw.captions) - len(kept))
     if raw.bad:
@@ -103,119 +108,50 @@ def caption_split(name: str, captions: Sequence[tuple[str, str, str]], images: I
     return Split(name, samples, images, dict(references))
 
 
-def _no_image(row: int) -> Image.Image:
-    raise ValueError("this split was loaded as text only; give load_coco the image folder")
+@dataclasses.dataclass(frozen=True)
+class CocoFields:
+    """The fields of `config.data` that captions of files alone read."""
+
+    annotations: str = ""  # captions_train*.json, or dataset_coco.json (Karpathy: holds all splits)
+    images: str = ""  # folder of the images
+    eval_annotations: str = ""  # for val and test; "" = the file above (COCO form: then scores are on training images)
+    eval_images: str = ""  # "" = the folder above
 
 
-def _read(path: pathlib.Path) -> tuple[list[Any], list[Any] | None]:
-    """Returns the file's "images" and "annotations" (None in Karpathy's form)."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no annotation file {path}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("images"), list) or not content["images"]:
-        raise ValueError(f'{path}: needs a list "images" with at least one image, as in captions_train2014.json')
-    first = content["images"][0]
-    if isinstance(first, dict) and "sentences" in first:
-        return content["images"], None
-    if not isinstance(content.get("annotations"), list):
-        raise ValueError(f'{path}: needs a list "annotations" (COCO), or "sentences" in every image (Karpathy)')
-    return content["images"], content["annotations"]
+def _load(data: Data, own: CocoFields, name: str, cache: pathlib.Path) -> tuple[Split, Sequence[BadItem]]:
+    annotations, images = own.annotations, own.images
+    if name != "train":
+        annotations, images = own.eval_annotations or annotations, own.eval_images or images
+    if not annotations:
+        raise ConfigError("config.data.annotations is empty: give the captions file")
+    if not images:
+        raise ConfigError("config.data.images is empty: give the folder of the captions' images")
+    loaded = load_coco(annotations, images, name, on_bad=data.on_bad, threads=data.threads, cache=cache)
+    return loaded.split, loaded.report.bad
 
 
-def _identifier(value: Any) -> str | None:
-    """Returns an id as a string; None for anything but a non-empty string or an integer."""
-    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        return None
-    return str(value)
+def _source_files(own: CocoFields) -> dict[str, pathlib.Path]:
+    named = {"annotations": own.annotations, "eval_annotations": own.eval_annotations}
+    return {field: pathlib.Path(path) for field, path in named.items() if path}
 
 
-def _add_image(raw: _Raw, image_id: str, file: str) -> bool:
-    if image_id in raw.images:
-        raw.bad.append(BadItem("image", image_id, file, f"image id listed twice (first as {raw.images[image_id]})"))
-        return False
-    raw.images[image_id] = file
-    return True
+def _prepared_split(own: CocoFields, name: str, index: Mapping[str, Any], images: ImageSource) -> Split:
+    captions = [(id_, images.ids[row], text) for id_, row, _, text in index["samples"]]
+    return caption_split(name, captions, images)
 
 
-def _official(path: pathlib.Path, records: list[Any], listed: list[Any]) -> _Raw:
-    raw = _Raw()
-    for place, record in enumerate(records):
-        where = f"{path.name} images[{place}]"
-        image_id = _identifier(record.get("id")) if isinstance(record, dict) else None
-        file = record.get("file_name") if isinstance(record, dict) else None
-        if image_id is None or not isinstance(file, str) or not file:
-            raw.bad.append(BadItem("image", str(image_id), where, 'needs "id" and "file_name"'))
-        else:
-            _add_image(raw, image_id, file)
-    count: dict[str, int] = defaultdict(int)
-    for place, record in enumerate(listed):
-        where = f"{path.name} annotations[{place}]"
-        image_id = _identifier(record.get("image_id")) if isinstance(record, dict) else None
-        text = record.get("caption") if isinstance(record, dict) else None
-        if image_id is None or not isinstance(text, str):
-            identifier = str(record.get("id")) if isinstance(record, dict) else "None"
-            raw.bad.append(BadItem("caption", identifier, where, 'needs "image_id" and a text "caption"'))
-            continue
-        identifier = _identifier(record.get("id")) or f"{image_id}#{count[image_id]}"
-        count[image_id] += 1
-        raw.captions.append((identifier, image_id, text))
-    return raw
-
-
-def _karpathy(path: pathlib.Path, records: list[Any], split: str | None, folder: pathlib.Path | None) -> _Raw:
-    if split is not None and split not in _KARPATHY:
-        raise ValueError(f"split {split!r}: {path} has {', '.join(_KARPATHY)}")
-    wanted = None if split is None else _KARPATHY[split]
-    # COCO's folders train2014/ and val2014/ as in the file, or all pictures in one folder.
-    subfolders = {record.get("filepath") for record in records if isinstance(record, dict)} - {None, ""}
-    nested = {name for name in subfolders if folder is not None and (folder / name).is_dir()}
-    raw = _Raw()
-    for place, record in enumerate(records):
-        where = f"{path.name} images[{place}]"
-        if not isinstance(record, dict):
-            raw.bad.append(BadItem("image", "None", where, "is not a record"))
-            continue
-        if wanted is not None and record.get("split") not in wanted:
-            continue
-        image_id = _identifier(record.get("cocoid", record.get("imgid")))
-        file = record.get("filename")
-        if image_id is None or not isinstance(file, str) or not file or not isinstance(record.get("sentences"), list):
-            raw.bad.append(BadItem("image", str(image_id), where, 'needs "cocoid" or "imgid", "filename", "sentences"'))
-            continue
-        filepath = record.get("filepath", "")
-        if not _add_image(raw, image_id, f"{filepath}/{file}" if filepath in nested else file):
-            continue
-        for number, sentence in enumerate(record["sentences"]):
-            text = sentence.get("raw") if isinstance(sentence, dict) else None
-            if not isinstance(text, str):
-                raw.bad.append(BadItem("caption", f"{image_id}#{number}", where, 'needs a text "raw"'))
-                continue
-            raw.captions.append((_identifier(sentence.get("sentid")) or f"{image_id}#{number}", image_id, text))
-    return raw
-
-
-def _good_captions(raw: _Raw, path: pathlib.Path, max_chars: int, strip: bool) -> list[tuple[str, str, str]]:
-    """Returns the captions that can be used; the others, and images that no caption names, join `raw.bad`."""
-    good, seen = [], set()
-    for caption_id, image_id, text in raw.captions:
-        file = raw.images.get(image_id)
-        where = f"image {image_id}, {file or path.name}"
-        if file is None:
-            raw.bad.append(BadItem("caption", caption_id, where, "its image is not listed"))
-        elif not text.strip():
-            raw.bad.append(BadItem("caption", caption_id, where, "the text is empty"))
-        elif len(text) > max_chars:
-            raw.bad.append(BadItem("caption", caption_id, where, f"{len(text)} characters, more than {max_chars}"))
-        elif caption_id in seen:
-            raw.bad.append(BadItem("caption", caption_id, where, "caption id listed twice"))
-        else:
-            seen.add(caption_id)
-            good.append((caption_id, image_id, text.strip() if strip else text))
-    named = {image_id for _, image_id, _ in raw.captions}
-    for image_id, file in raw.images.items():
-        if image_id not in named:
-            raw.bad.append(BadItem("image", image_id, file, "it has no caption"))
-    return good
+COCO = DataSet(
+    "coco",
+    CocoFields,
+    _load,
+    published=Published(566747, 113287, "COCO captions, Karpathy's train + restval"),
+    at_hand=lambda own: exists(own.annotations),
+    free_on_resume=("eval_annotations", "eval_images"),
+    shards=Shards(
+        folder="captions",
+        features={"captions": [{"id": str, "text": str}]},
+        record=lambda split, samples: {"captions": [{"id": s.id, "text": s.response} for s in samples]},
+        split=_prepared_split,
+        sources=_source_files,
+    ),
+)

@@ -3,21 +3,22 @@
 import dataclasses
 import os
 import pathlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
-
+from eim_jax.config import ConfigError, Data
+from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad, listed
+from eim_jax.data.data_set import DataSet, Published, Shards, exists
+from eim_jax.data.datasets import mme
+from eim_jax.data.datasets.instruct_prompt import prompt
 from eim_jax.data.datasets.instruct_rows import BadRowError, Row, read_rows, take_apart
-from eim_jax.data.samples import DrawnImages, FileImages, ImageSource, Sample, Split
-from eim_jax.data.validation import BadDataError, BadItem, check_images
+from eim_jax.data.datasets.instruct_sources import row_ids, shares, sources_of, taken_rows
+from eim_jax.data.image_checks import check_images
+from eim_jax.data.samples import FileImages, ImageSource, NoImages, Sample, Split
 from eim_jax.utils.console import console
 
 # LLaVA names COCO's images as train2017 does; the same files of 2014 (LaVIN's) carry a prefix.
 _COCO_PREFIXES = ("", "COCO_train2014_", "COCO_val2014_")
-_SHOWN = 20  # bad items that the summary lists; `bad` holds all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +35,7 @@ class InstructReport:
         lines = [", ".join(f"{name}: {count:,} samples" for name, count in self.samples.items())]
         if self.bad:
             lines.append(f"left out {self.dropped_rows:,} rows and {self.dropped_images:,} images; bad items:")
-            lines += [f"  {item}" for item in self.bad[:_SHOWN]]
-            if len(self.bad) > _SHOWN:
-                lines.append(f"  ... and {len(self.bad) - _SHOWN:,} more")
+            lines += listed(self.bad)
         return "\n".join(lines)
 
 
@@ -54,18 +53,6 @@ class _Placed(NamedTuple):
     where: str
     source: str
     row: Row
-
-
-def prompt(question: str, earlier: Sequence[tuple[str, str]] = ()) -> str:
-    r"""Returns the instruction text of a question, after the (question, answer) turns before it (LaVIN's chatbot form).
-
-    The answer follows without a space, as in LaVIN's training text.
-
-    >>> prompt("And its shape?", [("Which colour is it?", "Red.")])
-    'Instruction: Which colour is it?\nResponse:Red.\nInstruction: And its shape?\nResponse:'
-    """
-    turns = "".join(f"Instruction: {asked}\nResponse:{answer}\n" for asked, answer in earlier)
-    return f"{turns}Instruction: {question}\nResponse:"
 
 
 def load_instruct(
@@ -89,7 +76,7 @@ def load_instruct(
       self-instruct  {"id", "instruction", "instances": [{"input", "output"}, ...]}
     `images` is the folder of LLaVA's images (None if no row has one); for "000000000009.jpg" it may hold
     COCO_train2014_000000000009.jpg. Samples of one image share its row. Every image used is decoded
-    once (see checks.py; `cache` remembers the verdict).
+    once (see image_checks.py; `cache` remembers the verdict).
 
     Every (human, gpt) pair and every instance is one sample, "Instruction: {instruction} {input}\\nResponse:" and the
     answer as it stands; "<image>" markers go. LaVIN asks each question of a conversation alone; `multi_turn` puts the
@@ -101,19 +88,18 @@ def load_instruct(
     them; "drop" leaves out the whole row (the published Alpaca-52k has rows with an empty output: it needs "drop").
     Errors: ValueError for a file that is not UTF-8 or JSON, a share outside (0, 1], images without a folder, no rows.
     """
-    if on_bad not in ("error", "drop"):
-        raise ValueError(f"on_bad is {on_bad!r}: give 'error' or 'drop'")
+    check_on_bad(on_bad)
     folder = None if images is None else pathlib.Path(images)
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"no image folder {folder}")
 
     placed: list[_Placed] = []
     bad: list[BadItem] = []
-    listed = _sources(sources)
-    for number, (path, share, stem) in enumerate(listed):
+    files = sources_of(sources)
+    for number, (path, share, stem) in enumerate(files):
         records = read_rows(path)
-        ids = _row_ids(stem, [record for _, record in records])
-        for place in _taken(len(records), share, seed, number):
+        ids = row_ids(stem, [record for _, record in records])
+        for place in taken_rows(len(records), share, seed, number):
             where, record = records[place]
             try:
                 placed.append(_Placed(ids[place], where, stem, take_apart(record)))
@@ -123,70 +109,19 @@ def load_instruct(
 
     file_of = _files(placed, folder)
     broken = _broken_images(placed, file_of, folder, threads, cache, bad)
-    where = ", ".join(str(path) for path, _, _ in listed)
+    where = ", ".join(str(path) for path, _, _ in files)
     if bad and on_bad == "error":
         raise BadDataError(where, bad)
     kept = [item for item in placed if item.row.image is None or file_of[item.row.image] not in broken]
     if not kept:
         raise ValueError(f"{where}: no rows are left; {len(bad)} bad items")
     split = _build(name, kept, file_of, folder, multi_turn)
-    counts = {stem: sum(len(item.row.pairs) for item in kept if item.source == stem) for _, _, stem in listed}
+    counts = {stem: sum(len(item.row.pairs) for item in kept if item.source == stem) for _, _, stem in files}
     dropped_images = len(set(file_of.values())) - len(split.images)
     report = InstructReport(tuple(bad), dropped_images, unread + len(placed) - len(kept), counts)
     if bad:
         console.print(f"{name}: {report}", soft_wrap=True, markup=False)
     return Instructions(split, report)
-
-
-def shares(sources: Sequence[Any] | str | os.PathLike[str]) -> list[list[Any]]:
-    """Returns [file name, share] of each source: what a mix of files is, wherever they lie."""
-    return [[path.name, share] for path, share, _ in _sources(sources)]
-
-
-def _sources(sources: Sequence[Any] | str | os.PathLike[str]) -> list[tuple[pathlib.Path, float, str]]:
-    """Returns (file, share, stem made unique) of each source."""
-    listed: list[tuple[pathlib.Path, float, str]] = []
-    seen: Counter[str] = Counter()
-    for source in [sources] if isinstance(sources, str | os.PathLike) else sources:
-        path, share = (source, 1.0) if isinstance(source, str | os.PathLike) else _path_and_share(source)
-        if not 0 < share <= 1:
-            raise ValueError(f"source {path}: its share is {share}, but must be above 0 and at most 1")
-        stem = pathlib.Path(path).stem
-        seen[stem] += 1
-        listed.append((pathlib.Path(path), share, stem if seen[stem] == 1 else f"{stem}#{seen[stem]}"))
-    if not listed:
-        raise ValueError("no sources: give at least one instruction file")
-    return listed
-
-
-def _path_and_share(source: Any) -> tuple[Any, float]:
-    if isinstance(source, Sequence) and len(source) == 2:
-        path, share = source
-        if isinstance(path, str | os.PathLike) and isinstance(share, int | float) and not isinstance(share, bool):
-            return path, float(share)
-    raise ValueError(f"source {source!r}: give a file, or (file, share)")
-
-
-def _taken(count: int, share: float, seed: int, number: int) -> list[int]:
-    """Returns the places of the rows that a share takes, in the file's order; at least one of a file with rows."""
-    if share == 1:
-        return list(range(count))
-    size = max(1, round(share * count))
-    return sorted(np.random.default_rng([seed, number]).permutation(count)[:size].tolist())
-
-
-def _row_ids(stem: str, records: Sequence[Any]) -> list[str]:
-    seen: set[str] = set()
-    ids = []
-    for place, record in enumerate(records):
-        own = record.get("id") if isinstance(record, dict) else None
-        known = isinstance(own, str | int) and not isinstance(own, bool) and own != ""
-        identifier = str(own) if known else str(place)
-        if identifier in seen:  # LLaVA's files ask several rows about one image, with one id
-            identifier = f"{identifier}#{place}"
-        seen.add(identifier)
-        ids.append(f"{stem}/{identifier}")
-    return ids
 
 
 def _files(placed: Sequence[_Placed], folder: pathlib.Path | None) -> dict[str, str]:
@@ -227,15 +162,13 @@ def _broken_images(
     return {names[number] for number in problems}
 
 
-def _no_image(row: int) -> Image.Image:
-    raise ValueError("this split has texts only")
-
-
 def _build(
     name: str, placed: Sequence[_Placed], file_of: Mapping[str, str], folder: pathlib.Path | None, multi_turn: bool
 ) -> Split:
     names = list(dict.fromkeys(file_of[item.row.image] for item in placed if item.row.image is not None))
-    source: ImageSource = DrawnImages([], _no_image, []) if folder is None else FileImages(folder, names, names)
+    source: ImageSource = NoImages([], [], "this split has texts only")
+    if folder is not None:
+        source = FileImages(folder, names, names)
     row_of = {file: row for row, file in enumerate(names)}
     samples = []
     for item in placed:
@@ -244,3 +177,67 @@ def _build(
             earlier = item.row.pairs[:turn] if multi_turn and item.row.dialogue else ()
             samples.append(Sample(f"{item.id}/{turn}", image, prompt(question, earlier), answer))
     return Split(name, tuple(samples), source)
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructFields:
+    """The fields of `config.data` that instruction data alone reads."""
+
+    sources: tuple = ()  # instruct: files, each alone or as (file, share of its rows)
+    images: str = ""  # folder of the images
+    multi_turn: bool = False  # instruct: a turn's instruction holds the turns before it
+    mme: str = ""  # instruct: the MME folder that is the test; "" = none
+
+
+def _load(data: Data, own: InstructFields, name: str, cache: pathlib.Path) -> tuple[Split | None, Sequence[BadItem]]:
+    common = {"on_bad": data.on_bad, "threads": data.threads, "cache": cache}
+    if name != "train":  # tested on MME, which lies in its own folder
+        if not own.mme:
+            return None, ()
+        questions = mme.load_mme(own.mme, **common)
+        return questions.split, questions.report.bad
+    if not own.sources:
+        raise ConfigError("config.data.sources is empty: give files of Alpaca's or LLaVA's form, as a tuple")
+    loaded = load_instruct(own.sources, own.images or None, multi_turn=own.multi_turn, **common)
+    return loaded.split, loaded.report.bad
+
+
+def _first(own: InstructFields) -> str:
+    source = (*own.sources, "")[0]
+    return source[0] if isinstance(source, tuple) else source
+
+
+def _source_files(own: InstructFields) -> dict[str, pathlib.Path]:
+    paths = (source if isinstance(source, str) else source[0] for source in own.sources)
+    return {f"sources[{place}]": pathlib.Path(path) for place, path in enumerate(paths)}
+
+
+def _prepared_settings(own: InstructFields) -> dict[str, Any]:
+    # Sources may be left out where only the prepared folder is at hand.
+    return {"multi_turn": own.multi_turn, **({"sources": shares(own.sources)} if own.sources else {})}
+
+
+def _record(split: Split, samples: Sequence[Sample]) -> dict[str, Any]:
+    return {"turns": [{"id": s.id, "instruction": s.instruction, "response": s.response} for s in samples]}
+
+
+INSTRUCT = DataSet(
+    "instruct",
+    InstructFields,
+    _load,
+    published=Published(210000, 81000, "Alpaca's 52k and LLaVA's 158k rows; a conversation's turns would count each"),
+    at_hand=lambda own: exists(_first(own)),
+    scored=("test",),
+    unscored="config.data.mme is empty, give the MME folder to be answered",
+    free_on_resume=("mme",),
+    prompt=lambda own, question, earlier: prompt(question, earlier if own.multi_turn else ()),
+    shards=Shards(
+        folder="instructions",
+        features={"turns": [{"id": str, "instruction": str, "response": str}]},
+        record=_record,
+        splits=("train",),
+        from_files=("val", "test"),
+        settings=_prepared_settings,
+        sources=_source_files,
+    ),
+)

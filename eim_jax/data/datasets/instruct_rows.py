@@ -6,6 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from eim_jax.data.bad_items import half_character
+
 MARKER = "<image>"  # where LLaVA's questions place the image; our models place it themselves
 
 
@@ -80,10 +82,9 @@ def _text(record: Mapping[str, Any], key: str, label: str) -> str:
 
 
 def _encodable(text: str, label: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can escape half of a character, which no tokenizer takes
-        raise BadRowError(f"{label} holds half a character, {text[error.start]!a}, at {error.start}") from error
+    problem = half_character(text)
+    if problem:
+        raise BadRowError(f"{label} {problem}")
     return text
 
 

@@ -7,9 +7,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from eim_jax.data.datasets.instruct import prompt
+from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad
+from eim_jax.data.datasets.instruct_prompt import prompt
+from eim_jax.data.image_checks import check_images
 from eim_jax.data.samples import FileImages, ImageSource, Sample, Split
-from eim_jax.data.validation import BadDataError, BadItem, check_images
 from eim_jax.utils.console import console
 
 # Subtask: images in the release; each has two questions, 2,374 in all.
@@ -110,15 +111,14 @@ def load_mme(
 
     A subtask's folder has its images and {image's stem}.txt side by side, or in images/ and questions_answers_YN/. A
     txt has two lines "question<tab>Yes" or "...<tab>No", one of each; blank lines do not count. Every image is decoded
-    once (see checks.py; `cache` remembers the verdict). Some subtasks are enough: the report notes the others, and
+    once (image_checks.py; `cache` remembers the verdict). Some subtasks are enough: the report notes the others, and
     where a subtask has another number of images than the release, or images without questions.
 
     Errors: ValueError for a folder that is no subtask (but eval_tool), and BadDataError listing every txt that is
     malformed, with its line, and every missing or unreadable image; on_bad="drop" leaves those images out instead, with
     both questions, which makes the scores those of another benchmark.
     """
-    if on_bad not in ("error", "drop"):
-        raise ValueError(f"on_bad is {on_bad!r}: give 'error' or 'drop'")
+    check_on_bad(on_bad)
     root = pathlib.Path(root)
     questions: list[Question] = []
     files: dict[str, str] = {}

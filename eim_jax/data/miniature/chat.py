@@ -4,13 +4,13 @@ import itertools
 from collections import Counter
 from typing import NamedTuple
 
-from eim_jax.data.datasets.instruct import prompt
+from eim_jax.data.datasets.instruct_prompt import prompt
 from eim_jax.data.datasets.mme import Question, YesNoSplit, yes_no_split
 from eim_jax.data.miniature import captioning
 from eim_jax.data.miniature.captioning import HELD_OUT, dice
 from eim_jax.data.miniature.drawing import SHAPES, Dice, Scene
 from eim_jax.data.miniature.language import COLOUR_WORDS, NOUNS, NUMBERS, RELATIONS, caption, parse, plural
-from eim_jax.data.miniature.qa import PER_SCENE, drawn_images
+from eim_jax.data.miniature.qa import PER_SCENE
 from eim_jax.data.miniature.questions import (
     FAMILIES,
     INVERSE,
@@ -25,7 +25,7 @@ from eim_jax.data.miniature.questions import (
     near,
     neighbours,
 )
-from eim_jax.data.samples import Sample, Split
+from eim_jax.data.samples import Sample, SelectedImages, Split
 
 SAMPLES = {"train": 2400, "val": 200, "test": 400}
 TASKS = ("existence", "count", "position", "color")  # MME's names of its coarse tasks
@@ -178,7 +178,7 @@ def load_chat(split: str = "train", seed: int = 0, samples: int | None = None) -
         image = rows.setdefault(row, len(rows)) if said.description else None
         words = caption(drawn.scenes[names[row]], rng) if said.description else ""
         found.append(Sample(f"chat-{split}-{seed}-{i}", image, prompt(said.instruction), said.response, words))
-    return Split(split, tuple(found), drawn_images(drawn, list(rows)))
+    return Split(split, tuple(found), SelectedImages(drawn.images, list(rows)))
 
 
 def load_yes_no(seed: int = 0, images: int = 50) -> YesNoSplit:
@@ -203,4 +203,4 @@ def load_yes_no(seed: int = 0, images: int = 50) -> YesNoSplit:
                 questions += [Question(task, name, said.instruction, said.response) for said in pair]
         if used < images:
             raise AssertionError(f"only {used} of {len(drawn.scenes)} scenes allow the task {task}")
-    return yes_no_split("test", questions, drawn_images(drawn, rows, ids))
+    return yes_no_split("test", questions, SelectedImages(drawn.images, rows, ids))

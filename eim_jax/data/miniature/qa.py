@@ -4,15 +4,13 @@ Every second question or so shows a scene of the captioning task's split of the 
 the hint, or ask for knowledge. Explanations are true sentences on the scene, so a model that looks can give them.
 """
 
-from collections.abc import Sequence
-
 from eim_jax.data.datasets.scienceqa import Problem, QASplit, qa_split
 from eim_jax.data.miniature import captioning
-from eim_jax.data.miniature.captioning import HELD_OUT, MiniatureSplit, dice
+from eim_jax.data.miniature.captioning import HELD_OUT, dice
 from eim_jax.data.miniature.drawing import Dice, Scene
 from eim_jax.data.miniature.language import caption, groups, noun_phrase
 from eim_jax.data.miniature.questions import FAMILIES, KNOWN, SEEN, ask
-from eim_jax.data.samples import DrawnImages
+from eim_jax.data.samples import SelectedImages
 
 PROBLEMS = {"train": 2400, "val": 200, "test": 600}
 PER_SCENE = 2  # consecutive questions over one scene
@@ -44,15 +42,8 @@ def load(
         avoid = HELD_OUT if split == "train" else frozenset()
         found.append(problem(f"qa-{split}-{seed}-{i}", name, drawn.scenes[name], dice(split, seed, i, _PART), avoid))
     shown = {asked.image for asked in found}
-    images = drawn_images(drawn, [row for row, name in enumerate(names) if name in shown])
+    images = SelectedImages(drawn.images, [row for row, name in enumerate(names) if name in shown])
     return qa_split(split, found, images, form, use_caption=use_caption)
-
-
-def drawn_images(drawn: MiniatureSplit, rows: Sequence[int], ids: Sequence[str] | None = None) -> DrawnImages:
-    """Returns the pictures of the given scenes alone, under other ids if there are any."""
-    source = drawn.images
-    ids = [source.ids[row] for row in rows] if ids is None else ids
-    return DrawnImages(ids, lambda i: source[rows[i]], [source.identity(row) for row in rows])
 
 
 def problem(

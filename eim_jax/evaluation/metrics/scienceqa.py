@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from eim_jax.data.datasets.scienceqa import read_object, read_problems
+from eim_jax.data.datasets.scienceqa_files import read_object, read_problems
 from eim_jax.data.datasets.scienceqa_prompt import LETTERS, Problem
 
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")

@@ -47,7 +47,7 @@ def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Pa
         asked = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
         record = {"prompt": {"sha256": asked}, "decoding": asdict(decode)}
         if isinstance(split, QASplit):
-            record["prompt"]["form"] = inputs.config.data.form
+            record["prompt"]["form"] = split.form
             scores[method], results = _options(inputs, split, outputs, likeliest)
             parts[method] = {"ids": ids, **item_statistics.options(results, split.problems), **sums}
             record |= {"results": {id_: -1 if found is None else found for id_, found in results.items()}}

@@ -1,7 +1,6 @@
-"""What can be wrong with a data set, found before the first step: every image file is opened and decoded once."""
+"""Whether image files can be used, found before the first step: every file is opened and decoded once."""
 
 import concurrent.futures
-import dataclasses
 import hashlib
 import json
 import os
@@ -13,60 +12,11 @@ from PIL import Image
 
 from eim_jax.data.samples import FileImages
 from eim_jax.utils.console import console, progress
+from eim_jax.utils.files import write_text
 from eim_jax.utils.images import check_size, to_rgb
 
-_SHOWN = 20  # bad items that an error lists; the rest is counted
 _CHUNK = 64  # files a thread checks before it reports
 _CACHE_VERSION = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class BadItem:
-    """One unusable item: `kind` is "image" or "caption", `id` its id in the data set, `file` where it stands."""
-
-    kind: str
-    id: str
-    file: str
-    problem: str
-
-    def __str__(self) -> str:
-        """Returns one readable line."""
-        return f"{self.kind} {self.id} ({self.file}): {self.problem}"
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadReport:
-    """What loading found: the bad items, and how many images and captions were left out because of them."""
-
-    bad: tuple[BadItem, ...]
-    dropped_images: int
-    dropped_captions: int
-
-    def __str__(self) -> str:
-        """Returns a summary of one line, or several when something was left out."""
-        if not self.bad:
-            return "no bad items"
-        head = f"left out {self.dropped_captions} captions and {self.dropped_images} images"
-        return f"{head}, because of {_listing(self.bad)}"
-
-
-class BadDataError(ValueError):
-    """Some items of a data set are unusable; `bad` holds all of them, the message the first 20."""
-
-    def __init__(self, where: str, bad: Sequence[BadItem]):
-        self.bad = tuple(bad)
-        hint = "Repair or remove these, or pass on_bad='drop' to leave them out of the data and of the queues."
-        missing = sum(item.kind == "image" and "no such file" in item.problem for item in bad)
-        if missing > 1 and missing == len(bad):
-            hint = "Is the image folder the right one? " + hint
-        super().__init__(f"{where}: {_listing(bad)}\n{hint}")
-
-
-def _listing(bad: Sequence[BadItem]) -> str:
-    lines = [f"  {item}" for item in bad[:_SHOWN]]
-    if len(bad) > _SHOWN:
-        lines.append(f"  ... and {len(bad) - _SHOWN} more")
-    return "\n".join([f"{len(bad)} bad item{'s' if len(bad) > 1 else ''}:", *lines])
 
 
 def file_problem(path: str | os.PathLike[str]) -> str | None:
@@ -164,7 +114,4 @@ class _Verdicts:
     def save(self) -> None:
         if self._file is None:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._file.with_suffix(f".{os.getpid()}.partial")
-        fresh.write_text(json.dumps({"header": self._header, "good": self._good}))
-        os.replace(fresh, self._file)
+        write_text(self._file, json.dumps({"header": self._header, "good": self._good}))

@@ -1,0 +1,61 @@
+"""The files that an instruction data set is mixed from: their shares, the rows that a share takes, their ids."""
+
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def shares(sources: Sequence[Any] | str | os.PathLike[str]) -> list[list[Any]]:
+    """Returns [file name, share] of each source: what a mix of files is, wherever they lie."""
+    return [[path.name, share] for path, share, _ in sources_of(sources)]
+
+
+def sources_of(sources: Sequence[Any] | str | os.PathLike[str]) -> list[tuple[pathlib.Path, float, str]]:
+    """Returns (file, share, stem made unique) of each source."""
+    listed: list[tuple[pathlib.Path, float, str]] = []
+    seen: Counter[str] = Counter()
+    for source in [sources] if isinstance(sources, str | os.PathLike) else sources:
+        path, share = (source, 1.0) if isinstance(source, str | os.PathLike) else _path_and_share(source)
+        if not 0 < share <= 1:
+            raise ValueError(f"source {path}: its share is {share}, but must be above 0 and at most 1")
+        stem = pathlib.Path(path).stem
+        seen[stem] += 1
+        listed.append((pathlib.Path(path), share, stem if seen[stem] == 1 else f"{stem}#{seen[stem]}"))
+    if not listed:
+        raise ValueError("no sources: give at least one instruction file")
+    return listed
+
+
+def _path_and_share(source: Any) -> tuple[Any, float]:
+    if isinstance(source, Sequence) and len(source) == 2:
+        path, share = source
+        if isinstance(path, str | os.PathLike) and isinstance(share, int | float) and not isinstance(share, bool):
+            return path, float(share)
+    raise ValueError(f"source {source!r}: give a file, or (file, share)")
+
+
+def taken_rows(count: int, share: float, seed: int, number: int) -> list[int]:
+    """Returns the places of the rows that a share takes, in the file's order; at least one of a file with rows."""
+    if share == 1:
+        return list(range(count))
+    size = max(1, round(share * count))
+    return sorted(np.random.default_rng([seed, number]).permutation(count)[:size].tolist())
+
+
+def row_ids(stem: str, records: Sequence[Any]) -> list[str]:
+    """Returns "{stem}/{the row's own id, or its place}" of each row; a repeated id gets its place behind it."""
+    seen: set[str] = set()
+    ids = []
+    for place, record in enumerate(records):
+        own = record.get("id") if isinstance(record, dict) else None
+        known = isinstance(own, str | int) and not isinstance(own, bool) and own != ""
+        identifier = str(own) if known else str(place)
+        if identifier in seen:  # LLaVA's files ask several rows about one image, with one id
+            identifier = f"{identifier}#{place}"
+        seen.add(identifier)
+        ids.append(f"{stem}/{identifier}")
+    return ids
