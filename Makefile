@@ -63,11 +63,11 @@ clean:
 
 .venv/run$(EXTRAS): .venv/uv pyproject.toml constraints.txt
 	@echo "installing eim_jax into .venv (about 1.4 GB, once)"
-	$(INSTALL) '.$(if $(EXTRAS),[$(EXTRAS)])'
+	$(INSTALL) '.[train$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	@touch $@
 
 .venv/test$(EXTRAS): .venv/run$(EXTRAS)
-	$(INSTALL) '.[test$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	$(INSTALL) '.[train,test$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	@touch $@
 
 .venv/docs: .venv/run$(EXTRAS)

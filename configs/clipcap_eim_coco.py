@@ -18,8 +18,8 @@ The paper's other rows by override (stages are those of clipcap_small_coco.py):
 
 import ml_collections
 
-from configs import clipcap_small_coco
 from eim_jax.config import Arm
+from eim_jax.configs import clipcap_small_coco
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -5,7 +5,7 @@ ClipCap's MLP is counted by the paper at 31.47M: 956.78M in all. One-epoch time 
 
 import ml_collections
 
-from configs import clipcap_small_coco
+from eim_jax.configs import clipcap_small_coco
 
 
 def get_config() -> ml_collections.ConfigDict:

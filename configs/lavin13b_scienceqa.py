@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from configs import lavin7b_scienceqa
+from eim_jax.configs import lavin7b_scienceqa
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -9,7 +9,7 @@ with an empty output, which are left out and counted (on_bad). 10 epochs a stage
 
 import ml_collections
 
-from configs import lavin7b_eim_scienceqa
+from eim_jax.configs import lavin7b_eim_scienceqa
 
 
 def get_config() -> ml_collections.ConfigDict:

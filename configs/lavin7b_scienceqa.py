@@ -9,8 +9,8 @@ square and normalised by ImageNet's statistics. The paper reports 89.37 (reruns 
 
 import ml_collections
 
-from configs.llama_adapter_scienceqa import LENGTH, RECIPE, stages
 from eim_jax.config import Arm, Checkpoint, Config, Data, Decode, LossWeights, Stage, Towers
+from eim_jax.configs.llama_adapter_scienceqa import LENGTH, RECIPE, stages
 from eim_jax.training.kinds import to_config_dict
 
 VISUAL = 6  # tokens that the ST gives: 24 blocks / 4

@@ -14,7 +14,7 @@ import dataclasses
 
 import ml_collections
 
-from configs import llama_adapter_scienceqa
+from eim_jax.configs import llama_adapter_scienceqa
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -2,8 +2,8 @@
 
 import ml_collections
 
-from configs.clipcap_small_coco import BASELINE
 from eim_jax.config import Arm, Config, Data, Decode, LossWeights, Stage, Towers
+from eim_jax.configs.clipcap_small_coco import BASELINE
 from eim_jax.training.kinds import to_config_dict
 
 

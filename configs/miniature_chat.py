@@ -2,7 +2,7 @@
 
 import ml_collections
 
-from configs import miniature_lavin
+from eim_jax.configs import miniature_lavin
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -4,8 +4,8 @@ import dataclasses
 
 import ml_collections
 
-from configs import lavin7b_scienceqa, llama_adapter_scienceqa
 from eim_jax.config import Config, Data, Decode, LossWeights, Stage, Towers
+from eim_jax.configs import lavin7b_scienceqa, llama_adapter_scienceqa
 from eim_jax.training.kinds import to_config_dict
 
 # As the full-size recipe, with a rate for few steps. Baseline and EIM take 600 steps of loss_base each, EIM in two

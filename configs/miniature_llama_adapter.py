@@ -4,7 +4,7 @@ import dataclasses
 
 import ml_collections
 
-from configs import llama_adapter_scienceqa, miniature_lavin
+from eim_jax.configs import llama_adapter_scienceqa, miniature_lavin
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -9,7 +9,7 @@ eval_annotations the scores are on the training photos themselves. Cost: N capti
 
 import ml_collections
 
-from configs import clipcap_eim_coco
+from eim_jax.configs import clipcap_eim_coco
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -1,5 +1,6 @@
 """The one door: `python -m eim_jax.main --config=configs/miniature.py --workdir=runs/miniature`."""
 
+import difflib
 import os
 import platform
 import shlex
@@ -15,32 +16,29 @@ import psutil
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from eim_jax import __version__
 from eim_jax import config as settings
+from eim_jax.commands.help import MODES, fields, general, presets
 from eim_jax.parallel import processes
 from eim_jax.utils.console import console, duration
 
-MODES = ("train", "eval", "caption", "chat", "inspect", "export", "prepare", "plan")
-
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes; plan and prepare need none.")
-_MODE = flags.DEFINE_enum("mode", "train", MODES, f"train (and score and report) | {' | '.join(MODES[1:])}.")
-_IMAGES = flags.DEFINE_list("images", [], "--mode=caption: image files or folders, separated by commas.")
-_IMAGE = flags.DEFINE_string("image", "", "--mode=chat: the image to talk about; none by default.")
-_ARM = flags.DEFINE_string(
-    "arm", "", "--mode=caption, chat, inspect, export: which arm, by default the last one; plan: all."
-)
+_MODE = flags.DEFINE_enum("mode", "train", tuple(MODES), "What to do.")
+_IMAGES = flags.DEFINE_list("images", [], "Image files or folders, separated by commas.")
+_IMAGE = flags.DEFINE_string("image", "", "The image to talk about; none by default.")
+_ARM = flags.DEFINE_string("arm", "", "Which arm: by default the last one, for plan all.")
 _OUT = flags.DEFINE_string(
     "out",
     "",
-    "--mode=caption: JSON file to write, <workdir>/captions.json by default; plan: JSON file; prepare, export: folder.",
+    "Where to write: for caption a JSON file (<workdir>/captions.json), for plan a JSON file, for prepare and export a "
+    "folder.",
 )
 _SAMPLES = flags.DEFINE_integer(
-    "samples", None, "--mode=inspect: training samples to show (4); plan: training samples N.", lower_bound=1
+    "samples", None, "For inspect the training samples to show (4), for plan the number of them, N.", lower_bound=1
 )
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "--mode=plan: v5e:4x4, v5p:2x2x2, gpu:h100x8, cpu:8; else what is here."
-)
-_STAGES = flags.DEFINE_list("stages", [], "--mode=plan: these stages alone, separated by commas; all by default.")
-_TABLE = flags.DEFINE_boolean("table", False, "--mode=plan: where every parameter lies, instead of the stages' costs.")
+_TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:4x4, v5p:2x2x2, gpu:h100x8, cpu:8; else what is here.")
+_STAGES = flags.DEFINE_list("stages", [], "These stages alone, separated by commas; all by default.")
+_TABLE = flags.DEFINE_boolean("table", False, "Where every parameter lies, instead of the stages' costs.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "Several processes without SLURM, Open MPI, Kubernetes or a TPU pod: HOST:PORT of process 0."
 )
@@ -165,7 +163,7 @@ def _config(workdir: Path, mode: str) -> settings.Config:
     """The config asked for; for a finished workdir without --config, the one it was trained with."""
     if flags.FLAGS.config is None:
         if mode == "train":
-            raise app.UsageError("--config is missing: --config=configs/miniature.py trains the embedded example")
+            raise app.UsageError("--config is missing: --config=miniature trains the embedded example")
         raise app.UsageError(f"{workdir} holds no run: --mode={mode} needs the workdir of a trained one, or --config")
     from eim_jax.training import kinds
 
@@ -206,7 +204,7 @@ def _define_config(argv: list[str]) -> None:
 
         config_flags.DEFINE_config_dict("config", kinds.to_config_dict(saved))
     else:
-        config_flags.DEFINE_config_file("config", None, "A file of configs/; any field: --config.data.max_tokens=30.")
+        config_flags.DEFINE_config_file("config", None, "A preset or a file; any field: --config.data.max_tokens=30.")
 
 
 def _given(argv: list[str], flag: str) -> str | None:
@@ -218,8 +216,42 @@ def _given(argv: list[str], flag: str) -> str | None:
     return None
 
 
+def _help(argv: list[str]) -> str | None:
+    """What the command line is asked to say of itself, None for a run."""
+    if "--version" in argv:
+        return (
+            f"eim_jax {__version__} (" + ", ".join(f"{k} {v}" for k, v in versions().items() if k != "eim_jax") + ")\n"
+        )
+    if "--help=config" in argv:
+        return fields()
+    if {"--help", "-h", "-help"} & set(argv):
+        own = flags.FLAGS.flags_by_module_dict()[__name__]
+        return general({flag.name: flag for flag in own})
+    return None
+
+
+def _presets_as_files(argv: list[str]) -> list[str]:
+    """The arguments with --config=NAME, or --config NAME, of a preset as the file that it is (NAME:ARG as FILE:ARG)."""
+    given, known = _given(argv, "config"), presets()
+    if given is None:
+        return argv
+    name, colon, argument = given.partition(":")
+    if Path(name).suffix or os.sep in name:
+        return argv
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"presets are {', '.join(known)}"
+        sys.exit(f"error: --config={name} is no preset and no Python file; {hint}")
+    file = f"{known[name]}{colon}{argument}"
+    return [file if word == given else f"--config={file}" if word == f"--config={given}" else word for word in argv]
+
+
 def _parse(argv: list[str]) -> list[str]:
     """Flags; a misspelt config field is one line that names the nearest valid one."""
+    if said := _help(argv):
+        sys.stdout.write(said)
+        sys.exit(0)
+    argv = _presets_as_files(argv)
     _define_config(argv)
     try:
         return app.parse_flags_with_usage(argv)

@@ -4,12 +4,7 @@ A page holds a line `<!-- generated: NAME -->`; it becomes NAME's table when the
 """
 
 import ast
-import dataclasses
-import inspect
-import io
 import re
-import tokenize
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -67,61 +62,20 @@ def presets() -> str:
 
 def config() -> str:
     """Every field of `Config`, a table for each of its dataclasses, with the comment that stands at the field."""
-    from eim_jax.config import Config
+    from eim_jax.config import Config, listing
 
     parts = []
-    for path, kind in _dataclasses(Config, ""):
-        parts += [f"## `{path or 'the run'}`", _cell(inspect.getdoc(kind) or ""), _table(*_fields(kind, path))]
+    for group in listing.groups(Config):
+        rows = [(f"`{f.path}`", f.type, f"`{f.default!r}`".replace("|", "\\|"), _cell(f.said)) for f in group.fields]
+        parts += [
+            f"## `{group.path or 'the run'}`",
+            _cell(group.said),
+            _table(("field", "type", "default", "what"), rows),
+        ]
     return "\n\n".join(parts)
 
 
 GENERATED = {"flags": flags, "presets": presets, "config": config}
-
-
-def _dataclasses(kind: type, path: str) -> list[tuple[str, type]]:
-    """(path, dataclass) of `kind` and of every dataclass that its fields hold, alone or by name in a dict."""
-    found = [(path, kind)]
-    for name, hint in typing.get_type_hints(kind).items():
-        inside, where = hint, f"{path}.{name}" if path else name
-        if typing.get_origin(hint) is dict:
-            inside, where = typing.get_args(hint)[1], f"{where}.*"
-        if dataclasses.is_dataclass(inside):
-            found += _dataclasses(inside, where)
-    return found
-
-
-def _fields(kind: type, path: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """The table of one dataclass's plain fields."""
-    said, rows = comments(kind), []
-    for field in dataclasses.fields(kind):
-        hint = typing.get_type_hints(kind)[field.name]
-        if dataclasses.is_dataclass(hint) or typing.get_origin(hint) is dict:
-            continue
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        name = f"{path}.{field.name}" if path else field.name
-        shown = getattr(hint, "__name__", str(hint))
-        rows.append((f"`{name}`", shown, f"`{default!r}`".replace("|", "\\|"), _cell(said.get(field.name, ""))))
-    return ("field", "type", "default", "what"), rows
-
-
-def comments(kind: type) -> dict[str, str]:
-    """What is said of each field of a dataclass: the comment behind it, or the lines of comment above it."""
-    source = inspect.cleandoc("\n" + inspect.getsource(kind))
-    by_line = {
-        token.start[0]: token.string.lstrip("# ").rstrip()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    found = {}
-    for node in ast.parse(source).body[0].body:
-        if isinstance(node, ast.AnnAssign):
-            above, line = [], node.lineno - 1
-            while line in by_line and source.splitlines()[line - 1].lstrip().startswith("#"):
-                above.insert(0, by_line[line])
-                line -= 1
-            behind = [by_line[n] for n in range(node.lineno, node.end_lineno + 1) if n in by_line]
-            found[node.target.id] = " ".join([*above, *behind])
-    return found
 
 
 def _cell(text: str) -> str:

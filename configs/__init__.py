@@ -1,0 +1,1 @@
+"""One file a run: what `--config=NAME` takes. In an installed package they are eim_jax.configs."""

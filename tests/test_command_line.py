@@ -1,0 +1,104 @@
+"""What the command line says of itself, and what --config takes."""
+
+import ast
+import dataclasses
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from eim_jax import __version__, main
+from eim_jax.commands import help as texts
+from eim_jax.config import Config, flatten, listing
+
+ROOT = Path(__file__).resolve().parent.parent
+OWN = {flag.name: flag for flag in flags.FLAGS.flags_by_module_dict()[main.__name__]}
+
+
+def said(*arguments: str) -> str:
+    """What `eim_jax ARGUMENTS` prints before it would run anything."""
+    text = main._help(["eim_jax", *arguments])
+    assert text is not None
+    return text
+
+
+def test_help_lists_every_mode_flag_and_preset():
+    text = said("--help")
+    assert [f"--{name}" for name in OWN if f"  --{name} " not in text] == []
+    assert [name for name in texts.presets() if f"\n  {name} " not in text] == []
+    modes = text.split("modes:")[1].split("flags of a mode:")[0]
+    assert [name for name in main.MODES if f"\n  {name} " not in modes] == []
+    named = {name for mode in main.MODES.values() for name in mode.flags}
+    assert named <= OWN.keys()
+    assert max(map(len, text.splitlines())) < 120
+
+
+def test_help_of_config_lists_every_field_with_its_default():
+    text = said("--help=config")
+    for path, default in flatten(Config()).items():
+        assert f"  {path} (" in text and repr(default) in text, path
+    for field in (f for group in listing.groups(Config) for f in group.fields):
+        assert field.said in " ".join(text.split()), field.path
+
+
+def test_a_field_is_said_by_the_comment_above_or_behind_it():
+    @dataclasses.dataclass
+    class Some:
+        """Words."""
+
+        # Above,
+        # on two lines.
+        first: int = 1
+        second: tuple = (2,)  # behind
+
+    found = {field.path: field for group in listing.groups(Some, "x") for field in group.fields}
+    assert found["x.first"] == ("x.first", "int", 1, "Above, on two lines.")
+    assert found["x.second"] == ("x.second", "tuple", (2,), "behind")
+
+
+def test_version_names_what_decides_the_numbers():
+    assert said("--version").startswith(f"eim_jax {__version__} (python ")
+    assert "jax " in said("--version")
+
+
+@pytest.mark.parametrize("form", [["--config=photos"], ["--config", "photos"]])
+def test_a_preset_is_a_name(form):
+    [*_, word] = main._presets_as_files(["eim_jax", *form])
+    file = Path(word.removeprefix("--config="))
+    assert file.samefile(ROOT / "configs" / "photos.py")
+
+
+def test_files_stay_files_and_an_unknown_preset_names_the_nearest():
+    for word in ("--config=configs/photos.py", "--config=mine.py:argument", "--workdir=photos"):
+        assert main._presets_as_files(["eim_jax", word]) == ["eim_jax", word]
+    with pytest.raises(SystemExit, match="did you mean photos"):
+        main._presets_as_files(["eim_jax", "--config=photo"])
+
+
+def test_the_console_command_reads_the_same_flags():
+    done = subprocess.run(
+        [sys.executable, "-m", "eim_jax", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == said("--help")
+
+
+def test_configs_inherit_over_at_most_two_levels():
+    def parents(name: str) -> set[str]:
+        """The configs whose get_config this one calls."""
+        tree = ast.parse((ROOT / "configs" / f"{name}.py").read_text())
+        calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
+        return {f.value.id for f in calls if isinstance(f, ast.Attribute) and f.attr == "get_config"}
+
+    def depth(name: str) -> int:
+        return max((1 + depth(parent) for parent in parents(name)), default=0)
+
+    depths = {name: depth(name) for name in texts.presets()}
+    assert max(depths.values()) == 2, depths
+
+
+def test_the_package_s_configs_are_those_of_the_checkout():
+    module = importlib.import_module("eim_jax.configs.photos")
+    assert Path(module.__file__).samefile(ROOT / "configs" / "photos.py")
