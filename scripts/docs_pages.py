@@ -61,18 +61,24 @@ def presets() -> str:
 
 
 def config() -> str:
-    """Every field of `Config`, a table for each of its dataclasses, with the comment that stands at the field."""
-    from eim_jax.config import Config, listing
+    """Every field of a run, a table for each dataclass, with the comment that stands at the field."""
+    from eim_jax.training import kinds
 
     parts = []
-    for group in listing.groups(Config):
+    for group in kinds.field_groups():
         rows = [(f"`{f.path}`", f.type, f"`{f.default!r}`".replace("|", "\\|"), _cell(f.said)) for f in group.fields]
         parts += [
-            f"## `{group.path or 'the run'}`",
+            f"## {_heading(group)}",
             _cell(group.said),
             _table(("field", "type", "default", "what"), rows),
         ]
     return "\n\n".join(parts)
+
+
+def _heading(group: Any) -> str:
+    """`stages.*`, or for a data set's own fields the kind that reads them."""
+    kind, found, _ = group.said.partition(": ")
+    return f"`{kind}`" if found and kind.startswith("data.kind=") else f"`{group.path or 'the run'}`"
 
 
 GENERATED = {"flags": flags, "presets": presets, "config": config}

@@ -13,6 +13,7 @@ from absl import flags
 from eim_jax import __version__, main
 from eim_jax.commands import help as texts
 from eim_jax.config import Config, flatten, listing
+from eim_jax.training import kinds
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN = {flag.name: flag for flag in flags.FLAGS.flags_by_module_dict()[main.__name__]}
@@ -40,7 +41,9 @@ def test_help_of_config_lists_every_field_with_its_default():
     text = said("--help=config")
     for path, default in flatten(Config()).items():
         assert f"  {path} (" in text and repr(default) in text, path
-    for field in (f for group in listing.groups(Config) for f in group.fields):
+    groups = kinds.field_groups()
+    assert "data.annotations" in {field.path for group in groups for field in group.fields}
+    for field in (f for group in groups for f in group.fields):
         assert field.said in " ".join(text.split()), field.path
 
 

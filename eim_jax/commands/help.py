@@ -2,13 +2,11 @@
 
 import ast
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from eim_jax import configs
-from eim_jax.config import Config
-from eim_jax.config.listing import Group, groups
 
 
 class Mode(NamedTuple):
@@ -69,14 +67,12 @@ def general(flags: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, _section("presets (--config=NAME)", shipped)]) + "\n"
 
 
-def fields(more: Iterable[Group] = ()) -> str:
-    """Returns the text of `--help=config`: every field with its type, its default and what it means.
+def fields() -> str:
+    """Returns the text of `--help=config`: every field with its type, its default and what it means."""
+    from eim_jax.training import kinds  # here: the tables bring the readers of every data set with them
 
-    Args:
-      more: groups beside those of `Config`, such as a data set's own fields.
-    """
     parts = ["Every field of a run, set by --config.FIELD=VALUE; * is the name of an arm or a stage."]
-    for group in [*groups(Config), *more]:
+    for group in kinds.field_groups():
         if group.fields:
             rows = [(f"{f.path} ({f.type}, {f.default!r})", f.said) for f in group.fields]
             parts.append(_section(" ".join(group.said.split("\n\n")[0].split()).rstrip("."), rows, below=True))

@@ -59,7 +59,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Losses:
-    """Settings of the queue losses (EIM sections 1 and 6; each default is argued in the README)."""
+    """Settings of the queue losses (EIM sections 1 and 6; each default is argued in docs/choices.md)."""
 
     tau: float = 0.07
     similarity: str = "cosine"  # cosine | dot

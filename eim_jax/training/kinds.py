@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from eim_jax.config import Config, conversion, resume
+from eim_jax.config import Config, conversion, listing, resume
 from eim_jax.data import datasets
 
 if TYPE_CHECKING:
@@ -43,3 +43,14 @@ def differences(old: Config, new: Config) -> list[str]:
       A line for each such field, with both values.
     """
     return resume.differences(datasets.complete(old), datasets.complete(new), datasets.free_on_resume())
+
+
+def field_groups() -> list[listing.Group]:
+    """Lists every field of a run: those of `Config`, then for each data set those that it alone reads."""
+    found = []
+    for group in listing.groups(Config):  # `own` is where the data sets' fields are kept, itself no field of a run
+        found.append(group._replace(fields=tuple(field for field in group.fields if field.path != "data.own")))
+    for name, kind in datasets.DATASETS.items():
+        for group in listing.groups(kind.config, "data"):
+            found.append(group._replace(said=f"data.kind={name!r}: {group.said}"))
+    return found
