@@ -157,7 +157,7 @@ def test_python_fences_run(page, tmp_path, monkeypatch):
                 module = importlib.import_module(node.module)
                 for alias in node.names:
                     assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
-        if not fence.skip:
+        if not fence.skip and page.parent.name != "extend":  # theirs stand in tests/extend, in a run that proves them
             exec(compile(tree, str(page), "exec"), namespace)
 
 
