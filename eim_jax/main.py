@@ -72,10 +72,10 @@ def main(argv: list[str]) -> None:
     processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value)
     if _MODE.value in ("chat", "inspect", "export") and jax.distributed.is_initialized() and jax.process_count() > 1:
         raise settings.ConfigError(f"--mode={_MODE.value} is for one process: run it on one host alone")
-    # Compiled programs are kept: a resumed run starts in seconds.
-    cache = Path(config.data.cache) if config.data.cache else workdir / "cache"
-    jax.config.update("jax_compilation_cache_dir", str((cache / "xla").absolute()))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR says otherwise
+        # Compiled programs are kept: a resumed run starts in seconds.
+        cache = Path(config.data.cache) if config.data.cache else workdir / "cache"
+        jax.config.update("jax_compilation_cache_dir", str((cache / "xla").absolute()))
     # Imported only now: the settings above come before anything that touches a device.
     from eim_jax.commands import caption, chat, evaluate, exporting, inspection, train
 

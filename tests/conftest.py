@@ -1,6 +1,9 @@
 """Eight fake devices, strict ranks and run-time shape checks for every test."""
 
+import os
 import pathlib
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -12,9 +15,24 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Eight devices on two cores: programs in flight together can starve each other's collectives until XLA aborts.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
+# Compiled programs are shared by the workers and by the processes that tests start, for this session: made once.
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+LEAST = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+_own_cache = None
+if CACHE not in os.environ:  # set in the first process, inherited by the others
+    _own_cache = os.environ[CACHE] = tempfile.mkdtemp(prefix="eim_jax_programs_")
+os.environ.setdefault(LEAST, "0.1")
+jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", float(os.environ[LEAST]))
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 _hook = install_import_hook("eim_jax", "beartype.beartype")
+
+
+def pytest_unconfigure(config):
+    if _own_cache:
+        shutil.rmtree(_own_cache, ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

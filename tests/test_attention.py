@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close, assert_trees_close
 
 from eim_jax.config import ConfigError
 from eim_jax.models.adapters.inserted import Router, ZeroInit
@@ -55,7 +56,7 @@ def test_hidden_states_and_gradients_under_holes_in_the_mask_are_those_of_our_so
         return hidden, gradients
 
     ours, theirs = both(kind, config, jax.jit(call, static_argnums=0))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), ours, theirs)
+    assert_trees_close(ours, theirs, 2e-5, rtol=1e-4)
     assert jnp.abs(ours[0]).max() > 0.1
 
 
@@ -71,7 +72,7 @@ def test_prefill_and_one_decoded_token_agree(kind, config):
         return hidden, one
 
     ours, theirs = both(kind, config, call)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, theirs)
+    assert_trees_close(ours, theirs, 1e-5, rtol=1e-4)
 
 
 def test_clip_with_prompt_tokens_sees_the_same():
@@ -79,7 +80,7 @@ def test_clip_with_prompt_tokens_sees_the_same():
     pixels = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     params = CLIPVision(config).init(jax.random.key(1), pixels)
     theirs = CLIPVision(dataclasses.replace(config, attention="xla")).apply(params, pixels, method="see")
-    np.testing.assert_allclose(CLIPVision(config).apply(params, pixels, method="see"), theirs, rtol=1e-4, atol=1e-5)
+    assert_close(CLIPVision(config).apply(params, pixels, method="see"), theirs, 1e-5, rtol=1e-4)
 
 
 def test_cudnn_is_for_gpus_in_bfloat16_and_auto_is_ours():

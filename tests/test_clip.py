@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close, assert_trees_close
 
 from eim_jax.models.layers import Block, BlockConfig
 from eim_jax.models.vision.clip import (
@@ -71,8 +72,8 @@ def test_features_and_every_gradient_equal_transformers(golden, scan):
 
     grads, values = jax.jit(jax.grad(probed, has_aux=True))(clip.params)
     for k, value in values.items():
-        np.testing.assert_allclose(value, golden[k], atol=1e-5, err_msg=k)
-    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-4), grads, gradient.params)
+        assert_close(value, golden[k], 1e-5, err_msg=k)
+    assert_trees_close(grads, gradient.params, 1e-4)
 
 
 def test_gelu_and_a_real_eos_id_are_honoured(golden, tmp_path):
@@ -83,7 +84,7 @@ def test_gelu_and_a_real_eos_id_are_honoured(golden, tmp_path):
     shutil.copy(GOLDENS / "clip" / "model.safetensors", tmp_path)
     clip = load_clip(tmp_path)
     for k, value in features(clip, clip.params, golden["pixels"], golden["tokens"]).items():
-        np.testing.assert_allclose(value, golden[f"gelu_{k}"], atol=1e-5, err_msg=k)
+        assert_close(value, golden[f"gelu_{k}"], 1e-5, err_msg=k)
 
 
 def test_project_acts_on_every_token_as_on_cls():
@@ -92,7 +93,7 @@ def test_project_acts_on_every_token_as_on_cls():
     seen, image = apply(model, params, pixels_of(config))
     assert seen.shape == (2, config.tokens, 24)
     every = apply(model, params, seen, "project")
-    np.testing.assert_allclose(every[:, 0], image, atol=1e-5)
+    assert_close(every[:, 0], image, 1e-5)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -117,7 +118,7 @@ def test_deep_prompts_equal_tokens_put_in_front_of_every_block_and_cut_off_after
     model = CLIPVision(dataclasses.replace(TINY, scan=scan))
     seen = apply(model, params, pixels_of(TINY), "see")
     assert seen.shape == (2, TINY.tokens, 24)
-    np.testing.assert_allclose(seen, x, atol=1e-5)
+    assert_close(seen, x, 1e-5)
 
 
 def test_folded_prompts_give_the_same_output():
@@ -126,8 +127,8 @@ def test_folded_prompts_give_the_same_output():
     folded, config = fold_prompts(params), dataclasses.replace(TINY, prompt_hidden=0)
     assert list(folded["prompt"]) == ["tokens"]
     got = apply(CLIPVision(config), folded, pixels_of(TINY))
-    np.testing.assert_allclose(got[0], seen, atol=1e-5)
-    np.testing.assert_allclose(got[1], image, atol=1e-5)
+    assert_close(got[0], seen, 1e-5)
+    assert_close(got[1], image, 1e-5)
     assert fold_prompts(folded) is folded
     with pytest.raises(KeyError, match="no prompts"):
         fold_prompts({k: v for k, v in params.items() if k != "prompt"})
@@ -138,10 +139,10 @@ def test_only_the_first_eos_counts_and_later_tokens_change_nothing():
     tokens = jnp.array([[3, 4, 15, 15, 19, 1, 15]])
     params = jax.jit(CLIPText(config).init)(jax.random.key(0), tokens)["params"]
     feature = apply(CLIPText(config), params, tokens)
-    np.testing.assert_allclose(apply(CLIPText(config), params, tokens[:, :3]), feature, atol=1e-6)
+    assert_close(apply(CLIPText(config), params, tokens[:, :3]), feature, 1e-6)
     hidden = apply(CLIPText(config), params, tokens, "hidden")
     kernel = params["projection"]["kernel"]
-    np.testing.assert_allclose(hidden[:, 2] @ kernel, feature, atol=1e-5)
+    assert_close(hidden[:, 2] @ kernel, feature, 1e-5)
 
 
 def test_wrong_sizes_are_errors_that_say_the_right_ones():
@@ -157,7 +158,7 @@ def test_bfloat16_compute_stays_near_float32():
     exact = apply(CLIPVision(TINY), params, pixels_of(TINY))[1]
     rough = apply(CLIPVision(dataclasses.replace(TINY, dtype=jnp.bfloat16)), params, pixels_of(TINY))[1]
     assert rough.dtype == jnp.bfloat16
-    np.testing.assert_allclose(rough.astype(jnp.float32), exact, atol=0.05 * float(jnp.abs(exact).max()))
+    assert_close(rough.astype(jnp.float32), exact, 0.05)
 
 
 @pytest.mark.parametrize("side", [8, 13, 14, 16, 24])
@@ -173,7 +174,7 @@ def test_grid_is_adaptive_average_pooling_to_7_by_7_as_torch_defines_it(side):
             pooled[:, i, j] = grid[:, rows, columns].mean((1, 2))
     found = jax.jit(select, static_argnums=1)(jnp.asarray(seen, jnp.float32), "grid")
     assert found.shape == (2, 50, 5)
-    np.testing.assert_allclose(found, np.concatenate([seen[:, :1], pooled.reshape(2, 49, 5)], axis=1), atol=1e-6)
+    assert_close(found, np.concatenate([seen[:, :1], pooled.reshape(2, 49, 5)], axis=1), 1e-6)
 
 
 def test_a_grid_of_49_patches_or_fewer_stays_and_other_choices_are_slices():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close
 
 from eim_jax.models.connector import STConfig, make_st
 
@@ -48,19 +49,19 @@ def layer_norm(p: dict, x: np.ndarray) -> np.ndarray:
 def test_mlp_mapper_is_linear_tanh_linear_of_token_0():
     _, p, seen, out = setting("mlp")
     expected = dense(p["down"], np.tanh(dense(p["up"], seen[:, 0]))).reshape(2, 3, 8)
-    np.testing.assert_allclose(out, expected, atol=1e-5)
+    assert_close(out, expected, 1e-5)
 
 
 def test_ffn_is_linear_gelu_linear_of_every_token():
     _, p, seen, out = setting("ffn")
     gelu = np.vectorize(lambda x: 0.5 * x * (1 + math.erf(x / math.sqrt(2))))
-    np.testing.assert_allclose(out, dense(p["down"], gelu(dense(p["up"], seen))), atol=1e-5)
+    assert_close(out, dense(p["down"], gelu(dense(p["up"], seen))), 1e-5)
 
 
 def test_projector_is_linear_silu_linear_of_every_token():
     _, p, seen, out = setting("projector")
     inner = dense(p["up"], seen)
-    np.testing.assert_allclose(out, dense(p["down"], inner / (1 + np.exp(-inner))), atol=1e-5)
+    assert_close(out, dense(p["down"], inner / (1 + np.exp(-inner))), 1e-5)
 
 
 def test_queries_attend_in_front_of_all_visual_tokens_and_only_they_are_kept():
@@ -80,7 +81,7 @@ def test_queries_attend_in_front_of_all_visual_tokens_and_only_they_are_kept():
             mixed.append(weights / weights.sum(-1, keepdims=True) @ v[..., head])
         x = x + dense(b["attn"]["out"], np.concatenate(mixed, axis=-1))
         x = x + dense(b["mlp"]["down"], gelu(dense(b["mlp"]["up"], layer_norm(b["ln_2"], x))))
-    np.testing.assert_allclose(out, layer_norm(p["ln_out"], dense(p["up"], x[:, :3])), atol=1e-5)
+    assert_close(out, layer_norm(p["ln_out"], dense(p["up"], x[:, :3])), 1e-5)
 
 
 def test_transformer_mapper_keeps_the_outputs_of_its_constants():
@@ -97,7 +98,7 @@ def test_transformer_mapper_keeps_the_outputs_of_its_constants():
             mixed.append(weights / weights.sum(-1, keepdims=True) @ v[..., head])
         x = x + dense(b["attn"]["out"], np.concatenate(mixed, axis=-1))
         x = x + dense(b["mlp"]["down"], np.maximum(dense(b["mlp"]["up"], layer_norm(b["ln_2"], x)), 0))
-    np.testing.assert_allclose(out, x[:, 4:], atol=1e-5)
+    assert_close(out, x[:, 4:], 1e-5)
 
 
 @pytest.mark.parametrize("kind", sorted(CONFIGS))

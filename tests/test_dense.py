@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_trees_close
 from flax import linen as nn
 
 from eim_jax.models.linear import Dense, DenseGeneral, linear
@@ -26,7 +27,7 @@ def test_values_and_gradients_are_flaxs(ours, theirs, features, dtype):
 
     ((_, y), gradients), ((_, want), slopes) = run(ours), run(theirs)
     np.testing.assert_array_equal(y, want)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), gradients, slopes)
+    assert_trees_close(gradients, slopes, 1e-6, rtol=1e-6)
 
 
 def test_only_what_the_backward_pass_needs_is_kept():

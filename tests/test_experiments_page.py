@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from close import assert_close
 from experiment_cases import few_scenes, result, write
 
 from eim_jax.data.datasets import load_split
@@ -60,7 +61,7 @@ def test_the_integration_rate_reads_every_block(scan):
         expected = dataclasses.replace(vlm, lm=lm).run_lm({**params, "lm": {**rest, **kept}}, read)
         both = np.concatenate([visual, text], axis=1).astype(np.float64)
         both = (both - both.mean(-1, keepdims=True)) / np.sqrt(both.var(-1, keepdims=True) + 1e-5)  # ln_f as it begins
-        np.testing.assert_allclose(both, expected, atol=2e-5)
+        assert_close(both, expected, 2e-5)
     assert np.isfinite(integration.integration_rate(vlm, params, batch))
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from close import assert_close
 from PIL import Image
 
 from eim_jax.data import feature_cache
@@ -55,7 +56,7 @@ def test_row_i_holds_the_features_of_image_i(tmp_path):
     found = cached(tmp_path)
     assert found.shape == (COUNT, 2, 18) and found.dtype == np.float32 and not found.flags.writeable
     assert isinstance(found, np.memmap)
-    np.testing.assert_allclose(found, expected(), atol=1e-5)
+    assert_close(found, expected(), 1e-5)
 
 
 def test_bfloat16_takes_half_the_disk_and_rounds_once(tmp_path):
@@ -115,7 +116,7 @@ def test_an_interrupted_cache_of_other_weights_is_not_continued(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         cached(tmp_path, tower=broken, manifest={"weights": "old"})
-    np.testing.assert_allclose(cached(tmp_path), expected(), atol=1e-5)
+    assert_close(cached(tmp_path), expected(), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_a_stale_cache_is_rebuilt_and_the_field_named(tmp_path, capsys, changes,
     capsys.readouterr()
     found = cached(tmp_path, **changes)
     assert field in capsys.readouterr().out
-    np.testing.assert_allclose(found.astype(np.float32), expected(len(found)), atol=1e-2)
+    assert_close(found.astype(np.float32), expected(len(found)), 1e-2)
 
 
 def test_a_changed_photo_makes_the_cache_stale(tmp_path, capsys):
@@ -152,7 +153,7 @@ def test_a_changed_photo_makes_the_cache_stale(tmp_path, capsys):
 def test_a_damaged_manifest_is_rebuilt(tmp_path):
     cached(tmp_path)
     (tmp_path / "cache" / "manifest.json").write_text("{")
-    np.testing.assert_allclose(cached(tmp_path), expected(), atol=1e-5)
+    assert_close(cached(tmp_path), expected(), 1e-5)
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):

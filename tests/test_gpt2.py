@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close, assert_trees_close
 
 from eim_jax.models.language.gpt2 import GPT2, GPT2Config, init_cache
 from eim_jax.pretrained import LM, load_lm
@@ -60,8 +61,8 @@ def test_hidden_and_logits_equal_transformers(lm, golden):
     valid = golden["valid"]
     hidden, logits, cache = read(lm.config, lm.params, golden["tokens"], valid=valid)
     assert cache is None
-    np.testing.assert_allclose(hidden[valid], golden["hidden"][valid], atol=1e-5)
-    np.testing.assert_allclose(logits[valid], golden["logits"][valid], atol=1e-5)
+    assert_close(hidden[valid], golden["hidden"][valid], 1e-5)
+    assert_close(logits[valid], golden["logits"][valid], 1e-5)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -76,7 +77,7 @@ def test_every_gradient_equals_transformers(golden, scan):
 
     value, grads = jax.jit(jax.value_and_grad(loss))(lm.params)
     np.testing.assert_allclose(value, golden["loss"], rtol=1e-5)
-    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=1e-5), grads, gradient.params)
+    assert_trees_close(grads, gradient.params, 1e-5)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -104,7 +105,7 @@ def test_cached_decoding_equals_full_forward_for_prompts_of_different_lengths(sc
     assert int(cache.length) == 5 + new
     for i, n in enumerate(lengths):
         _, full, _ = read(config, params, tokens[i : i + 1, : n + new])
-        np.testing.assert_allclose(np.stack(got[i]), full[0, n - 1 :], atol=1e-5)
+        assert_close(np.stack(got[i]), full[0, n - 1 :], 1e-5)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -119,7 +120,7 @@ def test_tokens_of_one_row_that_do_not_see_each_other_continue_it_apart(scan):
     got, _, _ = read(config, params, tokens[:, 4:], positions=jnp.full((2, 2), 4), cache=cache)
     for j in range(2):
         full, _, _ = read(config, params, jnp.concatenate([tokens[:, :4], tokens[:, 4 + j :][:, :1]], axis=1))
-        np.testing.assert_allclose(got[:, j], full[:, 4], atol=1e-5)
+        assert_close(got[:, j], full[:, 4], 1e-5)
 
 
 def test_padding_changes_no_real_token():
@@ -129,7 +130,7 @@ def test_padding_changes_no_real_token():
     positions = jnp.maximum(jnp.arange(7) - 2, 0)
     spread = {"valid": jnp.broadcast_to(valid, (2, 7)), "positions": jnp.broadcast_to(positions, (2, 7))}
     _, padded, _ = read(TINY, params, tokens, **spread)
-    np.testing.assert_allclose(padded[:, 2:6], short, atol=1e-5)
+    assert_close(padded[:, 2:6], short, 1e-5)
     assert np.all(np.isfinite(padded))  # also where a query may see nothing
 
 
@@ -146,9 +147,8 @@ def test_scan_and_remat_change_neither_logits_nor_gradients(remat):
     scanned = dataclasses.replace(config, scan=True)
     scan_value, scan_grads = loss(scanned)(stacked(params, TINY.layers))
     np.testing.assert_allclose([remat_value, scan_value], value, rtol=1e-5)
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4)  # noqa: E731
-    jax.tree.map(close, remat_grads, grads)
-    jax.tree.map(close, scan_grads, stacked(grads, TINY.layers))
+    assert_trees_close(remat_grads, grads, 1e-4)
+    assert_trees_close(scan_grads, stacked(grads, TINY.layers), 1e-4)
 
 
 def test_scanned_model_initialises_to_the_stacked_shapes():
@@ -160,7 +160,7 @@ def test_dropout_of_one_leaves_only_the_last_bias():
     """Rate 1 zeroes embeddings and both branches, so ln_f sees 0 and gives its bias: all three are dropped."""
     params = random_params(TINY)
     hidden, _, _ = read(dataclasses.replace(TINY, dropout=1.0), params, tokens_of((2, 4)), train=True)
-    np.testing.assert_allclose(hidden, np.broadcast_to(params["ln_f"]["bias"], hidden.shape), atol=1e-6)
+    assert_close(hidden, np.broadcast_to(params["ln_f"]["bias"], hidden.shape), 1e-6)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -181,7 +181,7 @@ def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones():
     _, exact, _ = read(TINY, params, tokens)
     _, rough, _ = read(dataclasses.replace(TINY, dtype=jnp.bfloat16), params, tokens)
     assert rough.dtype == jnp.float32
-    np.testing.assert_allclose(rough, exact, atol=0.05 * float(jnp.abs(exact).max()))
+    assert_close(rough, exact, 0.05)
 
 
 def test_too_many_tokens_and_missing_positions_are_errors():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close, assert_trees_close
 from llama_oracle import TINY as DEEP
 from llama_oracle import oracle, random_params, stacked, tokens_of
 
@@ -56,14 +57,14 @@ def test_logits_equal_the_float64_oracle_on_right_padded_rows(change):
     rolled, _ = read(scanned, stacked(params, config.layers), tokens, valid=valid)
     assert unrolled.dtype == jnp.float32
     for found in (unrolled, rolled):
-        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+        assert_close(found, expected, 1e-5)
 
 
 def test_rope_turns_pair_i_by_position_times_theta_to_the_minus_2i_over_width():
     x = jnp.zeros((1, 1, 1, 6)).at[..., 1].set(1.0)  # the first half of pair 1
     turned = rotate(x, rotation(jnp.array([[5]]), 6, 100.0))[0, 0, 0]
     angle = 5 * 100.0 ** (-2 / 6)
-    np.testing.assert_allclose(turned, [0, np.cos(angle), 0, 0, np.sin(angle), 0], atol=1e-6)
+    assert_close(turned, [0, np.cos(angle), 0, 0, np.sin(angle), 0], 1e-6)
 
 
 def test_rope_scores_depend_on_the_distance_alone():
@@ -74,8 +75,9 @@ def test_rope_scores_depend_on_the_distance_alone():
         a, b = (rotate(x, rotation(jnp.array([[at]]), 8, 1e4)) for x, at in ((q, m), (k, n)))
         return float(jnp.sum(a * b))
 
-    np.testing.assert_allclose([score(9, 4), score(105, 100)], score(5, 0), atol=1e-5)
-    np.testing.assert_allclose(score(7, 7), jnp.sum(q * k), atol=1e-5)
+    size = float(jnp.sum(jnp.abs(q * k)))
+    assert_close([score(9, 4), score(105, 100)], score(5, 0), size=size)
+    assert_close(score(7, 7), jnp.sum(q * k), size=size)
     assert abs(score(5, 0) - score(4, 0)) > 1e-3
 
 
@@ -83,7 +85,7 @@ def test_shifted_positions_change_no_logit():
     params, tokens = random_params(TINY), tokens_of((2, 6))
     at = jnp.broadcast_to(jnp.arange(6), (2, 6))
     here, there = (read(TINY, params, tokens, positions=at + shift)[0] for shift in (0, 11))
-    np.testing.assert_allclose(here, there, atol=1e-5)
+    assert_close(here, there, 1e-5)
     apart, _ = read(TINY, params, tokens, positions=2 * at)
     assert np.abs(apart - here).max() > 1e-3
 
@@ -123,7 +125,7 @@ def test_cached_decoding_equals_teacher_forcing_at_every_position_of_uneven_prom
     assert int(cache.length) == 5 + new
     full, _ = read(config, params, tokens, valid=prefixes([9, 6, 8], 9))
     for i, n in enumerate(lengths):
-        np.testing.assert_allclose(np.stack(found[i]), full[i, : n + new], atol=1e-5)
+        assert_close(np.stack(found[i]), full[i, : n + new], 1e-5)
 
 
 def test_padding_on_either_side_changes_no_real_token():
@@ -132,7 +134,7 @@ def test_padding_on_either_side_changes_no_real_token():
     valid = jnp.broadcast_to((jnp.arange(7) >= 2) & (jnp.arange(7) < 6), (2, 7))
     positions = jnp.broadcast_to(jnp.maximum(jnp.arange(7) - 2, 0), (2, 7))
     padded, _ = read(TINY, params, tokens, valid=valid, positions=positions)
-    np.testing.assert_allclose(padded[:, 2:6], alone, atol=1e-5)
+    assert_close(padded[:, 2:6], alone, 1e-5)
     assert np.all(np.isfinite(padded))  # also where a query may see nothing
 
 
@@ -158,8 +160,7 @@ def test_scan_and_remat_change_neither_values_nor_gradients(remat, scan, unrolle
     stack = (lambda tree: stacked(tree, TINY.layers)) if scan else (lambda tree: tree)
     value, gradient = value_and_gradient(dataclasses.replace(TINY, scan=scan, remat=remat), stack(random_params(TINY)))
     np.testing.assert_allclose(value, unrolled_gradient[0], rtol=1e-5)
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4)  # noqa: E731
-    jax.tree.map(close, gradient, stack(unrolled_gradient[1]))
+    assert_trees_close(gradient, stack(unrolled_gradient[1]), 1e-4)
 
 
 def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones():
@@ -167,7 +168,7 @@ def test_bfloat16_compute_gives_float32_logits_near_the_float32_ones():
     exact, _ = read(TINY, params, tokens)
     rough, _ = read(dataclasses.replace(TINY, dtype=jnp.bfloat16), params, tokens)
     assert rough.dtype == jnp.float32
-    np.testing.assert_allclose(rough, exact, atol=0.05 * float(jnp.abs(exact).max()))
+    assert_close(rough, exact, 0.05)
 
 
 def test_what_cannot_be_run_is_refused():

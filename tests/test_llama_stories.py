@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close
 from flax.traverse_util import unflatten_dict
 
 from eim_jax.data.tokenize import load_tokenizer
@@ -67,7 +68,7 @@ def test_logits_of_64_steps_equal_llama2c_after_a_round_trip_through_hugging_fac
     golden, lm = np.load(stories / "golden_logits.npz"), load_lm(exported, scan=scan)
     tokens = jnp.asarray(golden["tokens"][None], jnp.int32)
     found = jax.jit(Llama(lm.config).apply)({"params": lm.params}, tokens)[0]
-    np.testing.assert_allclose(found, golden["logits"], atol=1e-4)
+    assert_close(found, golden["logits"], 1e-4)
 
 
 def test_greedy_text_equals_llama2c_word_for_word(stories, exported):

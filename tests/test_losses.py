@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close, size_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,11 +93,13 @@ def run(query, keys, index, weights, groups, count, mesh=None, dtype=jnp.float32
 
 
 def assert_agree(got, wanted, tolerance=1e-5):
+    """All are sums over the rows of differences (scores, averages of keys) that count as the row's weight or more."""
     (nce, gradient), (nce_wanted, gradient_wanted) = got, wanted
+    rows = float(nce_wanted.weight)
     for field, a, b in zip(NCE._fields, nce, nce_wanted, strict=True):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=field)
-    scale = max(1.0, np.abs(gradient_wanted).max())
-    np.testing.assert_allclose(gradient, gradient_wanted, rtol=tolerance, atol=tolerance * scale, err_msg="gradient")
+        assert_close(a, b, tolerance, size=max(rows, size_of(b)), rtol=tolerance, err_msg=field)
+    size = max(rows, size_of(gradient_wanted))
+    assert_close(gradient, gradient_wanted, tolerance, size=size, rtol=tolerance, err_msg="gradient")
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 23, 1024])
@@ -127,7 +130,7 @@ def test_gradient_matches_plain_autodiff(positives, similarity):
     value, gradient = jax.value_and_grad(naive)(data["query"])
     nce, got = run(**data, tau=0.2, positives=positives, similarity=similarity, chunk=5)
     np.testing.assert_allclose(nce.loss, value, rtol=1e-6)
-    np.testing.assert_allclose(got, gradient, rtol=1e-5, atol=1e-6)
+    assert_close(got, gradient, 1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("positives", MODES)
@@ -237,7 +240,7 @@ def test_alone_is_the_distance_to_the_own_key_whatever_the_others_are():
         return queue_nce(query, keys, index, count=20, positives="alone", chunk=8).loss
 
     np.testing.assert_allclose(ours(query), plain(query), rtol=1e-5)
-    np.testing.assert_allclose(jax.grad(ours)(query), jax.grad(plain)(query), rtol=1e-4, atol=1e-4)
+    assert_close(jax.grad(ours)(query), jax.grad(plain)(query), 1e-4, rtol=1e-4)
     others = keys.at[1:4].set(-keys[1:4])
     assert ours(query, others) == ours(query)
     with pytest.raises(ValueError, match="cosine"):

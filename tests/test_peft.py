@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close, assert_trees_close, size_of
 from tiny import loud
 
 from eim_jax.models.adapters.inserted import Router, RouterAdapter, mix, route, shrink
@@ -131,7 +132,7 @@ def test_adapter_equals_its_equations_in_float64():
         leaf = jax.tree.map(lambda a, layer=layer: a[layer], params)
         low = jnp.asarray(z, jnp.float32)
         found = mix(leaf, low, shrink(leaf, low), route(leaf, low[:, 0], 10.0))
-        np.testing.assert_allclose(found, adapter(double(leaf), z, 10.0), atol=1e-5)
+        assert_close(found, adapter(double(leaf), z, 10.0), 1e-5)
 
 
 def test_routing_weights_are_a_softmax_whose_temperature_divides_the_logits():
@@ -139,7 +140,7 @@ def test_routing_weights_are_a_softmax_whose_temperature_divides_the_logits():
     z0 = jnp.array([[3.0, 1.0]])  # logits 3.5, 1.5
     for temperature in (1.0, 5.0, 10.0):
         first = 1 / (1 + math.exp(-2.0 / temperature))
-        np.testing.assert_allclose(route(leaf, z0, temperature), [[first, 1 - first]], atol=1e-6)
+        assert_close(route(leaf, z0, temperature), [[first, 1 - first]], 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -152,10 +153,9 @@ def test_clip_adapts_each_blocks_attention_input_by_each_images_own_cls(prompts,
     streams = after_every_block(params, config)
     given = stacked(params, config) if scan else params
     config = dataclasses.replace(config, scan=scan, remat=remat)
-    scale = np.abs(streams[-1]).max()
-    np.testing.assert_allclose(run(config, given), streams[-1], atol=1e-5 * scale)
+    assert_close(run(config, given), streams[-1])
     cls = run(config, given, "cls_of_blocks", every=1)
-    np.testing.assert_allclose(cls, np.stack([x[:, 0] for x in streams], axis=1), atol=1e-5 * scale)
+    assert_close(cls, np.stack([x[:, 0] for x in streams], axis=1), size=size_of(streams[-1]))
 
 
 def test_stock_lavin_reads_blocks_4_8_to_24_as_six_tokens():
@@ -181,8 +181,8 @@ def test_an_untrained_adapter_is_the_identity_for_one_clip_also_in_training(scan
     params = {**loud(CLIPVision(config).init, jnp.asarray(PIXELS)), "adapter": started_adapter()}
     plain = {name: leaf for name, leaf in params.items() if name != "adapter"}
     expected = run(dataclasses.replace(config, adapter=None), plain)
-    np.testing.assert_allclose(run(config, params), expected, atol=1e-6)
-    np.testing.assert_allclose(run(config, params, train=True, seed=3), expected, atol=1e-6)
+    assert_close(run(config, params), expected, 1e-6)
+    assert_close(run(config, params, train=True, seed=3), expected, 1e-6)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -194,7 +194,7 @@ def test_dropout_takes_the_inner_vector_and_nothing_else(scan):
     found = run(config, params, train=True, seed=4)
     empty = {**params["adapter"], "down": jax.tree.map(jnp.zeros_like, params["adapter"]["down"])}
     expected = run(config, {**params, "adapter": empty})
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    assert_close(found, expected, 1e-5)
     assert np.abs(found - run(config, params)).max() > 1e-2
 
 
@@ -223,7 +223,7 @@ def test_gradients_of_the_adapter_do_not_depend_on_scan_and_remat():
     expected = gradient(TINY, params)
     assert all(np.abs(leaf).min(axis=0).max() > 0 for leaf in jax.tree.leaves(expected))
     found = gradient(dataclasses.replace(TINY, scan=True, remat="full"), stacked(params, TINY))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * float(jnp.abs(b).max())), found, expected)
+    assert_trees_close(found, expected, 1e-4)
 
 
 def test_groups_that_do_not_fit_are_errors():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close
 from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -64,7 +65,7 @@ def test_leaves_are_the_definition_in_float64(shape):
         n: (s.shape, s.dtype) for n, s in quantised_shapes(*shape).items()
     }
     np.testing.assert_array_equal(unpack(leaves["codes"]), codes)
-    np.testing.assert_allclose(dequantise(leaves), NF4[codes] * np.repeat(scales, 64, 0), rtol=1e-5, atol=1e-6)
+    assert_close(dequantise(leaves), NF4[codes] * np.repeat(scales, 64, 0), 1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
@@ -159,9 +160,9 @@ def test_output_and_gradient_to_x_are_those_of_the_dequantised_dense():
     variables["params"]["bias"] += 0.3
     kernel = np.asarray(dequantise(variables["params"]), np.float64)
     y = jax.jit(layer.apply)(variables, x)
-    np.testing.assert_allclose(y, x @ kernel + 0.3, rtol=1e-4, atol=1e-4)
+    assert_close(y, x @ kernel + 0.3, 1e-4, rtol=1e-4)
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(layer.apply(variables, x) * weight)))(x)
-    np.testing.assert_allclose(gradient, weight @ kernel.T, rtol=1e-4, atol=1e-4)
+    assert_close(gradient, weight @ kernel.T, 1e-4, rtol=1e-4)
 
 
 def test_quantised_leaves_get_no_gradient():
@@ -236,9 +237,9 @@ def test_scanned_layers_in_bfloat16_are_the_layers_one_by_one(remat):
         return stack.apply(variables, x)[0]
 
     assert scanned(x).dtype == jnp.bfloat16
-    np.testing.assert_allclose(scanned(x).astype(jnp.float32), one_by_one(x).astype(jnp.float32), atol=0.02)
+    assert_close(scanned(x).astype(jnp.float32), one_by_one(x).astype(jnp.float32), 0.02)
     gradients = [jax.jit(jax.grad(lambda x, f=f: f(x).astype(jnp.float32).sum()))(x) for f in (scanned, one_by_one)]
-    np.testing.assert_allclose(*(g.astype(jnp.float32) for g in gradients), atol=0.05)
+    assert_close(*(g.astype(jnp.float32) for g in gradients), 0.05)
 
 
 @pytest.mark.parametrize("spec", [COLUMN, ROW])

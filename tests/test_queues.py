@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close
 from jax.sharding import PartitionSpec
 
 from eim_jax.losses import queues
@@ -54,7 +55,7 @@ def test_row_i_is_the_key_of_sample_i_on_any_mesh_and_batch(shape, batch):
     mesh = mesh_of(shape)
     queue = Queue.build(mean_embedding, table, (tokens, valid), groups, batch=batch, mesh=mesh)
     assert queue.count == N
-    np.testing.assert_allclose(np.asarray(queue.keys)[:N], expected_keys(tokens, valid, table), atol=1e-6)
+    assert_close(np.asarray(queue.keys)[:N], expected_keys(tokens, valid, table), 1e-6)
     np.testing.assert_array_equal(np.asarray(queue.groups)[:N], groups)
     assert not np.asarray(queue.keys)[N:].any()
     assert (np.asarray(queue.groups)[N:] == -1).all()
@@ -66,7 +67,7 @@ def test_row_i_is_the_key_of_sample_i_on_any_mesh_and_batch(shape, batch):
 def test_dot_queue_keeps_the_rows_lengths():
     tokens, valid, groups, table = samples()
     queue = Queue.build(mean_embedding, table, (tokens, valid), groups, batch=8, similarity="dot")
-    np.testing.assert_allclose(np.asarray(queue.keys), expected_keys(tokens, valid, table, cosine=False), atol=1e-6)
+    assert_close(np.asarray(queue.keys), expected_keys(tokens, valid, table, cosine=False), 1e-6)
 
 
 def test_encode_is_traced_twice_for_shape_and_program_however_many_batches():
@@ -244,7 +245,7 @@ def test_a_queue_of_ready_features_holds_them_at_unit_norm(shape, place):
     tokens, valid, groups, table = samples()
     features = expected_keys(tokens, valid, table, cosine=False).astype(np.float32)
     queue = Queue.of(place(features), groups, mesh=mesh_of(shape))
-    np.testing.assert_allclose(np.asarray(queue.keys)[:N], expected_keys(tokens, valid, table), atol=1e-6)
+    assert_close(np.asarray(queue.keys)[:N], expected_keys(tokens, valid, table), 1e-6)
     np.testing.assert_array_equal(np.asarray(queue.groups)[:N], groups)
     assert queue.count == N and not np.asarray(queue.keys)[N:].any() and (np.asarray(queue.groups)[N:] == -1).all()
     np.testing.assert_array_equal(np.asarray(Queue.of(place(features), similarity="dot").keys), features)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_trees_close
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, PartitionSpec
 
@@ -212,8 +213,7 @@ def test_sharded_towers_compute_what_one_device_does(tower, scan):
     mesh = make_mesh((2, 2, 2))
     flat = shard_params(flatten_dict({tower: params}, sep="/"), mesh)
     sharded = value_and_grad(unflatten_dict(flat, sep="/")[tower], jax.device_put(x, batch_sharding(mesh)))
-    for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(single), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert_trees_close(sharded, single, 1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "scan"), [("LaVIN in 4 bits", True), ("LLaMA-Adapter", False)])
@@ -243,5 +243,4 @@ def test_a_sharded_llama_answers_and_learns_as_on_one_device(name, scan):
     placed = unflatten_dict(placed, sep="/")["lm"]
     rows = jax.device_put((tokens, pictured, visual), batch_sharding(mesh))
     sharded = learn(placed.pop("adapter"), placed, *rows)
-    for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(single), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert_trees_close(sharded, single, 1e-5, rtol=1e-4)

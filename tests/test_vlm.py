@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close, size_of
 
 from eim_jax.generation.sampler import DecodeConfig, continue_text
 from eim_jax.models.adapters.inserted import Router, ZeroInit
@@ -109,7 +110,7 @@ def test_greedy_decoding_follows_the_teacher_forced_logits_at_every_position(kin
         chosen = jax.nn.log_softmax(logits[0, start:])
         np.testing.assert_array_equal(np.argmax(chosen, -1), decoded.tokens[row])
         forced = np.take_along_axis(np.asarray(chosen), np.asarray(decoded.tokens[row])[:, None], 1).mean()
-        np.testing.assert_allclose(decoded.logprob[row], forced, rtol=1e-5, atol=1e-5)
+        assert_close(decoded.logprob[row], forced, size=size_of(logits))
 
 
 @pytest.mark.parametrize("kind", ["lavin", "prompts"])
@@ -148,4 +149,4 @@ def test_the_first_token_of_a_text_only_row_is_predicted_from_what_stands_before
     steer = vlm.lm.apply({"params": params["lm"]}, None, jnp.array([False]), method="steer")
     hidden, _ = vlm.lm.apply({"params": params["lm"]}, embeds, steer=steer, method="hidden")
     expected = vlm.lm.apply({"params": params["lm"]}, hidden[:, -1:], method="logits")[0, 0]
-    np.testing.assert_allclose(logits[1, 0], expected, rtol=1e-5, atol=1e-5)
+    assert_close(logits[1, 0], expected, 1e-5, rtol=1e-5)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from close import assert_close
 from flax.traverse_util import flatten_dict
 from llama_oracle import random_params, stacked, tokens_of
 from safetensors.numpy import load_file, save_file
@@ -196,7 +197,7 @@ def test_a_4_bit_llama_computes_what_its_dequantised_kernels_do(lm, written):
         jax.jit(Llama(config).apply)({"params": params}, tokens)
         for config, params in ((loaded.config, loaded.params), (TINY, whole))
     )
-    np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert_close(found, expected, 1e-4)
     assert np.abs(expected - Llama(TINY).apply({"params": lm.params}, tokens)).max() > 1e-3
 
 

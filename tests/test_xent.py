@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close
 
 from eim_jax.losses.contrastive import response_xent
 from eim_jax.losses.next_token import head_xent
@@ -60,8 +61,8 @@ def test_sum_and_gradients_are_those_of_float64_on_every_mesh(shape, chunk, voca
     assert total.dtype == count.dtype == jnp.float32
     np.testing.assert_allclose(total, loss, rtol=1e-6)
     assert count == mask.sum()
-    np.testing.assert_allclose(to_hidden, 0.25 * expected_hidden, atol=2e-6)
-    np.testing.assert_allclose(to_head, 0.25 * expected_head, atol=2e-6)
+    assert_close(to_hidden, 0.25 * expected_hidden, 2e-6)
+    assert_close(to_head, 0.25 * expected_head, 2e-6)
 
 
 def test_gradients_agree_with_autodiff_through_the_logits():
@@ -77,7 +78,7 @@ def test_gradients_agree_with_autodiff_through_the_logits():
 
     np.testing.assert_allclose(fused(hidden, head), plain(hidden, head), rtol=1e-6)
     for mine, theirs in zip(*(jax.grad(f, (0, 1))(hidden, head) for f in (fused, plain)), strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+        assert_close(mine, theirs, 1e-6)
 
 
 @pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
@@ -135,7 +136,7 @@ def test_micro_batches_add_up_to_the_whole_batch():
     value, gradient = accumulated(head)
     expected = jax.value_and_grad(loss)(head, hidden, jnp.asarray(targets), jnp.asarray(mask))
     np.testing.assert_allclose(value, expected[0], rtol=1e-6)
-    np.testing.assert_allclose(gradient, expected[1], atol=1e-5)
+    assert_close(gradient, expected[1], 1e-5)
 
 
 def shaped(b, t, width, vocab):
@@ -224,7 +225,7 @@ def test_response_xent_matches_float64_and_plain_autodiff():
     )
     np.testing.assert_allclose(total, -np.log(picked)[mask].sum(), rtol=1e-6)
     assert count == mask.sum()
-    np.testing.assert_allclose(gradient, (p - np.eye(9)[targets]) * mask[..., None], atol=1e-6)
+    assert_close(gradient, (p - np.eye(9)[targets]) * mask[..., None], 1e-6)
 
 
 def test_response_xent_with_nothing_supervised_is_zero_even_where_logits_are_nan():
