@@ -50,11 +50,11 @@ def test_main_joins_before_any_device_is_touched():
     """Behind the flags an unreachable coordinator is the first thing that a run waits for."""
     code = (
         "import jax, eim_jax.main\n"
-        "from eim_jax import distributed\n"
+        "from eim_jax.parallel import processes\n"
         "def joined(*args):\n"
         "    jax.config.update('jax_num_cpu_devices', 3)\n"  # refused once the backend has started
         "    raise SystemExit('joined')\n"
-        "distributed.initialize = joined\n"
+        "processes.initialize = joined\n"
         "eim_jax.main.cli()\n"
     )
     command = [sys.executable, "-c", code, "--config=configs/miniature.py", "--workdir=/nowhere"]

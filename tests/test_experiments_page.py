@@ -105,7 +105,9 @@ def measured(tmp_path_factory):
             bleu = [[11, 10, 11, 10, 9, 8, int(r), max(int(r) - 1, 0), max(int(r) - 2, 1), 1] for r in right]
             nll = [[float(20 - r), 10] for r in right]
             parts = {"ids": ids, "Bleu_4": bleu, "nll": nll, "nll_shuffled": [[a + 3.0, b] for a, b in nll]}
-            scores = {k: float(intervals.items.value(k, np.sum(v, axis=0))) for k, v in parts.items() if k != "ids"}
+            scores = {
+                k: float(intervals.item_statistics.value(k, np.sum(v, axis=0))) for k, v in parts.items() if k != "ids"
+            }
             scores["nll_gap"] = scores["nll_shuffled"] - scores["nll"]
             one = cell(row, "miniature", seed)
             target = results.path(out, one)
