@@ -8,11 +8,11 @@ from PIL import Image
 
 from eim_jax.data.miniature import captioning, chat, qa
 from eim_jax.data.samples import Split
-from eim_jax.evaluation.metrics import caption_scores
+from eim_jax.evaluation.metrics import caption_scores, metric_of
 from eim_jax.reporting.gallery import gallery
 from experiments.cells import FAMILIES
 from experiments.layout import Table
-from experiments.report_tables import Found, column
+from experiments.report_tables import Found
 
 
 def examples(table: Table, found: Found, scale: str) -> dict[str, Any] | None:
@@ -64,6 +64,6 @@ def anchors() -> list[tuple[str, str]]:
     for what, said in (("a fifth true caption", fifth), ("the caption of another picture", others)):
         scores = caption_scores.score(said, {id_: texts[:-1] for id_, texts in scenes.references.items()}, java=False)
         scores |= captioning.attribute_f1(said, scenes.scenes)
-        keys = [(column(key), scores[key]) for key in ("Bleu_4", "CIDEr", "shape_colour_f1")]
-        told.append((what, ", ".join(f"{how.label} {how.text(value)}" for how, value in keys)))
+        keys = [(metric_of(key), scores[key]) for key in ("Bleu_4", "CIDEr", "shape_colour_f1")]
+        told.append((what, ", ".join(f"{how.title} {how.text(value)}" for how, value in keys)))
     return told

@@ -20,9 +20,8 @@ import numpy as np
 from scipy import stats
 
 from eim_jax.data.miniature.qa import PER_SCENE
-from eim_jax.evaluation.metrics import item_statistics
+from eim_jax.evaluation.metrics import metric_of
 
-GAPS = {"nll_gap": ("nll_shuffled", "nll"), "nll_image_gap": ("nll_image_shuffled", "nll_image")}
 REPLICATES = 4000
 LEVEL = 0.95
 
@@ -96,15 +95,16 @@ def _interval(full: np.ndarray, resampled: np.ndarray) -> tuple[float, float] | 
 
 def _replicates(cells: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.ndarray, np.ndarray] | None:
     """([S] on all items, [B S] on resampled items) of a score, None if the cells do not hold its items."""
-    if metric in GAPS:
-        more, less = (_replicates(cells, name) for name in GAPS[metric])
+    how = metric_of(metric)
+    if how.difference:
+        more, less = (_replicates(cells, key) for key in how.difference)
         return None if more is None or less is None else (more[0] - less[0], more[1] - less[1])
     if any(metric not in cell["items"] for cell in cells):
         return None
     rows = [np.asarray(cell["items"][metric], np.float64) for cell in cells]
     weights = _weights(tuple(cells[0]["items"]["ids"]))
-    full = np.array([item_statistics.value(metric, row.sum(axis=0)) for row in rows])
-    return full, np.stack([item_statistics.value(metric, weights @ row) for row in rows], axis=1)
+    full = np.array([how.value(row.sum(axis=0)) for row in rows])
+    return full, np.stack([how.value(weights @ row) for row in rows], axis=1)
 
 
 @functools.lru_cache(maxsize=8)

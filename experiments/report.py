@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eim_jax.evaluation.metrics import metric_of
 from eim_jax.reporting.charts import Interval, intervals
 from eim_jax.reporting.page import environment
 from eim_jax.utils.console import console
@@ -22,7 +23,6 @@ from experiments.report_tables import (
     Entry,
     Found,
     charts,
-    column,
     diagnostics,
     efficiency,
     entries,
@@ -124,7 +124,7 @@ def html(found: Found, scale: str, budget: str, out: Path) -> str:
     tables = [
         {
             "table": table,
-            "columns": [column(key) for key in table.metrics],
+            "columns": [metric_of(key) for key in table.metrics],
             "rows": entries(table, found),
             "stages": stages(table, found),
             "charts": charts(table, found),
@@ -167,12 +167,12 @@ def html(found: Found, scale: str, budget: str, out: Path) -> str:
 
 
 def _judged(v: Verdict, found: Found) -> dict[str, Any]:
-    how = column(v.claim.metric)
+    how = metric_of(v.claim.metric)
     others = []
-    for key in BESIDE[v.claim.metric]:
+    for key in BESIDE.get(v.claim.metric, ()):
         change = difference(found.get(v.claim.worse.name, {}), found.get(v.claim.better.name, {}), key)
         if change is not None:
-            other = column(key)
+            other = metric_of(key)
             others.append({"name": other.name, "change": told(other, change), "sense": sense(other, change)})
     return {
         "claim": v.claim.statement,
@@ -211,7 +211,7 @@ def markdown(found: Found, scale: str, budget: str, out: Path) -> str:
     for table in TABLES.values():
         if not _shown(table, found):
             continue
-        heads = [f"{how.label} ({how.unit})" if how.unit else how.label for how in map(column, table.metrics)]
+        heads = [f"{how.title} ({how.unit})" if how.unit else how.title for how in map(metric_of, table.metrics)]
         lines += ["", f"Table {table.name}: {table.title}" if table.name.isdigit() else table.title, ""]
         lines.append("| | steps | " + " | ".join(heads) + " |")
         lines.append("|---|---|" + "---|" * len(heads))

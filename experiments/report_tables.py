@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from eim_jax.evaluation.metrics import metric_of
+from eim_jax.evaluation.metrics.metric import Metric
 from eim_jax.reporting.charts import Line, panel
-from eim_jax.reporting.scores import Metric, metric
 from eim_jax.utils.console import duration
 from experiments import results, training_efficiency
 from experiments.cells import Row
@@ -13,17 +14,6 @@ from experiments.intervals import Spread, difference, score
 from experiments.layout import Table
 
 Found = Mapping[str, Mapping[int, Mapping[str, Any]]]  # row name -> seed -> result
-
-OWN = {
-    "shape_colour_f1": Metric("shape_colour_f1", "object F1", 100, 1, 1, "points"),
-    "nll_gap": Metric("nll_gap", "NLL gap", 1, 3, 1, "nats, other picture", "NLL gap to another picture"),
-    "nll_image_gap": Metric("nll_image_gap", "NLL gap", 1, 3, 1, "nats, other picture", "NLL gap to another picture"),
-}
-
-
-def column(key: str) -> Metric:
-    """How a score is called and shown."""
-    return OWN.get(key) or metric(key)
 
 
 @dataclass(frozen=True)
@@ -60,7 +50,7 @@ def effort(cells: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _entry(table: Table, row: Row, key: str, found: Found) -> Entry:
-    how = column(key)
+    how = metric_of(key)
     paper = "" if key not in row.paper else f"{row.paper[key]:g}"
     here, first = found.get(row.name, {}), found.get(table.rows[0].name, {})
     spread = score(here, key) if here else None

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from eim_jax.config import from_config_dict
+from eim_jax.evaluation.metrics import known_metrics
 from eim_jax.reporting.scores import flatten
 from eim_jax.training.log import read_metrics
 from experiments.cells import Cell, hash_of
-from experiments.intervals import GAPS
 
 OUT = Path("experiments/results")
 CURVES = ("loss", "queue/")  # keys of metrics.jsonl that are kept
@@ -95,12 +95,7 @@ def collect(cell: Cell, workdir: Path) -> dict[str, Any]:
     if hash_of(from_config_dict(run["config"]), cell.row.arm) != cell.hash:
         raise ValueError(f"{workdir} was trained with another config than {cell.name}: delete it")
     method = cell.config.decode.methods[0]
-    scores = flatten(load(arm / "scores_test.json")[method])
-    if "mme/sum" not in scores and scores.get("mme/total") is not None:  # all subtasks are there
-        scores["mme/sum"] = scores["mme/total"]
-    for name, (more, less) in GAPS.items():
-        if scores.get(more) is not None and scores.get(less) is not None:
-            scores[name] = scores[more] - scores[less]
+    scores = with_derived(flatten(load(arm / "scores_test.json")[method]))
     items = load(arm / "items_test.json")[method]
     said = load(arm / "predictions_test.json")
     outputs = said["outputs"] if isinstance(said, dict) else {str(row["image_id"]): row["caption"] for row in said}
@@ -127,6 +122,18 @@ def collect(cell: Cell, workdir: Path) -> dict[str, Any]:
         "examples": {key: outputs[key] for key in shown},
         **({"diagnostics": load(diagnostics)} if diagnostics.exists() else {}),
     }
+
+
+def with_derived(scores: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Returns the scores with those that METRICS derives from others, where they can be had."""
+    found = dict(scores)
+    for metric in known_metrics():
+        if metric.same_as and metric.key not in found and found.get(metric.same_as) is not None:
+            found[metric.key] = found[metric.same_as]
+        more, less = (found.get(key) for key in metric.difference or ("", ""))
+        if more is not None and less is not None:
+            found[metric.key] = more - less
+    return found
 
 
 def note_commit(workdir: Path) -> None:

@@ -10,31 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from eim_jax.config import from_config_dict
+from eim_jax.reporting.scores import columns, flatten
 from eim_jax.training.kinds import differences
-
-SCORES = {  # key in scores_test.json: (title, factor, decimals)
-    "Bleu_4": ("BLEU-4", 100, 1),
-    "METEOR": ("METEOR", 100, 1),
-    "ROUGE_L": ("ROUGE-L", 100, 1),
-    "CIDEr": ("CIDEr", 100, 1),
-    "accuracy/Avg": ("accuracy", 100, 1),
-    "accuracy/IMG": ("accuracy, with a picture", 100, 1),
-    "accuracy/TXT": ("accuracy, with a hint", 100, 1),
-    "accuracy/NO": ("accuracy, neither", 100, 1),
-    "unparsed": ("no option named, % of answers", 100, 1),
-    "mme/existence": ("existence, of 200", 1, 1),
-    "mme/count": ("count, of 200", 1, 1),
-    "mme/position": ("position, of 200", 1, 1),
-    "mme/color": ("color, of 200", 1, 1),
-    "mme/commonsense_reasoning": ("commonsense reasoning, of 200", 1, 1),
-    "mme/numerical_calculation": ("numerical calculation, of 200", 1, 1),
-    "mme/sum": ("sum, of 1,200", 1, 1),
-    "nll": ("NLL, nats a token", 1, 3),
-    "nll_image": ("NLL about pictures", 1, 3),
-    "nll_image_shuffled": ("NLL about pictures, another shown", 1, 3),
-    "shape_colour_f1": ("object F1", 100, 1),
-    "shape_colour_f1_held_out": ("object F1, held-out pairs", 100, 1),
-}
 
 
 def main() -> None:
@@ -56,18 +33,18 @@ def main() -> None:
     print(f"seeds {', '.join(map(str, seeds))}; {method} decoding; mean ± standard deviation over seeds\n")
     print("|  |", " | ".join([*arms, f"{arms[1]} - {arms[0]}"] if len(arms) > 1 else arms), "|")
     print("|---|" + "---|" * (len(arms) + (len(arms) > 1)))
-    for key, (title, factor, decimals) in SCORES.items():
-        values = {
-            arm: [factor * run[method][key] for run in runs if run[method].get(key) is not None]
-            for arm, runs in scores.items()
-        }
+    for metric in columns([run for runs in scores.values() for run in runs]):
+        if metric.seeds is None:
+            continue
+        found = {arm: [flatten(run[method]).get(metric.key) for run in runs] for arm, runs in scores.items()}
+        values = {arm: [metric.factor * x for x in column if x is not None] for arm, column in found.items()}
         if any(len(found) != len(workdirs) for found in values.values()):
             continue
-        cells = [_cell(values[arm], decimals) for arm in arms]
+        cells = [_cell(values[arm], metric.decimals) for arm in arms]
         if len(arms) > 1:
             paired = [b - a for a, b in zip(values[arms[0]], values[arms[1]], strict=True)]
-            cells.append(_cell(paired, decimals, sign="+"))
-        print("|", " | ".join([title, *cells]), "|")
+            cells.append(_cell(paired, metric.decimals, sign="+"))
+        print("|", " | ".join([metric.seeds or metric.title, *cells]), "|")
 
 
 def _cell(values: list[float], decimals: int, sign: str = "") -> str:

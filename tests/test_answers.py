@@ -11,7 +11,7 @@ from configs import miniature_lavin, miniature_llama_adapter
 from eim_jax.config import from_config_dict
 from eim_jax.data import tokenize
 from eim_jax.data.datasets import load_split
-from eim_jax.evaluation.tasks import answers
+from eim_jax.evaluation.tasks import options, questions
 from eim_jax.generation import inference
 from eim_jax.generation.sampler import DecodeConfig, continue_text
 from eim_jax.training import partition, setup
@@ -79,7 +79,7 @@ def test_each_answer_is_the_one_its_question_gets_alone(world):
 
 def test_the_most_likely_option_is_the_largest_of_sums_of_log_probabilities(world):
     loaded, vlm, params, split = world
-    chosen = answers._most_likely(loaded, vlm, params, split, looked(world))
+    chosen = options.likeliest_options(loaded, vlm, params, split, looked(world))
     assert list(chosen) == [sample.id for sample in split.samples]
     for sample in split.samples[:2]:
         values = []
@@ -116,13 +116,13 @@ def test_the_shuffled_likelihood_shows_every_pictured_question_another_picture(w
         shown[label] = images, encoded
         return np.full(len(images), -1.0 - len(shown)), np.ones(len(images))
 
-    monkeypatch.setattr(answers, "likelihoods", spy)
-    found, sums, ids = answers._nll(loaded, vlm, params, split, seen)
+    monkeypatch.setattr(questions, "likelihoods", spy)
+    found, sums = questions.response_likelihoods(loaded, vlm, params, options.OPTIONS.ask(split), seen)
     (own, words), (other, theirs) = shown.values()
-    assert own == [sample.image for sample in split.samples]
+    assert list(own) == [sample.image for sample in split.samples]
     assert len(other) == len(asked) and all(other[at] != own[row] for at, row in enumerate(asked))
     assert None not in other
     np.testing.assert_array_equal(theirs.tokens, words.tokens[asked])
     assert found == {"nll": 2.0, "nll_image": 2.0, "nll_image_shuffled": 3.0}
-    assert ids == [sample.id for sample in split.samples] and sums["nll"] == [[2.0, 1]] * len(split)
+    assert sums["nll"] == [[2.0, 1]] * len(split)
     assert [row for row, (_, tokens) in enumerate(sums["nll_image_shuffled"]) if tokens] == asked

@@ -3,7 +3,12 @@
 import numpy as np
 
 from eim_jax.data.miniature import captioning, chat, qa
-from eim_jax.evaluation.metrics import caption_scores, item_statistics, mme, scienceqa
+from eim_jax.evaluation.metrics import caption_scores, metric_of, mme, scienceqa
+from eim_jax.evaluation.metrics.accuracy import option_rows
+from eim_jax.evaluation.metrics.caption_overlap import caption_rows
+from eim_jax.evaluation.metrics.likelihood import likelihood_rows
+from eim_jax.evaluation.metrics.mme_scores import yes_no_rows
+from eim_jax.evaluation.metrics.named_objects import object_rows
 
 
 def _captions(number=12):
@@ -15,36 +20,34 @@ def _captions(number=12):
 
 
 def _score(metric, rows):
-    return float(item_statistics.value(metric, np.asarray(rows).sum(axis=0)))
+    return metric_of(metric).total(rows)
 
 
 def test_caption_rows_add_up_to_the_scorers_bleu_cider_and_f1():
     split, said = _captions()
     references = {key: split.references[key] for key in said}
-    rows, whole = item_statistics.captions(said, references), caption_scores.score(said, references, java=False)
+    rows, whole = caption_rows(said, references), caption_scores.score(said, references, java=False)
     for metric in ("Bleu_4", "CIDEr"):
         np.testing.assert_allclose(_score(metric, rows[metric]), whole[metric], rtol=1e-4)
     f1 = captioning.attribute_f1(said, split.scenes)["shape_colour_f1"]
-    np.testing.assert_allclose(
-        _score("shape_colour_f1", item_statistics.objects(said, split.scenes)["shape_colour_f1"]), f1
-    )
+    np.testing.assert_allclose(_score("shape_colour_f1", object_rows(said, split.scenes)["shape_colour_f1"]), f1)
 
 
 def test_bleu_of_resampled_items_is_the_scorers_bleu_of_the_resampled_set():
     split, said = _captions()
     keys = list(said)
     draw = np.random.default_rng(0).integers(len(keys), size=len(keys))
-    rows = np.asarray(item_statistics.captions(said, split.references)["Bleu_4"])
+    rows = np.asarray(caption_rows(said, split.references)["Bleu_4"])
     again = {f"{i}": said[keys[k]] for i, k in enumerate(draw)}
     whole = caption_scores.score(again, {f"{i}": split.references[keys[k]] for i, k in enumerate(draw)}, java=False)
     weights = np.bincount(draw, minlength=len(keys))
-    np.testing.assert_allclose(item_statistics.value("Bleu_4", weights @ rows), whole["Bleu_4"], rtol=1e-6)
+    np.testing.assert_allclose(metric_of("Bleu_4").value(weights @ rows), whole["Bleu_4"], rtol=1e-6)
 
 
 def test_question_rows_add_up_to_the_official_accuracy():
     split = qa.load("test", problems=20)
     chosen = {key: (i % 2 if i % 5 else None) for i, key in enumerate(split.problems)}
-    rows = item_statistics.options(chosen, split.problems)
+    rows = option_rows(chosen, split.problems)
     whole = scienceqa.as_fractions(scienceqa.score(chosen, split.problems))
     for metric in ("accuracy/Avg", "accuracy/IMG"):
         np.testing.assert_allclose(_score(metric, rows[metric]), whole[metric])
@@ -54,16 +57,15 @@ def test_yes_no_rows_add_up_to_mme(tmp_path):
     split = chat.load_yes_no()
     said = {key: ("yes", "no", "no", "perhaps")[i % 4] for i, key in enumerate(split.questions)}
     mme.write_results(tmp_path, split, said)
-    whole, rows = mme.score(mme.read(tmp_path)), item_statistics.yes_no(split, said)
+    right = {key: mme.read_answer(said[key]) == question.answer.lower() for key, question in split.questions.items()}
+    whole, rows = mme.score(mme.read(tmp_path)), yes_no_rows(split.questions, right)
     for task, found in whole["tasks"].items():
         np.testing.assert_allclose(_score(f"mme/{task}", rows[f"mme/{task}"]), found["score"])
     np.testing.assert_allclose(_score("mme/sum", rows["mme/sum"]), whole["partial"]["total"])
 
 
 def test_likelihood_rows_are_sums_over_an_items_samples():
-    rows = item_statistics.likelihoods(
-        "nll", np.array([1.0, 2.0, 4.0]), np.array([2.0, 1.0, 5.0]), np.array([1, 0, 1]), 3
-    )
+    rows = likelihood_rows("nll", np.array([1.0, 2.0, 4.0]), np.array([2.0, 1.0, 5.0]), np.array([1, 0, 1]), 3)
     assert rows == {"nll": [[2.0, 1], [5.0, 7], [0.0, 0]]}
     np.testing.assert_allclose(_score("nll", rows["nll"]), 7 / 8)
-    assert np.isnan(item_statistics.value("nll", np.zeros((2, 2)))).all()
+    assert np.isnan(metric_of("nll").value(np.zeros((2, 2)))).all()

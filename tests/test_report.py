@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from eim_jax.evaluation.tasks import TASKS
 from eim_jax.reporting.gallery import GALLERY, mark
 from eim_jax.reporting.page import write_report
 from eim_jax.reporting.scores import table, verdict
@@ -31,7 +32,7 @@ PLAN = {
 }
 TOTAL = 2_345_678
 SCORES = {"Bleu_1": 0.612, "Bleu_2": 0.497, "Bleu_3": 0.391, "Bleu_4": 0.297, "METEOR": 0.271, "ROUGE_L": 0.542}
-SCORES |= {"CIDEr": 1.083, "SPICE": None, "nll": 1.104, "attribute_f1": 0.62, "nll_shuffled": 2.5}
+SCORES |= {"CIDEr": 1.083, "SPICE": None, "nll": 1.104, "shape_colour_f1": 0.62, "nll_shuffled": 2.5}
 NO_SPICE = "SPICE needs Java, which is not on this machine"
 
 
@@ -173,8 +174,8 @@ class Page(html.parser.HTMLParser):
         return re.sub(r"\s+", " ", "".join(self.text))
 
 
-def page(workdir, references, images=picture, items=None):
-    path = write_report(workdir, images, references, items)
+def page(workdir, references, images=picture, items=None, task="captions"):
+    path = write_report(workdir, TASKS[task], images, references, items)
     assert path == workdir / "report.html"
     return Page(path.read_text(encoding="utf-8"))
 
@@ -267,7 +268,7 @@ def test_a_captioning_run_has_all_captioning_columns_in_order_even_where_null(tm
     page(tmp_path, references)
     heads = re.findall(r'<th scope="col">([^<]+)<span class="unit">', (tmp_path / "report.html").read_text())
     captioning = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE"]
-    assert heads == [*captioning, "test NLL", "attribute F1", "test NLL, shuffled pictures"]
+    assert heads == [*captioning, "test NLL", "test NLL, shuffled pictures", "shape colour F1"]
 
 
 def test_what_the_scorer_notes_is_shown_once():
@@ -333,7 +334,7 @@ def test_a_run_that_only_began_still_has_a_page(tmp_path):
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"run\.json"):
-        write_report(tmp_path, picture, {})
+        write_report(tmp_path, TASKS["captions"], picture, {})
 
 
 def test_values_that_are_not_finite_leave_a_gap_and_are_counted(tmp_path):

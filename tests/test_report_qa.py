@@ -8,10 +8,14 @@ import pytest
 from PIL import Image
 from test_report import make_run, page, picture
 
+from eim_jax.evaluation.metrics import caption_overlap
+from eim_jax.evaluation.tasks import TASKS, options
+from eim_jax.evaluation.tasks.task import Item, Predictions
+from eim_jax.reporting.categories import by_category
 from eim_jax.reporting.charts import Bars, bars
 from eim_jax.reporting.page import write_report
-from eim_jax.reporting.questions import SHOWN, Answers, Item, by_category, questions
-from eim_jax.reporting.scores import POINTS, columns, table, verdict
+from eim_jax.reporting.questions import SHOWN, questions
+from eim_jax.reporting.scores import columns, table, verdict
 
 EVIL = '<img src=x onerror=alert(1)>"&'
 CATEGORIES = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12")
@@ -23,12 +27,17 @@ def item(i, **changed):
     fields = {
         "id": str(100 + i),
         "image": picture(str(i)) if i % 2 else None,
-        "question": f"Which of these is number {i}?",
+        "words": f"Which of these is number {i}?",
         "context": "" if i % 3 else f"They were counted from zero; this is {i}.",
         "options": (f"the {i}th", f"the {i + 1}th", "neither"),
         "answer": i % 3,
     }
-    return Item(**(fields | changed))
+    return options.question(**(fields | changed))
+
+
+def right(q):
+    (index,) = [i for i, option in enumerate(q.options) if option.right]
+    return index
 
 
 def qa_scores(shift):
@@ -52,9 +61,9 @@ def qa_run(workdir, items, wrong=(1, 4)):
     """The baseline answers the items of `wrong` by the next option, and the item after the last names none."""
     make_run(workdir, steps=4)
     for arm in ARMS:
-        results = {q.id: q.right for q in items}
+        results = {q.id: right(q) for q in items}
         if arm == "baseline":
-            results |= {items[i].id: (items[i].right + 1) % 3 for i in wrong} | {items[-1].id: -1}
+            results |= {items[i].id: (right(items[i]) + 1) % 3 for i in wrong} | {items[-1].id: -1}
         outputs = {k: f"The answer is {chr(65 + v)}. BECAUSE: {arm} says so." for k, v in results.items()}
         outputs |= {k: f"{arm} cannot say." for k, v in results.items() if v == -1}
         said = {"results": results, "outputs": outputs, "prompt": {"form": "QCM-ALE"}, "decoding": {"method": "greedy"}}
@@ -66,7 +75,7 @@ def yes_no(count):
     for i in range(count):
         for k, answer in enumerate(("Yes", "No")):
             text = f"Is there shape {k} in picture {i}?"
-            yield item(2 * i + 1, id=f"existence/{i}.jpg/{k}", question=text, options=("Yes", "No"), answer=answer)
+            yield Item(f"existence/{i}.jpg/{k}", picture(str(2 * i + 1)), text, truth=answer)
 
 
 def cards(workdir):
@@ -83,13 +92,13 @@ def card_of(workdir, text):
 
 def test_each_option_is_shown_and_the_right_one_marked(tmp_path):
     items = qa_run(tmp_path, [item(i) for i in range(6)])
-    page(tmp_path, {}, items=items)
+    page(tmp_path, {}, items=items, task="options")
     assert len(cards(tmp_path)) == 6
     for q in items:
         shown = card_of(tmp_path, q.question)
-        for i, text in enumerate(q.options):
-            mark = " ✓ right answer" if i == q.right else ""
-            assert f"({'ABC'[i]}) {text}{mark} " in shown
+        for i, option in enumerate(q.options):
+            mark = " ✓ right answer" if i == right(q) else ""
+            assert f"({'ABC'[i]}) {option.text}{mark} " in shown
         assert shown.count("✓ right answer") == 1
         assert q.context in shown and ("context" in shown) == bool(q.context)
         assert ("text only" in shown) == (q.image is None)
@@ -97,7 +106,7 @@ def test_each_option_is_shown_and_the_right_one_marked(tmp_path):
 
 def test_each_arms_choice_is_marked_right_or_wrong_in_words_above_its_raw_text(tmp_path):
     items = qa_run(tmp_path, [item(i) for i in range(6)])  # item i's right option is i % 3
-    page(tmp_path, {}, items=items)
+    page(tmp_path, {}, items=items, task="options")
     said = "The answer is {}. BECAUSE: {} says so."
     shown = card_of(tmp_path, items[1].question)
     assert f"baseline: (C) ✗ wrong {said.format('C', 'baseline')}" in shown
@@ -107,12 +116,12 @@ def test_each_arms_choice_is_marked_right_or_wrong_in_words_above_its_raw_text(t
 
 
 def test_questions_contexts_options_and_answers_are_escaped(tmp_path):
-    items = [item(0, question="Q" + EVIL, context="C" + EVIL, options=("O" + EVIL, "b", "c"), id="<b>7")]
+    items = [item(0, words="Q" + EVIL, context="C" + EVIL, options=("O" + EVIL, "b", "c"), id="<b>7")]
     qa_run(tmp_path, items, wrong=())
     path = tmp_path / "eim" / "predictions_test.json"
     said = json.loads(path.read_text())
     path.write_text(json.dumps(said | {"outputs": {"<b>7": "A" + EVIL * 20}, "prompt": EVIL}))
-    found = page(tmp_path, {}, items=items)
+    found = page(tmp_path, {}, items=items, task="options")
     source = (tmp_path / "report.html").read_text()
     assert "<img src=x" not in source and "<b>" not in source
     for text in ("Q" + EVIL, "C" + EVIL, "O" + EVIL, "A" + EVIL * 20, "prompt: " + EVIL, "<b>7"):
@@ -121,7 +130,7 @@ def test_questions_contexts_options_and_answers_are_escaped(tmp_path):
 
 def test_the_interval_stands_beside_its_score_and_is_no_column(tmp_path):
     items = qa_run(tmp_path, [item(i) for i in range(6)])
-    found = page(tmp_path, {}, items=items)
+    found = page(tmp_path, {}, items=items, task="options")
     assert "85.2 [84.1, 86.3]" in found.words and "87.2 [86.1, 88.3]" in found.words
     assert "95 % bootstrap interval" in found.words and "low" not in found.words.split("Every score")[1].split("arm")[0]
     keys = [column.key for column in columns([qa_scores(0.0)])]
@@ -137,8 +146,8 @@ def test_bounds_in_the_scorers_notes_are_read_too_and_not_repeated_as_notes():
 
 def test_a_page_of_questions_has_no_captioning_columns(tmp_path):
     items = qa_run(tmp_path, [item(i) for i in range(6)])
-    found = page(tmp_path, {}, items=items)
-    assert not any(name in found.words for name in POINTS.values())
+    found = page(tmp_path, {}, items=items, task="options")
+    assert not any(metric.label in found.words for metric in caption_overlap.METRICS)
     assert "Answers given to 6 test questions." in found.words and "run once (seed 3)" in found.words
     assert "caption" not in found.words.split("Configuration")[1].lower().replace("captioning", "")
 
@@ -184,14 +193,14 @@ def test_where_tasks_are_missing_their_sum_is_judged_and_the_null_sums_have_the_
 
 def test_an_option_chosen_by_likelihood_is_told_from_one_read_in_the_text(tmp_path):
     items = qa_run(tmp_path, [item(0)], wrong=())
-    assert "choice: the most likely option" not in page(tmp_path, {}, items=items).words
+    assert "choice: the most likely option" not in page(tmp_path, {}, items=items, task="options").words
     for arm in ARMS:
         path = tmp_path / arm / "predictions_test.json"
         decoding = {"methods": ["greedy"], "answers": "likelihood"}
         path.write_text(
             json.dumps(json.loads(path.read_text()) | {"decoding": decoding, "prompt": {"sha256": "ab" * 32}})
         )
-    words = page(tmp_path, {}, items=items).words
+    words = page(tmp_path, {}, items=items, task="options").words
     assert "choice: the most likely option" in words and "decoding: methods greedy, answers likelihood" in words
     assert "sha256 abababababab…" in words and "ab" * 7 not in words
 
@@ -227,7 +236,7 @@ def test_every_category_and_task_of_any_arm_has_a_bar():
 def test_half_of_the_cards_are_where_arms_differ_evenly_spaced_and_the_page_says_so(tmp_path):
     count, wrong = 10 * SHOWN, range(0, 4 * SHOWN, 2)  # in the last item the baseline names no option
     items = qa_run(tmp_path, [item(i, image=None) for i in range(count)], wrong)
-    found = page(tmp_path, {}, items=items)
+    found = page(tmp_path, {}, items=items, task="options")
     apart = {items[i].id for i in (*wrong, count - 1)}
     shown = [re.search(r"\b1\d\d\b|\b\d{3}\b", card)[0] for card in cards(tmp_path)]
     half = SHOWN // 2
@@ -240,10 +249,10 @@ def test_half_of_the_cards_are_where_arms_differ_evenly_spaced_and_the_page_says
 
 def test_where_few_differ_the_others_fill_the_cards():
     items = [item(i, image=None) for i in range(3 * SHOWN)]
-    same = {q.id: q.right for q in items}
-    first = Answers(dict.fromkeys(same, "x"), same, {})
-    second = Answers(first.outputs, same | {items[5].id: (items[5].right + 1) % 3}, {})
-    found = questions({"baseline": first, "eim": second}, items)["cards"]
+    same = {q.id: right(q) for q in items}
+    first = Predictions(dict.fromkeys(same, "x"), same, {})
+    second = Predictions(first.outputs, same | {items[5].id: (right(items[5]) + 1) % 3}, {})
+    found = questions(TASKS["options"], {"baseline": first, "eim": second}, items)["cards"]
     assert len(found) == SHOWN and [card["id"] for card in found if not card["same"]] == [items[5].id]
 
 
@@ -254,12 +263,12 @@ def test_missing_predictions_are_named(tmp_path):
     for kind in ("results", "outputs"):
         said[kind]["999"] = said[kind].pop("103")
     path.write_text(json.dumps(said | {"results": said["results"] | {"999": 0}}))
-    found = page(tmp_path, {}, items=items)
+    found = page(tmp_path, {}, items=items, task="options")
     assert "eim: no prediction for 1 of 6 test questions (103)." in found.words
     assert "Missing – eim: predictions for questions that the test split lacks: 1 (999)." in found.words
     assert "eim: no prediction" in card_of(tmp_path, items[3].question)
     path.unlink()
-    assert "eim: no predictions_test.json." in page(tmp_path, {}, items=items).words
+    assert "eim: no predictions_test.json." in page(tmp_path, {}, items=items, task="options").words
 
 
 def test_a_picture_has_its_two_questions_with_truth_and_responses_read_as_mme_reads_them(tmp_path):
@@ -269,7 +278,7 @@ def test_a_picture_has_its_two_questions_with_truth_and_responses_read_as_mme_re
     outputs = dict(zip([q.id for q in items], responses, strict=True))
     for arm in ARMS:
         write_arm(tmp_path, arm, {"outputs": outputs}, mme_scores(0.0))
-    found = page(tmp_path, {}, items=items)
+    found = page(tmp_path, {}, items=items, task="yes_no")
     shown = cards(tmp_path)
     assert len(shown) == 3 and found.tags.count("img") == 3
     assert all(card.count("Truth: Yes") == card.count("Truth: No") == 1 for card in shown)
@@ -282,34 +291,34 @@ def test_a_picture_has_its_two_questions_with_truth_and_responses_read_as_mme_re
 
 def test_a_picture_that_cannot_be_given_is_told_from_a_question_without_one(tmp_path):
     items = [item(0), item(1, image=lambda: None), item(2, image=lambda: Image.new("RGB", (8, 8)))]
-    found = page(tmp_path, {}, items=qa_run(tmp_path, items, wrong=()))
+    found = page(tmp_path, {}, items=qa_run(tmp_path, items, wrong=()), task="options")
     assert found.words.count("text only") == found.words.count("picture not available") == found.tags.count("img") == 1
 
 
 def test_predictions_of_the_other_kind_or_without_texts_are_errors_that_name_the_file(tmp_path):
     make_run(tmp_path, steps=4)
     with pytest.raises(ValueError, match=r"baseline.predictions_test\.json: holds captions"):
-        write_report(tmp_path, picture, {}, [item(0)])
+        write_report(tmp_path, TASKS["options"], picture, {}, [item(0)])
     items = qa_run(tmp_path, [item(i) for i in range(6)])
     with pytest.raises(ValueError, match=r"baseline.predictions_test\.json: holds answers"):
-        write_report(tmp_path, picture, {})
+        write_report(tmp_path, TASKS["captions"], picture, {})
     write_arm(tmp_path, "eim", {"results": {"100": 1}, "outputs": {"101": "x"}}, {})
     with pytest.raises(ValueError, match=r"eim.predictions_test\.json: 100, 101 in only one"):
-        write_report(tmp_path, picture, {}, items)
+        write_report(tmp_path, TASKS["options"], picture, {}, items)
     write_arm(tmp_path, "eim", {"results": {"100": 1}}, {})
     with pytest.raises(ValueError, match=r'eim.predictions_test\.json: holds no "outputs"'):
-        write_report(tmp_path, picture, {}, items)
+        write_report(tmp_path, TASKS["options"], picture, {}, items)
     write_arm(tmp_path, "eim", {"results": {"100": 3}, "outputs": {"100": "x"}}, {})
     with pytest.raises(ValueError, match=r"question 100: the prediction is option 3 of 3"):
-        write_report(tmp_path, picture, {}, items)
+        write_report(tmp_path, TASKS["options"], picture, {}, items)
 
 
 @pytest.mark.parametrize("answer", [3, -1, "the 7th"])
 def test_an_answer_that_is_no_option_is_an_error(answer):
     with pytest.raises(ValueError, match="question 100: the answer"):
-        _ = item(0, answer=answer).right
+        _ = item(0, answer=answer)
 
 
 def test_a_run_of_questions_that_only_began_still_has_a_page(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"command": "x", "config": {"arms": ["eim"]}}))
-    assert "No arm has answers to test questions." in page(tmp_path, {}, items=[item(0)]).words
+    assert "No arm has answers to test questions." in page(tmp_path, {}, items=[item(0)], task="options").words

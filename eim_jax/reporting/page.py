@@ -12,9 +12,11 @@ from pathlib import Path
 import jinja2
 from PIL import Image
 
+from eim_jax.evaluation.tasks.task import Item, Predictions, Task
+from eim_jax.reporting.categories import by_category
 from eim_jax.reporting.charts import Line, panel
 from eim_jax.reporting.gallery import gallery
-from eim_jax.reporting.questions import Answers, Item, by_category, questions, read_answers
+from eim_jax.reporting.questions import questions
 from eim_jax.reporting.scores import BASELINE, table, verdict
 from eim_jax.training.log import read_metrics
 from eim_jax.utils.console import duration
@@ -38,36 +40,40 @@ class Arm:
     run: dict
     metrics: list[dict]
     scores: dict[str, dict]
-    captions: dict[str, str]
-    answers: Answers | None = None
+    predictions: Predictions | None
 
 
-def read_arm(directory: Path) -> Arm:
+def read_arm(task: Task, directory: Path) -> Arm:
     """Reads run.json, metrics.jsonl, scores_test.json and predictions_test.json of an arm, each if it is there."""
     path = directory / "predictions_test.json"
-    predictions = _json(path, [])
-    captioned = isinstance(predictions, list)
     return Arm(
         name=directory.name,
         run=_json(directory / "run.json", {}),
         metrics=read_metrics(directory / "metrics.jsonl"),
         scores=_json(directory / "scores_test.json", {}),
-        captions={str(row["image_id"]): row["caption"] for row in predictions} if captioned else {},
-        answers=None if captioned else read_answers(path, predictions),
+        predictions=task.read_predictions(path, _json(path, None)) if path.exists() else None,
     )
 
 
 def write_report(
     workdir: Path,
+    task: Task,
     images: Callable[[str], Image.Image | None],
     references: Mapping[str, Sequence[str]],
     items: Sequence[Item] | None = None,
 ) -> Path:
     """Writes workdir/report.html from the run's artifacts and returns its path.
 
-    `images` gives the test picture of an image id, or None; `references` its captions by people. `items` are the test
-    questions of a run that answers questions instead, in the split's order. Raises FileNotFoundError if the directory
-    holds no run.json, ValueError if it names no arm, or an arm's predictions are not of the kind that was asked for.
+    Args:
+      workdir: the run's.
+      task: of the test split; it reads the arms' predictions.
+      images: gives the test picture of an image id, or None.
+      references: its captions by people.
+      items: the test questions in the split's order, as the task gives them; None shows texts beside the references.
+
+    Raises:
+      FileNotFoundError: the directory holds no run.json.
+      ValueError: it names no arm, or an arm's predictions are another task's.
     """
     if not (workdir / "run.json").exists():
         raise FileNotFoundError(f"{workdir}: no run.json, so nothing has been run here")
@@ -75,13 +81,8 @@ def write_report(
     names = [arm if isinstance(arm, str) else arm["name"] for arm in run.get("config", {}).get("arms", ())]
     if not names:
         raise ValueError(f"{workdir / 'run.json'}: config names no arms")
-    arms = [read_arm(workdir / name) for name in names]
-    for arm in arms:
-        path = workdir / arm.name / "predictions_test.json"
-        if items is None and arm.answers is not None:
-            raise ValueError(f"{path}: holds answers to questions: give write_report the questions as items")
-        if items is not None and arm.captions:
-            raise ValueError(f"{path}: holds captions, not answers to the items: give write_report no items")
+    arms = [read_arm(task, workdir / name) for name in names]
+    texts = {arm.name: arm.predictions.outputs if arm.predictions else {} for arm in arms}
     scores = {arm.name: arm.scores for arm in arms}
     others = [name for name in names if name != BASELINE] or [BASELINE]
     named = ", ".join(others) if len(others) < 3 else f"{len(others)} arms"
@@ -92,7 +93,7 @@ def write_report(
         .get_template("report.html.j2")
         .render(
             title=f"{named} against the baseline" if compared else f"Run of {named}",
-            summary=_summary(arms),
+            summary=_summary(task, arms),
             noise=_noise(run),
             run={key: run.get(key) for key in ("command", "started", "finished", "seconds", "machine", "versions")},
             arms=[{"name": arm.name, "run": arm.run, "stages": stages(arm), "curves": curves(arm)} for arm in arms],
@@ -103,8 +104,8 @@ def write_report(
             scores=table(scores),
             together=together(arms),
             categories=by_category(scores),
-            gallery=gallery({arm.name: arm.captions for arm in arms}, images, references),
-            questions=None if items is None else questions({arm.name: arm.answers for arm in arms}, items),
+            gallery=gallery(texts if items is None else {}, images, references),
+            questions=None if items is None else questions(task, {arm.name: arm.predictions for arm in arms}, items),
             config=json.dumps(run.get("config", {}), indent=2, ensure_ascii=False),
         )
     )
@@ -113,18 +114,14 @@ def write_report(
     return path
 
 
-def _summary(arms: Sequence[Arm]) -> str:
+def _summary(task: Task, arms: Sequence[Arm]) -> str:
     parts = []
     for arm in arms:
         names = [stage["name"] for stage in arm.run.get("stages", ())]
         count = f"{len(names)} stage{'' if len(names) == 1 else 's'}"
         parts.append(f"{arm.name}: {count} ({' → '.join(names)})" if names else f"{arm.name}: no finished stage")
-    answers = max((len(arm.answers.outputs) for arm in arms if arm.answers), default=0)
-    answered = f" Answers given to {answers:,} test questions." if answers else ""
-    pictures = max((len(arm.captions) for arm in arms), default=0)
-    return (
-        "; ".join(parts) + "." + (f" Captions written for {pictures:,} test pictures." if pictures else "") + answered
-    )
+    number = max((len(arm.predictions.outputs) for arm in arms if arm.predictions), default=0)
+    return "; ".join(parts) + "." + (f" {task.told.format(number)}" if number else "")
 
 
 def _noise(run: Mapping) -> str:

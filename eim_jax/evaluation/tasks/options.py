@@ -1,0 +1,142 @@
+"""The task "options": questions with options to choose from, in ScienceQA's form."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eim_jax.data import tokenize
+from eim_jax.data.datasets.scienceqa import QASplit
+from eim_jax.data.datasets.scienceqa_prompt import answer_sentence
+from eim_jax.data.samples import Sample, Split
+from eim_jax.evaluation.metrics import scienceqa
+from eim_jax.evaluation.metrics.accuracy import option_rows
+from eim_jax.evaluation.tasks.questions import Questions, picture_of
+from eim_jax.evaluation.tasks.task import Asked, Item, Option, Predicted, Predictions, Reading, Scored
+from eim_jax.generation.inference import VisualTokens, likelihoods
+from eim_jax.models.vlm import VLM
+from eim_jax.training.partition import Flat
+from eim_jax.training.setup import Inputs
+
+
+class Options(Questions):
+    """Choices among a `QASplit`'s options.
+
+    Yields "accuracy/<category>" (fractions) and "unparsed" (share of answers that name no option). With
+    config.decode.answers="likelihood" the option is not read from the text: it is the one whose answer sentence is the
+    most probable.
+    """
+
+    name = "options"
+    unread = "names no option"
+
+    def settings(self, inputs: Inputs) -> str:
+        """Returns how an option is chosen, and what an answer without one counts as."""
+        return f", answers {inputs.config.decode.answers}, unparsed {inputs.config.decode.unparsed}"
+
+    def predict(self, inputs: Inputs, vlm: VLM, params: Flat, asked: Asked) -> Predicted:
+        """Returns the likelihoods of the right responses, and where they are asked for the most likely options."""
+        found = super().predict(inputs, vlm, params, asked)
+        if inputs.config.decode.answers != "likelihood":
+            return found
+        return found._replace(choice=likeliest_options(inputs, vlm, params, asked.split, found.visual))
+
+    def record(
+        self, inputs: Inputs, asked: Asked, predicted: Predicted, outputs: Mapping[str, str], method: str
+    ) -> dict[str, Any]:
+        """Returns {"prompt", "decoding", "results" (option's index, -1: none was named), "outputs"}."""
+        record = super().record(inputs, asked, predicted, outputs, method)
+        prompt = {**record["prompt"], "form": inputs.config.data.form}
+        chosen = self._chosen(asked, predicted, outputs)
+        results = {key: -1 if option is None else option for key, option in chosen.items()}
+        return {"prompt": prompt, "decoding": record["decoding"], "results": results, "outputs": record["outputs"]}
+
+    def score(
+        self,
+        inputs: Inputs,
+        asked: Asked,
+        predicted: Predicted,
+        outputs: Mapping[str, str],
+        directory: Path,
+        method: str,
+    ) -> Scored:
+        """Scores the chosen options."""
+        problems, chosen = _problems(asked), self._chosen(asked, predicted, outputs)
+        found = scienceqa.score(chosen, problems, unparsed=inputs.config.decode.unparsed, seed=inputs.config.seed)
+        scores = {**scienceqa.as_fractions(found), **predicted.scores}
+        return Scored(scores, {**option_rows(chosen, problems), **predicted.rows})
+
+    def _chosen(self, asked: Asked, predicted: Predicted, outputs: Mapping[str, str]) -> dict[str, int | None]:
+        if predicted.choice is not None:
+            return dict(predicted.choice)
+        problems = _problems(asked)
+        return {key: scienceqa.read_answer(text, len(problems[key].choices)) for key, text in outputs.items()}
+
+    def items(self, split: Split, limit: int = 0) -> list[Item] | None:
+        """Returns the questions with their options."""
+        asked = self.ask(split, limit)
+        return [
+            question(
+                sample.id, picture_of(split, sample), problem.question, problem.hint, problem.choices, problem.answer
+            )
+            for sample in asked.split.samples
+            for problem in [split.problems[sample.id]]
+        ]
+
+    def read_predictions(self, path: Path, found: Any) -> Predictions:
+        """Reads the file, and says of a choice by likelihood that it is one."""
+        read = super().read_predictions(path, found)
+        if read.results is None:
+            raise ValueError(f'{path}: holds no "results" (the chosen option by question id)')
+        decoding = found.get("decoding")
+        if isinstance(decoding, Mapping) and decoding.get("answers") == "likelihood":
+            said = {"choice": "the most likely option, whatever the text says"}
+            return replace(read, settings={**read.settings, **said})
+        return read
+
+    def read(self, item: Item, predictions: Predictions) -> Reading:
+        """Returns the chosen option."""
+        index = predictions.results[item.id]
+        if not -1 <= index < len(item.options):
+            raise ValueError(f"question {item.id}: the prediction is option {index} of {len(item.options)}")
+        if index == -1:
+            return Reading(None, False)
+        return Reading(item.options[index].name, item.options[index].right)
+
+
+def question(id: str, image, words: str, context: str, options: tuple[str, ...], answer: int) -> Item:
+    """Returns a question with options as the page shows it.
+
+    Raises:
+      ValueError: `answer` is the index of none of them.
+    """
+    if not 0 <= answer < len(options):
+        raise ValueError(f"question {id}: the answer {answer!r} is none of its options {options}")
+    shown = tuple(Option(f"({chr(ord('A') + i)})", text, i == answer) for i, text in enumerate(options))
+    return Item(id, image, words, context, shown)
+
+
+def likeliest_options(inputs: Inputs, vlm: VLM, params: Flat, split: QASplit, visual: VisualTokens) -> dict[str, int]:
+    """Returns each question's option whose answer sentence, "The answer is X.", is the most probable."""
+    samples, owners = [], []
+    for sample in split.samples:
+        for k in range(len(split.problems[sample.id].choices)):
+            samples.append(Sample(f"{sample.id}/{k}", sample.image, sample.instruction, answer_sentence(k)))
+            owners.append((sample.id, k))
+    options = Split(split.name, tuple(samples), split.images)
+    encoded = tokenize.encode_split(options, inputs.lm_tokenizer, inputs.config.data.max_tokens, eos=False)
+    images = [sample.image for sample in samples]
+    found, _ = likelihoods(inputs, vlm, params, visual, images, encoded, "likelihood of the options")
+    best: dict[str, tuple[float, int]] = {}
+    for (key, k), value in zip(owners, found, strict=True):
+        best[key] = max(best.get(key, (-np.inf, 0)), (float(value), -k))
+    return {key: -k for key, (_, k) in best.items()}
+
+
+def _problems(asked: Asked) -> dict[str, Any]:
+    return {sample.id: asked.split.problems[sample.id] for sample in asked.split.samples}
+
+
+OPTIONS = Options()
