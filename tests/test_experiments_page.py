@@ -14,10 +14,11 @@ from close import assert_close
 from experiment_cases import few_scenes, result, write
 
 from eim_jax.data.datasets import load_split
+from eim_jax.evaluation.metrics import metric_of
 from eim_jax.models.language.gpt2 import GPT2
 from eim_jax.training import partition
 from eim_jax.training import setup as loading
-from experiments import diagnose, integration, intervals, report, results, rows
+from experiments import diagnose, integration, report, results, rows
 from experiments.cells import SCALES, cell
 from experiments.tables import TABLES, rows_of
 
@@ -105,9 +106,7 @@ def measured(tmp_path_factory):
             bleu = [[11, 10, 11, 10, 9, 8, int(r), max(int(r) - 1, 0), max(int(r) - 2, 1), 1] for r in right]
             nll = [[float(20 - r), 10] for r in right]
             parts = {"ids": ids, "Bleu_4": bleu, "nll": nll, "nll_shuffled": [[a + 3.0, b] for a, b in nll]}
-            scores = {
-                k: float(intervals.item_statistics.value(k, np.sum(v, axis=0))) for k, v in parts.items() if k != "ids"
-            }
+            scores = {k: metric_of(k).total(v) for k, v in parts.items() if k != "ids"}
             scores["nll_gap"] = scores["nll_shuffled"] - scores["nll"]
             one = cell(row, "miniature", seed)
             target = results.path(out, one)
