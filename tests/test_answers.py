@@ -12,7 +12,8 @@ from eim_jax.config import from_config_dict
 from eim_jax.data import tokenize
 from eim_jax.data.datasets import load_split
 from eim_jax.evaluation.tasks import options, questions
-from eim_jax.generation import inference
+from eim_jax.generation import batched_inference as inference
+from eim_jax.generation import visual_tokens
 from eim_jax.generation.sampler import DecodeConfig, continue_text
 from eim_jax.training import partition, setup
 from eim_jax.utils.images import clip_preprocess
@@ -58,7 +59,7 @@ def alone(loaded, vlm, params, split, sample, response=""):
 def looked(world):
     """The visual tokens of the questions' images."""
     loaded, vlm, params, split = world
-    return inference.encode_images(loaded, vlm, params, split, [sample.image for sample in split.samples])
+    return visual_tokens.encode_images(loaded, vlm, params, split, [sample.image for sample in split.samples])
 
 
 def test_each_answer_is_the_one_its_question_gets_alone(world):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from close import assert_close, size_of
 
-from eim_jax.generation import beam, decode_steps, sampler
+from eim_jax.generation import beam, decode_state, sampler
 from eim_jax.generation.sampler import DecodeConfig, generate
 from eim_jax.models.language.gpt2 import GPT2, GPT2Config
 from eim_jax.parallel.sharding import batch_sharding, make_mesh
@@ -252,7 +252,7 @@ def test_nucleus_of_no_mass_is_greedy():
 def test_nucleus_keeps_the_fewest_tokens_that_reach_the_mass():
     logits = jnp.log(jnp.array([[0.1, 0.4, 0.2, 0.3]]))
     for top_p, kept in ((0.0, [1]), (0.39, [1]), (0.5, [1, 3]), (0.71, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
-        assert np.flatnonzero(np.isfinite(decode_steps.nucleus(logits, top_p, 1.0)[0])).tolist() == kept, top_p
+        assert np.flatnonzero(np.isfinite(decode_state.nucleus(logits, top_p, 1.0)[0])).tolist() == kept, top_p
 
 
 @pytest.mark.parametrize("method", ["greedy", "beam", "nucleus"])

@@ -9,7 +9,8 @@ from eim_jax.config import Config, ConfigError
 from eim_jax.data.datasets import chat_prompt
 from eim_jax.data.image_checks import file_problem
 from eim_jax.data.samples import FileImages, Split
-from eim_jax.generation.inference import encode_images, generate_text
+from eim_jax.generation.batched_inference import generate_text
+from eim_jax.generation.visual_tokens import encode_images
 from eim_jax.models.vlm import VLM
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs

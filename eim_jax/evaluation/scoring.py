@@ -8,7 +8,7 @@ from typing import Any
 from eim_jax.data.samples import Split
 from eim_jax.evaluation.tasks import task_of
 from eim_jax.evaluation.tasks.task import measured
-from eim_jax.generation.inference import generate_text
+from eim_jax.generation.batched_inference import generate_text
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel.processes import barrier, is_first
 from eim_jax.training.partition import Flat

@@ -1,20 +1,35 @@
-"""ClipCap's beam search over the shared key-value cache."""
+"""ClipCap's beam search over a key-value cache that the beams of an image share."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from eim_jax.generation.decode_steps import DecodeConfig, State, ended, loop, run
+from eim_jax.generation.decode_state import DecodeConfig, State, ended, loop, run
 
 
 def beam(lm, config, ends, mesh, params, logits, cache, read, index) -> State:
-    """ClipCap's beam search (generate_beam in its predict.py), for a batch of images.
+    """Searches as ClipCap does (generate_beam in its predict.py), for a batch of images.
 
     The first step takes the k most probable tokens. From then on candidates compete by the *mean* log-probability of
-    their tokens; a beam that has ended keeps its mean and competes as one candidate. Returns each image's best beam.
+    their tokens; a beam that has ended keeps its mean and competes as one candidate.
 
-    An image's beams are k tokens of one row, so that the prefix is held once: each sees the prefix and the slots of its
-    own past. A beam that follows another takes over what that one sees; no key or value ever moves.
+    The k beams of an image share one row of the cache, so that its prefix is stored once. Every step writes k slots,
+    one a beam. The mask `sees` says which slots belong to which beam: the prefix and the beam's own past. When a beam
+    continues another one's text, it takes over that one's line of the mask; keys and values stay where they are.
+
+    Args:
+      lm: the language model.
+      config: the number of beams and the most tokens.
+      ends: tokens that end a text.
+      mesh: over which the cache is laid out, or None.
+      params: the LM's parameters.
+      logits: of the first new token [b V].
+      cache: holds the prefix, with k free slots for each further token.
+      read: the prefix.
+      index: unused: nothing is sampled.
+
+    Returns:
+      the state of each image's best beam.
     """
     b, k = logits.shape[0], beams_of(lm, config)
     prefix, slots = read.valid.shape[1], cache.valid.shape[1]
@@ -73,5 +88,5 @@ def beam(lm, config, ends, mesh, params, logits, cache, read, index) -> State:
 
 
 def beams_of(lm, config: DecodeConfig) -> int:
-    """Beams of an image: no more than there are tokens."""
+    """Returns the number of beams of an image: no more than the vocabulary holds tokens."""
     return min(config.beams, lm.config.vocab)

@@ -1,9 +1,14 @@
-"""Decoding in continuous batches: rows that have ended make room for waiting ones, in programs of fixed shape.
+"""Continuous batching: a text that has ended makes room for a waiting one, so that no place in the batch stays idle.
 
-A fixed number of rows is held. Each step gives every unfinished one its next token; whenever a group's worth of rows
-has ended, the next group is read (`prefill`) and takes their places. The cache is a ring that all rows write at the
-same slot: a row that comes in gets its prefix in the slots just before it, so no row waits for another one's length,
-and no step scatters. What a row says is what it says in any other batch (decode.continue_text).
+The batch has a fixed number of places. Each step adds one token to every unfinished text. Texts wait in groups of one
+size; as soon as as many places are free as a group has texts, the group's prefixes are run through the LM (`prefill`)
+and put into these places. All shapes are fixed, so there is one program a prefix length, one to fill places and one to
+step.
+
+The cache is a ring buffer along the slots, with one position, common to all places, where the next key and value are
+written. A step therefore writes one contiguous slice, not a different slot in every row. A new text's prefix is put
+into the slots that come just before that position, wherever in the ring it is, so texts of different lengths run side
+by side. A text does not depend on what runs beside it: it is the one that `sampler.continue_text` gives.
 """
 
 import functools
@@ -17,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from eim_jax.generation.decode_steps import (
+from eim_jax.generation.decode_state import (
     DecodeConfig,
     Decoded,
     State,
@@ -34,12 +39,12 @@ from eim_jax.models.language.llama import Steer
 from eim_jax.models.vlm import LMInput
 
 
-class _Held(NamedTuple):
-    """The rows that are being decoded; a free place is a row that is done."""
+class _Places(NamedTuple):
+    """The texts that are being decoded; a free place is one whose text is done."""
 
     state: State
     steer: Steer | None
-    index: Int[Array, "r"]  # each row's identity for sampling
+    index: Int[Array, "r"]  # each text's identity for sampling
 
 
 def continue_all(
@@ -54,24 +59,32 @@ def continue_all(
     period_id: int | None = None,
     mesh: Mesh | None = None,
 ) -> Iterator[tuple[int, Decoded]]:
-    """Yields (index, its text as NumPy arrays without batch axis) of every row of `groups`, in the order of their ends.
+    """Decodes any number of texts, a fixed number at a time.
 
     Args:
-      lm, params, config, eos_id, period_id, mesh: as decode.continue_text's; the method is greedy or nucleus.
-      groups: (indices, what the LM reads for them), all of one number of rows g <= `rows`; -1 marks filling. Taken one
-        by one as places become free. One program is compiled for each length of prefix.
-      rows: how many are decoded at once.
+      lm: the language model.
+      params: its parameters.
+      groups: (indices, what the LM reads for them), all with the same number g <= `rows` of texts; index -1 marks
+        padding of the group. They are taken one by one as places become free.
+      config: greedy or nucleus decoding, and its settings.
+      rows: places: how many texts are decoded at once.
       prefix: the longest of the groups' prefixes.
+      eos_id: the token that ends a text; None for a model that has none.
+      period_id: the token of ".", for stop_at_period.
+      mesh: the cache is laid out over it.
+
+    Yields:
+      (index, its text as NumPy arrays without batch axis) of every text, in the order in which they end.
 
     Raises:
-      ValueError: beam search (an image's beams share their steps: continue_text), a group larger than `rows` or longer
-        than `prefix`, and what continue_text raises.
+      ValueError: beam search (the beams of an image take their steps together: use `continue_text`), a group larger
+        than `rows` or longer than `prefix`, and what `continue_text` raises.
     """
     if config.method == "beam":
-        raise ValueError("beam search is decoded in whole batches, by decode.continue_text")
+        raise ValueError("beam search is decoded in whole batches, by sampler.continue_text")
     check(lm, config, prefix, period_id)
     how = (lm, config, eos_id, period_id, mesh)
-    owner, held = np.full(rows, -1), None
+    owner, held = np.full(rows, -1), None  # owner: the index of the text in each place, -1 for a free place
     waiting = _fitting(groups, rows, prefix)
     group = next(waiting, None)
     while group is not None or (owner >= 0).any():
@@ -80,7 +93,7 @@ def continue_all(
             g = len(index)
             held = _empty(*how, rows, prefix, read) if held is None else held
             coming = np.flatnonzero(index >= 0)
-            places = np.full(g, rows)  # filling goes nowhere
+            places = np.full(g, rows)  # place `rows` does not exist: what is put there (padding) is dropped
             places[coming] = free[: len(coming)]
             owner[places[coming]] = index[coming]
             held = _admit(*how, params, held, read, index.astype(np.int32), places.astype(np.int32))
@@ -94,7 +107,7 @@ def continue_all(
 
 
 def _fitting(groups, rows: int, prefix: int) -> Iterator[tuple]:
-    """The groups; raises ValueError at one that could never be held."""
+    """Yields the groups; raises ValueError at one that no number of free places could take."""
     for index, read in groups:
         g, length = read.valid.shape
         if g > rows or length > prefix:
@@ -103,17 +116,20 @@ def _fitting(groups, rows: int, prefix: int) -> Iterator[tuple]:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
-def _empty(lm, config, eos_id, period_id, mesh, rows, prefix, read: LMInput) -> _Held:
-    """`rows` free places."""
+def _empty(lm, config, eos_id, period_id, mesh, rows, prefix, read: LMInput) -> _Places:
+    """Returns `rows` free places."""
     cache = init_cache(lm.config, rows, prefix + config.max_tokens - 1).place(mesh)
     state = begin(cache, jnp.zeros(rows, jnp.int32), config.max_tokens)
     steer = jax.tree.map(lambda a: jnp.zeros((a.shape[0], rows, *a.shape[2:]), a.dtype), read.steer)
-    return _Held(state._replace(done=jnp.ones(rows, bool)), steer, jnp.zeros(rows, jnp.int32))
+    return _Places(state._replace(done=jnp.ones(rows, bool)), steer, jnp.zeros(rows, jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=6)
-def _admit(lm, config, eos_id, period_id, mesh, params, held: _Held, read: LMInput, index, places) -> _Held:
-    """Reads a group's prefixes and first tokens into these places; one from the number of rows on is left out."""
+def _admit(lm, config, eos_id, period_id, mesh, params, held: _Places, read: LMInput, index, places) -> _Places:
+    """Runs a group's prefixes through the LM and puts them, with their first tokens, into these places.
+
+    A text whose place does not exist (the group's padding) is dropped.
+    """
     logits, cache = prefill(lm, params, read, 0, mesh)
     new = begin(cache, read.positions[:, -1], config.max_tokens)
     new = extend(config, stops(config, eos_id, period_id), new, logits, index)
@@ -127,18 +143,22 @@ def _admit(lm, config, eos_id, period_id, mesh, params, held: _Held, read: LMInp
         **{name: put(getattr(held.state, name), getattr(new, name)) for name in fields},
     )
     steer = jax.tree.map(lambda a, b: a.at[:, places].set(b, mode="drop"), held.steer, read.steer)
-    return _Held(state, steer, put(held.index, index))
+    return _Places(state, steer, put(held.index, index))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=6)
-def _run(lm, config, eos_id, period_id, mesh, params, held: _Held, wanted) -> tuple[_Held, Array, Decoded]:
-    """Steps until `wanted` places are free: the rows, which of them are done, and what they have said."""
+def _run(lm, config, eos_id, period_id, mesh, params, held: _Places, wanted) -> tuple[_Places, Array, Decoded]:
+    """Steps until `wanted` places are free.
+
+    Returns:
+      the places, which of them are done, and the texts so far.
+    """
     ends = stops(config, eos_id, period_id)
 
     def step(state: State) -> State:
         logits, state = advance(lm, params, state, held.steer, mesh)
         state = extend(config, ends, state, logits, held.index)
-        # A free place stays at its position, so that it never leaves the LM's context.
+        # A finished text is stepped with the others, unread; its position stays, or it would leave the LM's context.
         position = jnp.where(state.done, held.state.position, state.position)
         return state._replace(cache=state.cache.turn(), position=position)
 

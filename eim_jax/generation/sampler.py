@@ -1,4 +1,4 @@
-"""Text from the LM after visual tokens and a prompt: greedy, beam and nucleus decoding over a key-value cache."""
+"""Text of one batch after visual tokens and a prompt: greedy, beam and nucleus decoding over a key-value cache."""
 
 import functools
 
@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from eim_jax.generation.beam import beam, beams_of
-from eim_jax.generation.decode_steps import (
+from eim_jax.generation.decode_state import (
     DecodeConfig,
     Decoded,
     State,
@@ -73,16 +73,31 @@ def continue_text(
     index: Int[Array, "b"] | None = None,
     mesh: Mesh | None = None,
 ) -> Decoded:
-    """As `generate`, after anything that `VLM.lm_input` gives: any LM, any way in which the image enters.
+    """Continues anything that `VLM.lm_input` gives: any LM, any way in which the image enters.
 
-    With `mesh` the cache is laid out over it: rows over "data" and "fsdp", heads over "tensor".
+    Args:
+      lm: the language model.
+      params: its parameters.
+      read: what it reads before the first new token.
+      config: the method and its settings.
+      eos_id: as for `generate`.
+      period_id: as for `generate`.
+      index: as for `generate`.
+      mesh: the cache is laid out over it: rows over "data" and "fsdp", heads over "tensor".
+
+    Raises:
+      ValueError: no room in the LM's context, no period_id for stop_at_period.
     """
     check(lm, config, read.embeds.shape[1], period_id)
     return _generate(lm, config, eos_id, period_id, mesh, params, read, index)
 
 
 def check(lm: nn.Module, config: DecodeConfig, prefix: int, period_id: int | None) -> None:
-    """Raises ValueError where `prefix` tokens and the new ones exceed the LM's context, or the period is unknown."""
+    """Checks that `prefix` tokens and the new ones fit the LM's context.
+
+    Raises:
+      ValueError: they do not, or stop_at_period is asked for and the period's token is unknown.
+    """
     if config.stop_at_period and period_id is None:
         raise ValueError("stop_at_period needs period_id, the token of '.'")
     if prefix + config.max_tokens > lm.config.context:
@@ -108,7 +123,7 @@ def _generate(lm, config, eos_id, period_id, mesh, params, read: LMInput, index)
 
 @functools.partial(jax.jit, static_argnums=0)
 def _plain(lm, params, visual, prompt, prompt_valid, has_image) -> LMInput:
-    """The LM's input [visual tokens ; prompt]."""
+    """Returns the LM's input [visual tokens ; prompt]."""
     parts, valid = [], []
     if visual is not None:
         parts.append(visual)
@@ -123,7 +138,7 @@ def _plain(lm, params, visual, prompt, prompt_valid, has_image) -> LMInput:
 
 
 def _single(lm, config, ends, mesh, params, logits, cache, read, index) -> State:
-    """Greedy decoding, or sampling: one hypothesis a row."""
+    """Decodes greedily or by sampling: one text a row."""
     index = jnp.arange(logits.shape[0]) if index is None else index
 
     def step(state: State) -> State:

@@ -1,21 +1,17 @@
-"""Small charts of a run as inline SVG: one panel a quantity, in the page's own colours, light and dark."""
+"""Small charts of a run: one panel a quantity, bars of an arm's scores, intervals of differences."""
 
-import io
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from eim_jax.reporting.svg import GRID, INK, LINES, inline_svg, text_style
+
 INSIDE = 6  # lines whose names find room inside a panel; those of more stand below it
 POINTS = 400  # drawn per line at most; longer runs are averaged over equal bins of neighbouring steps
-# matplotlib cannot write CSS variables, so each is drawn in a colour of its own and replaced in the text of the SVG.
-INK, GRID, LINES = "#010203", "#010204", tuple(f"#01021{i}" for i in range(6))
-CSS = {INK: "currentColor", GRID: "var(--line)"} | {colour: f"var(--c{i})" for i, colour in enumerate(LINES)}
 
 
 @dataclass(frozen=True)
@@ -53,33 +49,25 @@ class Interval:
 def panel(
     lines: Sequence[Line], *, unit: str, name: str, log: bool = False, unit_range: bool = False, over: str = "step"
 ) -> str:
-    """Draws curves over steps (or what `over` says); returns an <svg> element without outside references.
+    """Draws curves: the pale line is what was logged, the strong one its running mean.
 
-    `name` must be unique in the page (it prefixes the element ids); `log` draws a logarithmic axis where all values are
-    positive; `unit_range` fixes the axis to 0...1. The pale line is what was logged, the strong one its running mean.
+    Args:
+      lines: the curves.
+      unit: of the values.
+      name: must be unique in the page: it prefixes the element ids.
+      log: draws a logarithmic axis where all values are positive.
+      unit_range: fixes the axis to 0...1.
+      over: what the other axis counts.
+
+    Returns:
+      an <svg> element without outside references.
     """
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5, "text.parse_math": False}
-    with matplotlib.rc_context(style):
+    with text_style(name, 9.5):
         many = len(lines) > INSIDE
         figure = Figure(figsize=(3.1, 1.95 + many * 0.17 * len(lines)), layout="constrained")
         axes = figure.add_subplot()
         for line in lines:
-            steps, values = _bins(line)
-            if not len(steps):
-                continue
-            look = {"color": LINES[line.colour % len(LINES)], "linestyle": ("-", "--", ":")[line.dashed]}
-            if len(steps) > 12:
-                axes.plot(steps, values, color=look["color"], linewidth=0.8, alpha=0.35)
-                values = _smooth(values)
-            axes.plot(
-                steps,
-                values,
-                linewidth=1.7,
-                label=line.label,
-                marker="o" if len(steps) <= 12 else None,
-                markersize=3,
-                **look,
-            )
+            _draw(axes, line)
         finite = [v for line in lines for v in line.values if v is not None]
         if log and finite and min(finite) > 0:
             axes.set_yscale("log")
@@ -94,20 +82,38 @@ def panel(
             figure.legend(loc="outside lower left", frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.6)
         elif len(lines) > 1:
             axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.6)
-        figure.patch.set_alpha(0)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _inline(text.getvalue(), name, _spoken(lines, unit))
+        return inline_svg(figure, name, _spoken(lines, unit))
+
+
+def _draw(axes, line: Line) -> None:
+    steps, values = _bins(line)
+    if not len(steps):
+        return
+    few = len(steps) <= 12
+    look = {"color": LINES[line.colour % len(LINES)], "linestyle": ("-", "--", ":")[line.dashed]}
+    if not few:
+        axes.plot(steps, values, color=look["color"], linewidth=0.8, alpha=0.35)
+        values = _smooth(values)
+    axes.plot(steps, values, linewidth=1.7, label=line.label, marker="o" if few else None, markersize=3, **look)
 
 
 def bars(series: Sequence[Bars], categories: Sequence[str], *, unit: str, name: str, most: int | float) -> str:
-    """Draws lying bars, the arms below one another in each category; returns an <svg> element as `panel` does.
+    """Draws lying bars, the arms below one another in each category.
 
-    The axis is 0...`most`; each value stands at its bar's end, a dash where there is none; a whisker is an interval.
+    Each value stands at its bar's end, a dash where there is none; a whisker is an interval.
+
+    Args:
+      series: an arm each.
+      categories: names of the values.
+      unit: of the values.
+      name: must be unique in the page.
+      most: where the axis ends; it begins at 0.
+
+    Returns:
+      an <svg> element as `panel` does.
     """
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False}
     thick = 0.8 / len(series)
-    with matplotlib.rc_context(style):
+    with text_style(name, 9):
         height = 0.6 + 0.22 * math.ceil(len(series) / 3) + len(categories) * (0.1 + 0.15 * len(series))
         figure = Figure(figsize=(5.2, height), layout="constrained")
         axes = figure.add_subplot()
@@ -132,20 +138,25 @@ def bars(series: Sequence[Bars], categories: Sequence[str], *, unit: str, name: 
         axes.tick_params(axis="y", length=0)
         if len(series) > 1:
             figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=8.5, labelcolor=INK)
-        figure.patch.set_alpha(0)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    spoken = []
-    for one in series:
-        pairs = zip(categories, one.values, strict=True)
-        spoken.append(f"{one.label}: " + ", ".join(f"{c} {'–' if v is None else f'{v:.1f}'}" for c, v in pairs))
-    return _inline(text.getvalue(), name, f"{unit}. " + "; ".join(spoken))
+        spoken = []
+        for one in series:
+            pairs = zip(categories, one.values, strict=True)
+            spoken.append(f"{one.label}: " + ", ".join(f"{c} {'–' if v is None else f'{v:.1f}'}" for c, v in pairs))
+        return inline_svg(figure, name, f"{unit}. " + "; ".join(spoken))
 
 
 def intervals(rows: Sequence[Interval], *, unit: str, name: str) -> str:
-    """Draws a point and its interval for each row, from the top down, around a line at 0; returns an <svg> element."""
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.parse_math": False}
-    with matplotlib.rc_context(style):
+    """Draws a point and its interval for each row, from the top down, around a line at 0.
+
+    Args:
+      rows: the values.
+      unit: of the values.
+      name: must be unique in the page.
+
+    Returns:
+      an <svg> element as `panel` does.
+    """
+    with text_style(name, 9):
         figure = Figure(figsize=(6.4, 0.7 + 0.27 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         axes.axvline(0, color=INK, linewidth=0.8)
@@ -162,11 +173,8 @@ def intervals(rows: Sequence[Interval], *, unit: str, name: str) -> str:
         axes.set_xlabel(unit, color=INK)
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
-        figure.patch.set_alpha(0)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    told = "; ".join(f"{row.label}: {row.value:.3g} [{row.span[0]:.3g}, {row.span[1]:.3g}]" for row in rows)
-    return _inline(text.getvalue(), name, f"{unit}. {told}")
+        told = "; ".join(f"{row.label}: {row.value:.3g} [{row.span[0]:.3g}, {row.span[1]:.3g}]" for row in rows)
+        return inline_svg(figure, name, f"{unit}. {told}")
 
 
 def _dress(axes, unit: str, over: str = "step") -> None:
@@ -209,20 +217,3 @@ def _spoken(lines: Sequence[Line], unit: str) -> str:
                 f"{line.label}: {values[0]:.4g} at step {steps[0]:.0f}, {values[-1]:.4g} at step {steps[-1]:.0f}"
             )
     return f"{unit}. " + "; ".join(parts)
-
-
-def _inline(svg: str, name: str, label: str) -> str:
-    """Keeps the <svg> element alone: page colours, ids of its own, size from its container, nothing to fetch."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    head, body = svg.split(">", 1)
-    box = re.search(r'viewBox="[^"]*"', head).group()
-    prefix = re.sub(r"\W+", "-", name)
-    body = re.sub(r'\bid="', f'id="{prefix}-', body)
-    body = re.sub(r'(href="|url\()#', rf"\1#{prefix}-", body).replace("xlink:href", "href")
-    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>|<!--.*?-->", "", body, flags=re.S)
-    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
-    for colour, value in CSS.items():
-        body = body.replace(colour, value)
-    spoken = label.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return f'<svg {box} role="img" aria-label="{spoken}">{body.strip()}'

@@ -19,10 +19,16 @@ def gallery(
     images: Callable[[str], Image.Image | None],
     references: Mapping[str, Sequence[str]],
 ) -> dict:
-    """Evenly spaced test images in order of id: references and every arm's caption, differences marked.
+    """Returns evenly spaced test images in order of id: references and every arm's caption, differences marked.
 
-    `captions` maps arm -> image id -> text. Returns {"items", "total" images with a caption, "compared": the arm that
-    the baseline's captions are compared with, or ""}.
+    Args:
+      captions: arm -> image id -> text.
+      images: gives an image by its id, or None.
+      references: captions by people, by image id.
+
+    Returns:
+      {"items", "total" images with a caption, "compared": the arm that the baseline's captions are compared with, or
+      ""}.
     """
     captions = {arm: texts for arm, texts in captions.items() if texts}
     ids = sorted(
@@ -54,7 +60,16 @@ def gallery(
 
 
 def mark(text: str, other: str | None, known: set[str] | None) -> list[dict]:
-    """The words of a caption: {"text", "differs" from the other caption (difflib), "absent" from every reference}."""
+    """Returns the words of a caption, each with what is marked in it.
+
+    Args:
+      text: the caption.
+      other: the caption that it is compared with (by difflib), or None.
+      known: the words of the references, or None.
+
+    Returns:
+      [{"text", "differs" from the other caption, "absent" from every reference}].
+    """
     words = text.split()
     keys = [_key(word) for word in words]
     differs = set(range(len(words))) if other is not None else set()
@@ -72,7 +87,7 @@ def _key(word: str) -> str:
 
 
 def embed(image: Image.Image | None) -> tuple[str, bool]:
-    """A data URI, and whether the picture is so small that the page should enlarge its pixels."""
+    """Returns a data URI, and whether the picture is so small that the page should enlarge its pixels."""
     if image is None:
         return "", False
     image = image.convert("RGB")

@@ -11,7 +11,8 @@ from eim_jax.evaluation.metrics import caption_scores
 from eim_jax.evaluation.metrics.caption_overlap import caption_rows
 from eim_jax.evaluation.metrics.likelihood import likelihood_rows
 from eim_jax.evaluation.tasks.task import Asked, Item, Predicted, Predictions, Scored, Task
-from eim_jax.generation.inference import encode_images, likelihoods
+from eim_jax.generation.batched_inference import likelihoods
+from eim_jax.generation.visual_tokens import encode_images
 from eim_jax.models.vlm import VLM
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs

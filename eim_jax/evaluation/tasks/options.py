@@ -15,7 +15,8 @@ from eim_jax.evaluation.metrics import scienceqa
 from eim_jax.evaluation.metrics.accuracy import option_rows
 from eim_jax.evaluation.tasks.questions import Questions, picture_of
 from eim_jax.evaluation.tasks.task import Asked, Item, Option, Predicted, Predictions, Reading, Scored
-from eim_jax.generation.inference import VisualTokens, likelihoods
+from eim_jax.generation.batched_inference import likelihoods
+from eim_jax.generation.visual_tokens import VisualTokens
 from eim_jax.models.vlm import VLM
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs

@@ -16,7 +16,8 @@ from eim_jax.data.samples import Sample, Split
 from eim_jax.evaluation.metrics.likelihood import likelihood_rows
 from eim_jax.evaluation.metrics.metric import Rows
 from eim_jax.evaluation.tasks.task import Asked, Item, Predicted, Predictions, Reading, Scored, Task
-from eim_jax.generation.inference import VisualTokens, encode_images, likelihoods, pick
+from eim_jax.generation.batched_inference import likelihoods, pick
+from eim_jax.generation.visual_tokens import VisualTokens, encode_images
 from eim_jax.models.vlm import VLM
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs

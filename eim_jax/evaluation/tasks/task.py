@@ -12,7 +12,7 @@ from PIL import Image
 from eim_jax.data.samples import Split
 from eim_jax.evaluation.metrics import METRICS, Metric
 from eim_jax.evaluation.metrics.metric import Rows
-from eim_jax.generation.inference import VisualTokens
+from eim_jax.generation.visual_tokens import VisualTokens
 from eim_jax.models.vlm import VLM
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs

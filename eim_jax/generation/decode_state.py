@@ -1,4 +1,4 @@
-"""What the ways to decode share: their settings, the state of the rows, one step of the LM over its cache."""
+"""What all decoding methods share: their settings, the state of the rows, one step of the LM over its cache."""
 
 import functools
 from collections.abc import Sequence
@@ -59,9 +59,10 @@ class Decoded(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a step of any method needs; r rows = b, or b * beams with the beams of an image side by side.
+    """What one step of any method reads and writes.
 
-    The cache has b rows in any case.
+    There are r rows: one a text (r = b), or in beam search one a beam (r = b * beams, those of an image side by side).
+    The cache has b rows in either case.
     """
 
     step: Int[Array, ""]  # tokens generated so far
@@ -69,20 +70,20 @@ class State(NamedTuple):
     last: Int[Array, "r"]  # the newest token
     position: Int[Array, "r"]  # the newest token's position
     tokens: Int[Array, "r T"]
-    length: Int[Array, "r"]  # of the text that scores: with EOS
+    length: Int[Array, "r"]  # tokens generated for the row, EOS included
     total: Float[Array, "r"]  # sum of log-probabilities
     done: Bool[Array, "r"]
-    sees: Bool[Array, "b k slots"] | None = None  # beam search: the slots of each beam's past
+    sees: Bool[Array, "b k slots"] | None = None  # beam search: the cache slots that belong to each beam
 
 
 def stops(config: DecodeConfig, eos_id: int | None, period_id: int | None) -> tuple[int, ...]:
-    """The tokens that end a text."""
+    """Returns the tokens that end a text."""
     ends = (eos_id, period_id if config.stop_at_period else None)
     return tuple(token for token in ends if token is not None)
 
 
 def decoded(state: State, eos_id: int | None) -> Decoded:
-    """The texts of finished rows: EOS took part in the score but is no text."""
+    """Returns the texts of finished rows. EOS counts in the log-probability and is left out of the text."""
     newest = jnp.take_along_axis(state.tokens, jnp.maximum(state.length[:, None] - 1, 0), axis=1)[:, 0]
     length = state.length if eos_id is None else state.length - (newest == eos_id)
     tokens = jnp.where(jnp.arange(state.tokens.shape[1])[None] < length[:, None], state.tokens, 0)
@@ -90,14 +91,31 @@ def decoded(state: State, eos_id: int | None) -> Decoded:
 
 
 def run(lm, params, embeds, positions, cache, steer, **valid):
-    """LM_block's output and the grown cache."""
+    """Runs the LM's blocks over new embeddings.
+
+    Args:
+      lm: the language model.
+      params: its parameters.
+      embeds: of the new tokens.
+      positions: of the new tokens.
+      cache: keys and values of the tokens before them.
+      steer: what an adapter adds inside the blocks, None for nothing.
+      **valid: `valid`, False for padding among the new tokens.
+
+    Returns:
+      the last block's output, and the cache with the new tokens' keys and values.
+    """
     steering = {} if steer is None else {"steer": steer}
     options = {"positions": positions, "cache": cache, "method": "hidden", **valid, **steering}
     return lm.apply({"params": params}, embeds, **options)
 
 
 def prefill(lm, params, read: LMInput, room: int, mesh: Mesh | None) -> tuple[Float[Array, "b V"], Cache]:
-    """Reads the prefix once: the next token's logits, and the cache with `room` free slots."""
+    """Runs the LM over the whole prefix.
+
+    Returns:
+      the logits of the first new token, and a cache that holds the prefix and has `room` free slots.
+    """
     b, slots = read.valid.shape
     cache = init_cache(lm.config, b, slots + room).place(mesh)
     hidden, cache = run(lm, params, read.embeds, read.positions, cache, read.steer, valid=read.valid)
@@ -107,7 +125,11 @@ def prefill(lm, params, read: LMInput, room: int, mesh: Mesh | None) -> tuple[Fl
 
 
 def advance(lm, params, state: State, steer: Steer | None, mesh: Mesh | None) -> tuple[Float[Array, "r V"], State]:
-    """Feeds each row's newest token: the next token's logits, and the state with the grown cache."""
+    """Runs the LM over each row's newest token.
+
+    Returns:
+      the logits of the next token, and the state with that token's keys and values in its cache.
+    """
     embeds = lm.apply({"params": params}, state.last[:, None], method="embed")
     position = state.position + 1
     hidden, cache = run(lm, params, embeds, position[:, None], state.cache, steer)
@@ -116,7 +138,7 @@ def advance(lm, params, state: State, steer: Steer | None, mesh: Mesh | None) ->
 
 
 def ended(token: Int[Array, "r"], stops: Sequence[int]) -> Bool[Array, "r"]:
-    """Which rows' newest token is one of `stops`."""
+    """Returns which rows' newest token is one of `stops`."""
     return functools.reduce(jnp.logical_or, [token == stop for stop in stops], jnp.zeros(token.shape, bool))
 
 
@@ -126,7 +148,13 @@ def loop(step, state: State, max_tokens: int) -> State:
 
 
 def begin(cache: Cache, position: Int[Array, "r"], max_tokens: int) -> State:
-    """The state before the first token."""
+    """Returns the state before the first generated token.
+
+    Args:
+      cache: holds the prefix.
+      position: of each row's last prefix token.
+      max_tokens: most tokens generated for a row.
+    """
     r, zero = len(position), jnp.zeros(len(position), jnp.int32)
     empty = jnp.zeros((r, max_tokens), jnp.int32)
     return State(jnp.int32(0), cache, zero, position, empty, zero, jnp.zeros(r), jnp.zeros(r, bool))
@@ -135,7 +163,15 @@ def begin(cache: Cache, position: Int[Array, "r"], max_tokens: int) -> State:
 def extend(
     config: DecodeConfig, ends: Sequence[int], state: State, logits: Float[Array, "r V"], index: Int[Array, "r"]
 ) -> State:
-    """Adds each unfinished row's next token, the most probable one or a sample; rows may be at different steps."""
+    """Adds the next token to each unfinished row: the most probable one, or a sample.
+
+    Args:
+      config: the method (greedy or nucleus) and its settings.
+      ends: tokens that end a text.
+      state: of the rows, which may have generated different numbers of tokens.
+      logits: of the next token.
+      index: each row's identity: a sample depends on it and on the row's length alone, so not on the batch.
+    """
     if config.method == "greedy":
         token = jax.lax.top_k(logits, 1)[1][:, 0]  # XLA's argmax over a vocabulary is ten times slower on CPU
     else:
