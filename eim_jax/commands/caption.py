@@ -16,7 +16,18 @@ PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def caption(config: Config, workdir: Path, arm: str, images: list[Path], out: Path) -> None:
-    """Captions image files, or all images in folders, with a trained arm; prints them and writes JSON."""
+    """Captions image files, or all images in folders, with a trained arm; prints them and writes JSON.
+
+    Args:
+      config: the run's.
+      workdir: of the finished run.
+      arm: which of its arms.
+      images: files and folders.
+      out: the JSON file, [{"image_id": file, "caption"}].
+
+    Raises:
+      ConfigError: the run does not caption, or an image cannot be read.
+    """
     if data_set(config.data).prompt is not None:
         raise ConfigError("this run was trained to follow instructions: ask it with --mode=chat --image=FILE")
     files = _pictures(images)

@@ -55,7 +55,7 @@ def converse(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None) -> None
 
 
 def answer(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None, question: str, earlier=()) -> str:
-    """The model's answer to one question, after (question, answer) turns."""
+    """Returns the model's answer to one question, after (question, answer) turns."""
     names, shown = ([], [None]) if image is None else ([str(image)], [0])
     split = Split("chat", (), FileImages(Path(), names, names))
     seen = encode_images(inputs, vlm, params, split, shown, quiet=True)
@@ -64,7 +64,11 @@ def answer(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None, question:
 
 
 def check(image: Path | None) -> None:
-    """Raises ConfigError for an image that cannot be read."""
+    """Checks the image that the conversation is about.
+
+    Raises:
+      ConfigError: it cannot be read.
+    """
     problem = None if image is None else file_problem(image) if image.exists() else "no such file"
     if problem:
         raise ConfigError(f"--image: {image}: {problem}")

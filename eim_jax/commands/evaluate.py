@@ -11,7 +11,15 @@ from eim_jax.parallel import processes
 
 
 def evaluate(config: Config, workdir: Path) -> None:
-    """Scores the trained arms again, with the decoding settings given now, and renews the report."""
+    """Scores the trained arms again, with the decoding settings given now, and renews the report.
+
+    Args:
+      config: the run's.
+      workdir: of the finished run.
+
+    Raises:
+      ConfigError: there is no test split, or a stage is not finished.
+    """
     with processes.first_alone("test data"):
         test = load_split(config, "test", workdir)
     if test is None:

@@ -9,6 +9,7 @@ from eim_jax.commands.trained_arms import check_identity, read_record
 from eim_jax.config import Config
 from eim_jax.data.datasets import data_set, load_split
 from eim_jax.evaluation import scoring
+from eim_jax.evaluation.tasks import task_of
 from eim_jax.parallel import processes
 from eim_jax.training import setup
 from eim_jax.training.arms import plan_arm, run_arm
@@ -17,7 +18,17 @@ from eim_jax.utils.files import write_json
 
 
 def train(config: Config, workdir: Path, record: dict) -> None:
-    """Trains every arm in turn, scores it on the test split, and writes workdir/report.html."""
+    """Trains every arm in turn, scores it on the test split, and writes workdir/report.html.
+
+    Args:
+      config: the run's.
+      workdir: keeps everything that the run writes; one of an interrupted run is continued.
+      record: what run.json says of the run from outside: command, config, versions, machine, started.
+
+    Raises:
+      ConfigError: the workdir was trained from other files, or an arm cannot run.
+      ValueError: the test split names no task.
+    """
     begun = time.monotonic()
     inputs = setup.load(config, workdir)
     check_identity(inputs)
@@ -25,6 +36,8 @@ def train(config: Config, workdir: Path, record: dict) -> None:
         test = load_split(config, "test", workdir)
     for arm in config.arms:
         plan_arm(inputs, arm)  # what cannot run is said before anything has
+    if test is not None:
+        task_of(test)
     saved = read_record(workdir)
     spent = saved.get("seconds", 0.0)
     kept = {key: saved[key] for key in ("started", "finished", "seconds") if key in saved}

@@ -24,13 +24,21 @@ def load_finished(config: Config, workdir: Path) -> Inputs:
 
 
 def trained(inputs: Inputs, arm: str) -> tuple[VLM, Flat]:
-    """An arm's model with the parameters its last stage left; raises ConfigError when a stage is not finished."""
+    """Returns an arm's model with the parameters that its last stage left.
+
+    Raises:
+      ConfigError: a stage is not finished.
+    """
     *_, (_, vlm, params) = after_stages(inputs, arm)
     return vlm, params
 
 
 def after_stages(inputs: Inputs, arm: str) -> Iterator[tuple[str, VLM, Flat]]:
-    """(stage, model, parameters) as training starts ("start") and as each stage left them; raises as `trained`."""
+    """Yields (stage, model, parameters) as training starts ("start") and as each stage left them.
+
+    Raises:
+      ConfigError: a stage is not finished.
+    """
     vlm, params = setup.start(inputs, inputs.config.arm[arm])
     yield "start", vlm, params
     for i, name in enumerate(inputs.config.arm[arm].sequence):
@@ -45,7 +53,11 @@ def after_stages(inputs: Inputs, arm: str) -> Iterator[tuple[str, VLM, Flat]]:
 
 
 def check_identity(inputs: Inputs) -> None:
-    """Refuses a workdir whose results were trained from other weights, tokenisers or data, naming which."""
+    """Refuses a work directory whose results were trained from other weights, tokenisers or data.
+
+    Raises:
+      ConfigError: names which.
+    """
     saved, found = read_record(inputs.workdir).get("identity", {}), inputs.identity()
     changed = [name for name in found if name in saved and saved[name] != found[name]]
     if changed:
@@ -56,6 +68,6 @@ def check_identity(inputs: Inputs) -> None:
 
 
 def read_record(workdir: Path) -> dict:
-    """The workdir's run.json, {} for a fresh one."""
+    """Returns the work directory's run.json, {} for a fresh one."""
     path = workdir / "run.json"
     return json.loads(path.read_text()) if path.exists() else {}
