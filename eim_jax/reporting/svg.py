@@ -11,7 +11,7 @@ INK, GRID, LINES = "#010203", "#010204", tuple(f"#01021{i}" for i in range(6))
 CSS = {INK: "currentColor", GRID: "var(--line)"} | {colour: f"var(--c{i})" for i, colour in enumerate(LINES)}
 
 
-def text_style(name: str, size: float):
+def text_style(name: str, size: int | float):
     """Returns a context in which figures keep their text as text; `name` makes their element ids repeatable."""
     style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": size, "text.parse_math": False}
     return matplotlib.rc_context(style)

@@ -103,20 +103,22 @@ class Options(Questions):
         if not -1 <= index < len(item.options):
             raise ValueError(f"question {item.id}: the prediction is option {index} of {len(item.options)}")
         if index == -1:
-            return Reading(None, False)
+            return Reading("neither yes nor no" if item.truth else None, False)
         return Reading(item.options[index].name, item.options[index].right)
 
 
 def question(id: str, image, words: str, context: str, options: tuple[str, ...], answer: int) -> Item:
-    """Returns a question with options as the page shows it.
+    """Returns a question with options as the page shows it; where they are yes and no, by its truth alone.
 
     Raises:
       ValueError: `answer` is the index of none of them.
     """
     if not 0 <= answer < len(options):
         raise ValueError(f"question {id}: the answer {answer!r} is none of its options {options}")
-    shown = tuple(Option(f"({chr(ord('A') + i)})", text, i == answer) for i, text in enumerate(options))
-    return Item(id, image, words, context, shown)
+    yes_no = [option.lower() for option in options] == ["yes", "no"]
+    names = options if yes_no else [f"({chr(ord('A') + i)})" for i in range(len(options))]
+    shown = (Option(name, text, i == answer) for i, (name, text) in enumerate(zip(names, options, strict=True)))
+    return Item(id, image, words, context, tuple(shown), truth=options[answer] if yes_no else "")
 
 
 def likeliest_options(inputs: Inputs, vlm: VLM, params: Flat, split: QASplit, visual: VisualTokens) -> dict[str, int]:
