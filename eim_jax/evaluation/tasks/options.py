@@ -49,7 +49,7 @@ class Options(Questions):
     ) -> dict[str, Any]:
         """Returns {"prompt", "decoding", "results" (option's index, -1: none was named), "outputs"}."""
         record = super().record(inputs, asked, predicted, outputs, method)
-        prompt = {**record["prompt"], "form": inputs.config.data.form}
+        prompt = {**record["prompt"], "form": asked.split.form}
         chosen = self._chosen(asked, predicted, outputs)
         results = {key: -1 if option is None else option for key, option in chosen.items()}
         return {"prompt": prompt, "decoding": record["decoding"], "results": results, "outputs": record["outputs"]}
