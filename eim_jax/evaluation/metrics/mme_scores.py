@@ -35,7 +35,7 @@ def yes_no_rows(questions: Mapping[str, Question], right: Mapping[str, bool]) ->
     answers: dict[str, list[bool]] = {}
     for key, question in questions.items():
         answers.setdefault(f"{question.task}/{question.image}", []).append(right[key])
-    there = {question.task for question in questions.values()}
+    there = list(dict.fromkeys(question.task for question in questions.values()))
     halves = {"mme/perception": PERCEPTION, "mme/cognition": COGNITION}
     tables = {name: [task for task in tasks if task in there] for name, tasks in halves.items()}
     tables |= {"mme/sum": [t for tasks in tables.values() for t in tasks], **{f"mme/{task}": [task] for task in there}}
