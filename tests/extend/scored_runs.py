@@ -20,7 +20,7 @@ from experiments.tables import TABLES
 
 def few_steps(**changes) -> settings.Config:
     """Two arms of two steps each, trained alike on the captions of a few scenes."""
-    short = {"steps": 2, "epochs": 0.0, "warmup_steps": 1, "batch": 8}
+    short = {"steps": 2, "warmup_steps": 1, "batch": 8}
     values = {"data.scenes": 8, "decode.methods": ("greedy",), "decode.max_tokens": 6, "decode.java": False}
     values |= {f"stages.base.{name}": value for name, value in short.items()}
     config = tiny.config_of("miniature", **values, **changes)
