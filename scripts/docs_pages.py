@@ -42,22 +42,25 @@ def flags() -> str:
     from absl import flags as absl_flags
 
     from eim_jax import main
+    from eim_jax.commands.help import MODES
 
-    rows = [("`--config`", "a config file; any of its fields: `--config.data.max_tokens=30`", "")]
+    rows = [("`--config`", "A preset or a file; any of its fields: `--config.data.max_tokens=30`.", "all", "")]
     for flag in absl_flags.FLAGS.flags_by_module_dict()[main.__name__]:
         default = "" if flag.default in (None, "", []) else f"`{flag.default}`"
-        rows.append((f"`--{flag.name}`", _cell(flag.help), default))
-    return _table(("flag", "what", "default"), rows)
+        modes = ", ".join(name for name, mode in MODES.items() if flag.name in mode.flags)
+        rows.append((f"`--{flag.name}`", _cell(flag.help), modes or "all", default))
+    return _table(("flag", "what", "modes", "default"), rows)
 
 
 def presets() -> str:
     """Every file of configs/ with the first sentence of its docstring."""
+    from eim_jax.commands import help as listing
+
     rows = []
-    for file in sorted((ROOT / "configs").glob("*.py")):
-        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
-        if docstring:
-            rows.append((f"`configs/{file.name}`", _cell(" ".join(docstring.split("\n\n")[0].split()))))
-    return _table(("config", "what"), rows)
+    for name, file in listing.presets().items():
+        docstring = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        rows.append((f"`{name}`", _cell(" ".join(docstring.split("\n\n")[0].split()))))
+    return _table(("preset", "what"), rows)
 
 
 def config() -> str:

@@ -12,13 +12,15 @@ from absl import flags
 from ml_collections import config_flags
 
 from eim_jax import config as settings
-from eim_jax.main import MODES
+from eim_jax import main
+from eim_jax.commands.help import MODES, presets
 from eim_jax.training import kinds
 from scripts import docs_pages
 
 ROOT = docs.ROOT
 RUNS = ("python -m eim_jax.main", "eim_jax", "launch/tpu_vm.sh", "sbatch")  # what takes main's flags
-FLAGS = {flag.name for flag in flags.FLAGS.flags_by_module_dict()["eim_jax.main"]} | {"config"}
+FLAGS = {flag.name for flag in flags.FLAGS.flags_by_module_dict()[main.__name__]} | {"config"}
+ASKED = {"help", "helpfull", "version"}  # what is answered without a run
 SCRIPTS = "\n".join(
     file.read_text(encoding="utf-8")
     for room in ("benchmarks", "experiments", "scripts")
@@ -32,10 +34,9 @@ def named(page: Path) -> str:
 
 
 def known_fields() -> set[str]:
-    """Every field of a config, an arm's and a stage's with * for its name."""
-    config = settings.Config(arm={"*": settings.Arm()}, stages={"*": settings.Stage()})
-    fields = set(settings.flatten(config)) | {"arm", "stages"}
-    return fields | {field.rpartition(".")[0] for field in fields if "." in field}
+    """Every field of a run, those of data sets included, with * for the name of an arm or a stage; and their groups."""
+    fields = {field.path for group in kinds.field_groups() for field in group.fields}
+    return fields | {".".join(field.split(".")[:n]) for field in fields for n in range(1, field.count(".") + 1)}
 
 
 def preset(value: str) -> str | None:
@@ -56,7 +57,7 @@ def check_run(words: list[str], where: str):
     overrides = [word for word in words if word.startswith("--config")]
     for word in words:
         name = word.removeprefix("--").partition("=")[0]
-        assert not word.startswith("--") or name.split(".")[0] in FLAGS, f"{where}: no flag {word}"
+        assert not word.startswith("--") or name.split(".")[0] in FLAGS | ASKED, f"{where}: no flag {word}"
         assert name != "mode" or word.partition("=")[2] in MODES, f"{where}: no mode {word}"
     file = next((preset(word.partition("=")[2]) for word in overrides if word.startswith("--config=")), None)
     if file is None:
@@ -110,7 +111,7 @@ def test_every_command_can_be_given():
         elif words[:2] == ["python", "-m"] and words[2] != "pytest":
             seen["script"] += 1
             check_script(module_file(words[2]), words[3:], where)
-        elif words[0].endswith(".py") or (words[0] == "python" and words[1].endswith(".py")):
+        elif (words[0].endswith(".py") and words[0][0] != "-") or (words[0] == "python" and words[1].endswith(".py")):
             seen["script"] += 1
             at = 1 if words[0] == "python" else 0
             check_script(ROOT / words[at], words[at + 1 :], where)
@@ -120,10 +121,13 @@ def test_every_command_can_be_given():
                 name = word.partition("=")[0]
                 if name.startswith("--config."):
                     check_field(word, where)
+                elif word.startswith("--config="):
+                    file = preset(word.partition("=")[2])
+                    assert file is None or Path(file).exists(), where
                 elif word.startswith("--mode="):
                     assert word.partition("=")[2] in MODES, where
                 elif word.startswith("--"):
-                    assert name[2:] in FLAGS or f'"{name}"' in SCRIPTS, f"{where}: no flag {name}"
+                    assert name[2:] in FLAGS | ASKED or f'"{name}"' in SCRIPTS, f"{where}: no flag {name}"
         elif words[0] == "kubectl":
             assert (ROOT / words[words.index("-f") + 1]).exists(), where
         else:
@@ -221,12 +225,20 @@ def test_every_page_is_in_the_menu():
 
 def test_generated_pages_hold_every_flag_preset_and_field():
     table = docs_pages.config()
-    plain = settings.Config(arm={"*": settings.Arm()}, stages={"*": settings.Stage()})
-    assert [field for field in settings.flatten(plain) if f"`{field}`" not in table] == []
+    fields = [field.path for group in kinds.field_groups() for field in group.fields]
+    assert len(fields) > 80 and [field for field in fields if f"`{field}`" not in table] == []
     assert [flag for flag in FLAGS if f"`--{flag}`" not in docs_pages.flags()] == []
     said = docs_pages.presets()
-    assert [
-        file.name for file in (ROOT / "configs").glob("*.py") if file.name != "__init__.py" and file.name not in said
-    ] == []
+    assert [name for name in presets() if name not in said] == []
     marks = {mark for page in docs.PAGES for mark in docs_pages.MARK.findall(docs.text(page))}
     assert marks == set(docs_pages.GENERATED)
+
+
+def test_the_table_of_modes_names_the_flags_that_each_reads():
+    rows = re.findall(
+        r"^\| `--mode=(\w+)([^|]*)` ?[^|]*\|(.*)\|$", docs.text(ROOT / "docs/reference/command-line.md"), re.M
+    )
+    assert [mode for mode, *_ in rows] == list(MODES)
+    for mode, command, _ in rows:
+        named_here = set(re.findall(r"--(\w+)", command)) - {"config", "workdir"}
+        assert named_here <= set(MODES[mode].flags), mode
