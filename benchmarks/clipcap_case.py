@@ -98,7 +98,7 @@ def flops(case: Case) -> float:
 
     total = 0.0
     seen = 1 if case.vlm.features == "cls" else v.tokens
-    visual = st.output_tokens(seen)
+    visual = seen if st.kind == "ffn" else st.tokens
     if active & {"base", "lm"}:
         text = case.arguments[3].tokens.shape[1]
         weights, scores = blocks(c, c.mlp or 4 * c.width, text + (visual if "base" in active else 0))

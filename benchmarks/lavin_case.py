@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from step_case import Case, make_case
 
 from eim_jax.config import LossWeights, Stage
-from eim_jax.models.adapters.inserted import Router
+from eim_jax.models.adapters.lavin import Router
 from eim_jax.models.connector import STConfig, make_st
 from eim_jax.models.language.llama import Llama, LlamaConfig
 from eim_jax.models.vision.clip import GRID, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from pairs import machine
 
-from eim_jax.models.quant import BLOCK, NF4, dequantise, kernel_bytes, quantise
+from eim_jax.models.quant import BLOCK, NF4, dequantise, quantise, quantised_shapes
 from eim_jax.pretrained.hub import resolve
 from eim_jax.pretrained.reader import Tensors
 
@@ -43,7 +43,8 @@ def main() -> None:
         with contextlib.ExitStack() as stack:
             row(options.lm, kernels(Tensors(resolve(options.lm), stack), skipped))
         print(f"\nMatrices not measured: {', '.join(skipped) or 'none'} (outside the blocks, or in % {BLOCK} > 0).")
-    bits = 8 * kernel_bytes(options.size, options.size, "nf4", np.float32) / options.size**2
+    held = quantised_shapes(options.size, options.size).values()
+    bits = 8 * sum(leaf.size * leaf.dtype.itemsize for leaf in held) / options.size**2
     print(f"\nBits a weight of the Gaussian kernel: {4 + 32 / BLOCK}, {4 + 32 / BLOCK}, {bits:.3f}.")
 
 

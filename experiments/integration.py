@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Float
 from scipy import linalg
 
-from eim_jax.models.adapters.inserted import ZeroInit
 from eim_jax.models.batch import Batch
 from eim_jax.models.language.llama_block import LlamaBlock
 from eim_jax.models.layers import Block
@@ -23,7 +22,8 @@ def integration_rate(vlm: VLM, params: dict, batch: Batch) -> float | None:
 
     `params` is the nested tree {"visual", "st", "lm", ...}; the batch needs image, has_image, tokens and valid.
     """
-    if isinstance(vlm.lm.config.adapter, ZeroInit):
+    adapter = vlm.lm.config.adapter
+    if adapter is not None and not adapter.visual_tokens:
         return None
     shown = np.asarray(batch.has_image)
     text = np.asarray(batch.valid)[shown]

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eim_jax.models.adapters.inserted import Router, ZeroInit
+from eim_jax.models.adapters.lavin import Router
+from eim_jax.models.adapters.llama_adapter import ZeroInit
 from eim_jax.models.language.llama import Llama, LlamaConfig
 
 TINY = LlamaConfig(vocab=61, context=24, width=32, layers=3, heads=4, kv_heads=2, mlp=40, rope_theta=50.0)

@@ -9,7 +9,8 @@ import pytest
 from close import assert_close, assert_trees_close
 
 from eim_jax.config import ConfigError
-from eim_jax.models.adapters.inserted import Router, ZeroInit
+from eim_jax.models.adapters.lavin import Router
+from eim_jax.models.adapters.llama_adapter import ZeroInit
 from eim_jax.models.kv_cache import init_cache
 from eim_jax.models.language.gpt2 import GPT2, GPT2Config
 from eim_jax.models.language.llama import Llama, LlamaConfig
@@ -79,8 +80,8 @@ def test_clip_with_prompt_tokens_sees_the_same():
     config = CLIPVisionConfig(16, 4, width=32, layers=2, heads=4, mlp=64, joint=16, prompts=2, prompt_hidden=8)
     pixels = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     params = CLIPVision(config).init(jax.random.key(1), pixels)
-    theirs = CLIPVision(dataclasses.replace(config, attention="xla")).apply(params, pixels, method="see")
-    assert_close(CLIPVision(config).apply(params, pixels, method="see"), theirs, 1e-5, rtol=1e-4)
+    theirs = CLIPVision(dataclasses.replace(config, attention="xla")).apply(params, pixels, method="tokens")
+    assert_close(CLIPVision(config).apply(params, pixels, method="tokens"), theirs, 1e-5, rtol=1e-4)
 
 
 def test_cudnn_is_for_gpus_in_bfloat16_and_auto_is_ours():

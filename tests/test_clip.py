@@ -11,15 +11,8 @@ import pytest
 from close import assert_close, assert_trees_close
 
 from eim_jax.models.layers import Block, BlockConfig
-from eim_jax.models.vision.clip import (
-    FEATURES,
-    CLIPText,
-    CLIPTextConfig,
-    CLIPVision,
-    CLIPVisionConfig,
-    fold_prompts,
-    select,
-)
+from eim_jax.models.vision.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from eim_jax.models.vision.features import FEATURES, select
 from eim_jax.pretrained import load_clip
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
@@ -116,22 +109,9 @@ def test_deep_prompts_equal_tokens_put_in_front_of_every_block_and_cut_off_after
         params = {k: v for k, v in params.items() if not k.startswith("blocks_")}
         params["blocks"] = jax.tree.map(lambda *x: jnp.stack(x), *blocks)
     model = CLIPVision(dataclasses.replace(TINY, scan=scan))
-    seen = apply(model, params, pixels_of(TINY), "see")
+    seen = apply(model, params, pixels_of(TINY), "tokens")
     assert seen.shape == (2, TINY.tokens, 24)
     assert_close(seen, x, 1e-5)
-
-
-def test_folded_prompts_give_the_same_output():
-    params = random_params(TINY)
-    seen, image = apply(CLIPVision(TINY), params, pixels_of(TINY))
-    folded, config = fold_prompts(params), dataclasses.replace(TINY, prompt_hidden=0)
-    assert list(folded["prompt"]) == ["tokens"]
-    got = apply(CLIPVision(config), folded, pixels_of(TINY))
-    assert_close(got[0], seen, 1e-5)
-    assert_close(got[1], image, 1e-5)
-    assert fold_prompts(folded) is folded
-    with pytest.raises(KeyError, match="no prompts"):
-        fold_prompts({k: v for k, v in params.items() if k != "prompt"})
 
 
 def test_only_the_first_eos_counts_and_later_tokens_change_nothing():

@@ -101,12 +101,6 @@ def test_transformer_mapper_keeps_the_outputs_of_its_constants():
     assert_close(out, x[:, 4:], 1e-5)
 
 
-@pytest.mark.parametrize("kind", sorted(CONFIGS))
-def test_configuration_knows_the_number_of_output_tokens(kind):
-    config, _, seen, out = setting(kind)
-    assert out.shape == (2, config.output_tokens(seen.shape[1]), config.width_out)
-
-
 def test_linear_layers_start_as_in_pytorch():
     st = make_st(STConfig(kind="ffn", width_in=400, width_out=100))
     kernel = st.init(jax.random.key(0), jnp.zeros((1, 1, 400)))["params"]["up"]["kernel"]

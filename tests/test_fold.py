@@ -9,8 +9,8 @@ import pytest
 from close import assert_close, size_of
 from tiny import loud
 
-from eim_jax.models.adapters.folding import fold_router
-from eim_jax.models.adapters.inserted import Router
+from eim_jax.models.adapters.lavin import Router
+from eim_jax.models.adapters.llama_adapter import ZeroInit
 from eim_jax.models.language.llama import Llama, LlamaConfig
 
 ONE = jnp.zeros((1, 2), jnp.int32)  # tokens, for shapes
@@ -46,8 +46,8 @@ def test_folded_logits_equal_those_of_rows_of_that_modality_and_of_no_other(opti
     tokens = jax.random.randint(jax.random.key(2), (4, 7), 0, config.vocab)
     has_image = jnp.array([False, True, True, False])
     expected = np.asarray(logits(config, params, tokens, has_image))
-    folded = fold_router(params, config, modality)
-    plain = dataclasses.replace(config, adapter=None, qkv_bias=True)
+    plain, folded = config.adapter.fold(Llama(config), params, modality)
+    assert plain == dataclasses.replace(config, adapter=None, qkv_bias=True)
     found = np.asarray(logits(plain, folded, tokens))
     same = np.asarray(has_image) == bool(modality)
     assert_close(found[same], expected[same], size=size_of(expected))
@@ -55,7 +55,7 @@ def test_folded_logits_equal_those_of_rows_of_that_modality_and_of_no_other(opti
 
 
 def test_folded_parameters_are_exactly_those_of_a_llama_with_biases():
-    folded = fold_router(loud(Llama(TINY).init, ONE), TINY, 0)
+    _, folded = TINY.adapter.fold(Llama(TINY), loud(Llama(TINY).init, ONE), 0)
     plain = Llama(dataclasses.replace(TINY, adapter=None, qkv_bias=True))
     shapes = jax.eval_shape(plain.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     assert jax.tree.map(lambda x: x.shape, folded) == jax.tree.map(lambda x: x.shape, shapes)
@@ -63,16 +63,21 @@ def test_folded_parameters_are_exactly_those_of_a_llama_with_biases():
 
 def test_an_untrained_adapter_folds_into_the_same_kernels_and_zero_biases():
     params = jax.jit(Llama(TINY).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    for name, part in fold_router(params, TINY, 1)["blocks_1"]["attn"].items():
+    _, folded = TINY.adapter.fold(Llama(TINY), params, 1)
+    for name, part in folded["blocks_1"]["attn"].items():
         np.testing.assert_array_equal(part["kernel"], params["blocks_1"]["attn"][name]["kernel"])
         assert not np.any(part.get("bias", 0))
 
 
 def test_what_cannot_be_folded_is_refused():
     params = loud(Llama(TINY).init, ONE)
-    with pytest.raises(ValueError, match="no router"):
-        fold_router(params, dataclasses.replace(TINY, adapter=None), 0)
-    with pytest.raises(ValueError, match="neither 0"):
-        fold_router(params, TINY, 2)
-    with pytest.raises(ValueError, match="nf4"):
-        fold_router(params, dataclasses.replace(TINY, quant="nf4"), 0)
+    plain = {name: leaf for name, leaf in params.items() if name != "adapter"}
+    for match, config, leaves, modality in (
+        ("no router", TINY, plain, 0),
+        ("neither 0", TINY, params, 2),
+        ("nf4", dataclasses.replace(TINY, quant="nf4"), params, 0),
+    ):
+        with pytest.raises(ValueError, match=match):
+            TINY.adapter.fold(Llama(config), leaves, modality)
+    with pytest.raises(ValueError, match="LLaMA-Adapter's prompts cannot be folded"):
+        ZeroInit().fold(Llama(TINY), params, 0)

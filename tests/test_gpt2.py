@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from close import assert_close, assert_trees_close
 
-from eim_jax.models.language.gpt2 import GPT2, GPT2Config, init_cache
+from eim_jax.models.kv_cache import init_cache
+from eim_jax.models.language.gpt2 import GPT2, GPT2Config
 from eim_jax.pretrained import LM, load_lm
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"

@@ -10,7 +10,8 @@ import pytest
 from close import assert_close, assert_trees_close, size_of
 from llama_oracle import PROMPTS, ROUTER, TINY, oracle, random_params, stacked, tokens_of
 
-from eim_jax.models.adapters.inserted import Router, ZeroInit
+from eim_jax.models.adapters.lavin import Router
+from eim_jax.models.adapters.llama_adapter import ZeroInit
 from eim_jax.models.kv_cache import init_cache
 from eim_jax.models.language.llama import Llama, LlamaConfig
 from eim_jax.pretrained import lm_shapes
@@ -73,7 +74,8 @@ def test_lavins_modalities_and_positions_matter_to_the_logits():
     params = random_params(LAVIN)
     moved = np.abs(logits(LAVIN, params, ~HAS_IMAGE) - logits(LAVIN, params))
     assert moved.max(axis=(1, 2)).min() > 1e-3  # in every row
-    table = jax.jit(lambda p: Llama(LAVIN).apply({"params": p}, method="routing_table"))(params)
+    both = jnp.array([False, True])
+    table = jax.jit(lambda p: Llama(LAVIN).apply({"params": p}, None, both, method="steer"))(params)
     assert table.shape == (3, 2, 2)
     assert_close(table.sum(-1), 1, 1e-6)
     assert np.abs(table[:, 0] - table[:, 1]).min() > 1e-3

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from eim_jax.models.adapters.inserted import Router, ZeroInit
+from eim_jax.models.adapters.lavin import Router
+from eim_jax.models.adapters.llama_adapter import ZeroInit
 from eim_jax.models.connector import STConfig, make_st
 from eim_jax.models.language.gpt2 import GPT2Config
 from eim_jax.models.language.llama import Llama, LlamaConfig

@@ -11,7 +11,7 @@ import pytest
 from close import assert_close, assert_trees_close, size_of
 from tiny import loud
 
-from eim_jax.models.adapters.inserted import Router, RouterAdapter, mix, route, shrink
+from eim_jax.models.adapters.lavin import Router, RouterAdapter, mix, route, shrink
 from eim_jax.models.vision.clip import CLIPVision, CLIPVisionConfig
 
 TINY = CLIPVisionConfig(
@@ -110,7 +110,7 @@ def stacked(params: dict, config: CLIPVisionConfig) -> dict:
     return {**others, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
 
 
-def run(config, params, method="see", pixels=PIXELS, seed=None, **options):
+def run(config, params, method="tokens", pixels=PIXELS, seed=None, **options):
     rngs = None if seed is None else {"dropout": jax.random.key(seed)}
     return compiled(config, method, tuple(options.items()))(params, pixels, rngs)
 
@@ -215,7 +215,7 @@ def test_gradients_of_the_adapter_do_not_depend_on_scan_and_remat():
     def gradient(config, params):
         def loss(leaves):
             variables = {"params": {**params, "adapter": leaves}}
-            seen = CLIPVision(config).apply(variables, jnp.asarray(PIXELS), method="see")
+            seen = CLIPVision(config).apply(variables, jnp.asarray(PIXELS), method="tokens")
             return jnp.sum(jnp.sin(seen))
 
         return jax.jit(jax.grad(loss))(params["adapter"])

@@ -10,7 +10,8 @@ from close import assert_trees_close
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, PartitionSpec
 
-from eim_jax.models.adapters.inserted import Router, ZeroInit
+from eim_jax.models.adapters.lavin import Router
+from eim_jax.models.adapters.llama_adapter import ZeroInit
 from eim_jax.models.connector import STConfig, make_st
 from eim_jax.models.language.gpt2 import GPT2, GPT2Config
 from eim_jax.models.language.llama import Llama, LlamaConfig

@@ -7,7 +7,8 @@ import pytest
 from close import assert_close, size_of
 
 from eim_jax.generation.sampler import DecodeConfig, continue_text
-from eim_jax.models.adapters.inserted import Router, ZeroInit
+from eim_jax.models.adapters.lavin import Router
+from eim_jax.models.adapters.llama_adapter import ZeroInit
 from eim_jax.models.connector import STConfig, make_st
 from eim_jax.models.language.llama import Llama, LlamaConfig
 from eim_jax.models.vision.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig

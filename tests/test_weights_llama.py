@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from llama_oracle import random_params, stacked, tokens_of
 from safetensors.numpy import load_file, save_file
 
-from eim_jax.models.adapters.inserted import Router
+from eim_jax.models.adapters.lavin import Router
 from eim_jax.models.language.llama import Llama, LlamaConfig
 from eim_jax.models.quant import dequantise, quantise
 from eim_jax.parallel import sharding

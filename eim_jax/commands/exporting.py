@@ -1,4 +1,4 @@
-"""A trained arm as plain files: what training changed as one safetensors file, a fine-tuned GPT-2 for transformers."""
+"""A trained arm as plain files: what training changed as one safetensors file, a tuned LM as a folder of its own."""
 
 import dataclasses
 import json
@@ -10,7 +10,6 @@ from safetensors.numpy import save_file
 
 from eim_jax.commands.trained_arms import load_finished, trained
 from eim_jax.config import Config, ConfigError
-from eim_jax.models.language.gpt2 import GPT2Config
 from eim_jax.pretrained import LM, export_lm
 from eim_jax.training import partition
 from eim_jax.training.partition import Flat
@@ -29,7 +28,7 @@ def export(config: Config, workdir: Path, arm: str, out: Path) -> None:
 
 
 def write_arm(inputs: Inputs, arm: str, params: Flat, out: Path) -> None:
-    """Writes the folder `out`: LEAVES, RECORD, and where a stage trains a GPT-2 also lm/, as GPT2LMHeadModel reads it.
+    """Writes the folder `out`: LEAVES, RECORD, where a stage trains the LM itself also lm/, for transformers.
 
     LEAVES holds, in float32, in our shapes and by our paths ("st/...", "visual/prompt/...", "lm/..."), every leaf that
     a stage of the arm trains and every one that no tower has; with the towers of RECORD they are the whole model (with
@@ -45,11 +44,11 @@ def write_arm(inputs: Inputs, arm: str, params: Flat, out: Path) -> None:
         for path, leaf in params.items()
         if path in trained or path not in inputs.towers
     }
-    whole = any(path.startswith("lm/") for path in trained) and isinstance(inputs.lm.config, GPT2Config)
+    language = {path for path in inputs.towers if path.startswith("lm/")}  # without adapters
     out.mkdir(parents=True, exist_ok=True)
     save_file(kept, out / LEAVES)
-    if whole:
-        lm = {path: leaf.astype(np.float32) for path, leaf in params.items() if path.startswith("lm/")}
+    if language & trained and config.towers.quant == "none":
+        lm = {path: params[path].astype(np.float32) for path in language}
         export_lm(out / "lm", LM(inputs.lm.config, partition.unflatten(lm)["lm"]))
         inputs.lm_tokenizer.save_pretrained(out / "lm")
     record = {

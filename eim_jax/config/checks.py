@@ -53,9 +53,6 @@ _CHOICES = {
     "losses.similarity": ("cosine", "dot"),
     "losses.positives": ("self", "group", "mask"),
     "losses.queue_dtype": ("auto", "float32", "bfloat16", "int8"),
-    "arm.*.features": ("full", "cls", "grid", "first", "blocks"),
-    "arm.*.st": ("ffn", "mlp", "transformer", "projector", "queries"),
-    "arm.*.adapter": ("none", "lavin", "prompts"),
     "decode.answers": ("generated", "likelihood"),
     "decode.unparsed": ("wrong", "random"),
     "stages.*.schedule": ("linear", "cosine", "constant"),
@@ -92,8 +89,6 @@ def check(config: "Config", flat: dict[str, Any]) -> None:
         if name not in config.arm:
             raise ConfigError(f"config.arms: no arm {name!r}; config.arm has {', '.join(config.arm)}")
         arm = config.arm[name]
-        if arm.st in ("mlp", "transformer") and arm.features != "cls":
-            raise ConfigError(f"config.arm.{name}.st: {arm.st!r} maps one token: set config.arm.{name}.features='cls'")
         if not arm.sequence:
             raise ConfigError(f"config.arm.{name}.sequence is empty: name at least one of config.stages")
         for stage in arm.sequence:
@@ -103,20 +98,11 @@ def check(config: "Config", flat: dict[str, Any]) -> None:
                 )
             _check_stage(stage, config.stages[stage])
         trained = [p for stage in arm.sequence for p, _ in patterns(config.stages[stage])]
-        if arm.visual_adapter and arm.adapter != "lavin":
-            raise ConfigError(f"config.arm.{name}.visual_adapter needs config.arm.{name}.adapter='lavin'")
-        added = (
-            (arm.prompts > 0, f"prompts={arm.prompts}", "visual/prompt/tokens", "visual/prompt/.*"),
-            (arm.adapter == "lavin", "adapter='lavin'", "lm/adapter/up/kernel", "lm/adapter/.*"),
-            (arm.adapter == "prompts", "adapter='prompts'", "lm/adapter/tokens", "lm/adapter/.*"),
-            (arm.visual_adapter, "visual_adapter=True", "visual/adapter/up/kernel", "visual/adapter/.*"),
-        )
-        for there, what, leaf, pattern in added:
-            if there and not any(re.fullmatch(p, leaf) for p in trained):
-                raise ConfigError(
-                    f"config.arm.{name}.{what}, but no stage of its sequence trains it: it would stay as it was drawn. "
-                    f"Leave it out, or add a stage that trains {pattern!r}"
-                )
+        if arm.prompts and not any(re.fullmatch(pattern, "visual/prompt/tokens") for pattern in trained):
+            raise ConfigError(
+                f"config.arm.{name}.prompts={arm.prompts}, but no stage of its sequence trains it: it would stay as it "
+                "was drawn. Leave it out, or add a stage that trains 'visual/prompt/.*'"
+            )
 
 
 def patterns(stage: "Stage") -> list[tuple[str, float]]:

@@ -34,8 +34,8 @@ from eim_jax.generation.decode_state import (
     stops,
 )
 from eim_jax.generation.sampler import check
+from eim_jax.models.adapters.adapter import Steering
 from eim_jax.models.kv_cache import init_cache
-from eim_jax.models.language.llama import Steer
 from eim_jax.models.vlm import LMInput
 
 
@@ -43,7 +43,7 @@ class _Places(NamedTuple):
     """The texts that are being decoded; a free place is one whose text is done."""
 
     state: State
-    steer: Steer | None
+    steer: Steering | None
     index: Int[Array, "r"]  # each text's identity for sampling
 
 

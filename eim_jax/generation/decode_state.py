@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from eim_jax.models.adapters.adapter import Steering
 from eim_jax.models.kv_cache import Cache, init_cache
-from eim_jax.models.language.llama import Steer
 from eim_jax.models.vlm import LMInput
 
 
@@ -124,7 +124,7 @@ def prefill(lm, params, read: LMInput, room: int, mesh: Mesh | None) -> tuple[Fl
     return lm.apply({"params": params}, hidden, method="logits")[:, 0], cache.place(mesh)
 
 
-def advance(lm, params, state: State, steer: Steer | None, mesh: Mesh | None) -> tuple[Float[Array, "r V"], State]:
+def advance(lm, params, state: State, steer: Steering | None, mesh: Mesh | None) -> tuple[Float[Array, "r V"], State]:
     """Runs the LM over each row's newest token.
 
     Returns:

@@ -93,7 +93,7 @@ def query(
 ) -> jax.Array:
     """The query [b D] of loss ie, st or lm, from what `see` and `connect` gave (those that the loss needs)."""
     if name == "ie":
-        return vlm.project(params, seen)
+        return vlm.pooled(params, seen)
     if name == "st":
         return visual.astype(jnp.float32).mean(axis=1)
     image = (visual, batch.has_image) if losses.lm_with_image else (None, None)

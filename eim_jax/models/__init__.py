@@ -1,0 +1,1 @@
+"""The models: towers, the connector between them, adapters, and their composition (vlm.py)."""

@@ -5,20 +5,19 @@ learned queries that read the visual tokens.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from eim_jax.config import Config, ConfigError
 from eim_jax.models.layers import ACTIVATIONS, BlockConfig, layer_norm, make_blocks, run_blocks
 from eim_jax.models.linear import Dense
 
 # torch.nn.Linear's own initialisation, U(+-1/sqrt(fan_in)), from which ClipCap's mappers start.
 LINEAR_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-DEFAULT_ACTIVATION = {"mlp": "tanh", "transformer": "relu", "ffn": "gelu", "projector": "silu", "queries": "gelu"}
-DEFAULT_DEPTH = {"transformer": (8, 8), "queries": (2, 16)}  # layers, heads
-EVERY_TOKEN = ("ffn", "projector")  # kinds that give as many tokens as they get
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +31,10 @@ class STConfig:
       width_in: width of what CLIP gives (joint space for ClipCap, CLIP.visual's width for the others).
       width_out: the LM's width.
       tokens: output tokens of the mappers and of the queries (the others give as many as they get).
-      hidden: width inside; 0 for ClipCap's width_out * tokens / 2 ("mlp") and 2 x width_out ("transformer", its MLPs),
-        EIM's 4 x width_in ("ffn"), LaVIN's 128 ("projector"), LLaMA-Adapter's 512 ("queries", its blocks).
-      layers, heads: of the "transformer" (0 for 8 and 8) and of the "queries" (0 for 2 and 16).
+      hidden: width inside; 0 for the kind's own.
+      layers, heads: of the kinds that are Transformers; 0 for the kind's own.
       clip_length: tokens that the "transformer" makes from the image feature.
-      activation: None for tanh ("mlp"), relu ("transformer"), gelu ("ffn", "queries"), silu ("projector").
+      activation: None for the kind's own.
     """
 
     kind: str = "ffn"
@@ -51,35 +49,23 @@ class STConfig:
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):  # noqa: D105
-        if self.kind not in DEFAULT_ACTIVATION:
-            raise ValueError(f"ST kind {self.kind!r} is not one of {sorted(DEFAULT_ACTIVATION)}")
+        if self.kind not in ST_KINDS:
+            raise ValueError(f"ST kind {self.kind!r} is not one of {sorted(ST_KINDS)}")
         if self.activation is not None and self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not one of {sorted(ACTIVATIONS)}")
-        if self.kind in DEFAULT_DEPTH:
-            layers, heads = DEFAULT_DEPTH[self.kind]
-            object.__setattr__(self, "layers", self.layers or layers)
-            object.__setattr__(self, "heads", self.heads or heads)
+        layers, heads = ST_KINDS[self.kind].depth
+        object.__setattr__(self, "layers", self.layers or layers)
+        object.__setattr__(self, "heads", self.heads or heads)
 
     @property
     def activation_name(self) -> str:
         """The activation in use."""
-        return self.activation or DEFAULT_ACTIVATION[self.kind]
+        return self.activation or ST_KINDS[self.kind].activation
 
     @property
     def hidden_width(self) -> int:
         """The hidden width in use."""
-        default = {
-            "mlp": self.width_out * self.tokens // 2,
-            "transformer": 2 * self.width_out,
-            "ffn": 4 * self.width_in,
-            "projector": 128,
-            "queries": 512,
-        }
-        return self.hidden or default[self.kind]
-
-    def output_tokens(self, visual_tokens: int) -> int:
-        """Returns m, the number of embeddings made from n visual tokens."""
-        return visual_tokens if self.kind in EVERY_TOKEN else self.tokens
+        return self.hidden or ST_KINDS[self.kind].hidden(self)
 
 
 class MLPMapper(nn.Module):
@@ -136,12 +122,12 @@ class FFN(nn.Module):
     """
 
     config: STConfig
+    kernel_init: Callable = LINEAR_INIT
 
     def setup(self):  # noqa: D102
         c = self.config
-        init = nn.initializers.xavier_uniform() if c.kind == "projector" else LINEAR_INIT
-        self.up = Dense(c.hidden_width, kernel_init=init, dtype=c.dtype)
-        self.down = Dense(c.width_out, kernel_init=init, dtype=c.dtype)
+        self.up = Dense(c.hidden_width, kernel_init=self.kernel_init, dtype=c.dtype)
+        self.down = Dense(c.width_out, kernel_init=self.kernel_init, dtype=c.dtype)
 
     def __call__(self, seen: Float[Array, "b n v"]) -> Float[Array, "b n d"]:
         """Maps every token."""
@@ -184,7 +170,60 @@ class QueryMapper(nn.Module):
         return self.ln_out(self.up(x[:, : c.tokens]))
 
 
+@dataclasses.dataclass(frozen=True)
+class STKind:
+    """A kind of ST; an entry of `ST_KINDS`.
+
+    Attributes:
+      build: STConfig -> module from [b n width_in] to [b m width_out].
+      activation: the default, a name in layers.ACTIVATIONS.
+      hidden: STConfig -> the default width inside.
+      depth: the default layers and heads, of a Transformer.
+      reads_one: it maps the first visual token alone, so config.arm.*.features must be "cls".
+      sized_by_arm: config.arm.*.st_hidden sets its width inside; otherwise it keeps its own.
+    """
+
+    build: Callable[[STConfig], nn.Module]
+    activation: str
+    hidden: Callable[[STConfig], int]
+    depth: tuple[int, int] = (0, 0)
+    reads_one: bool = False
+    sized_by_arm: bool = True
+
+
+def _make_projector(config: STConfig) -> nn.Module:
+    return FFN(config, nn.initializers.xavier_uniform())
+
+
+# config.arm.*.st -> the kind; from outside the package, ST_KINDS["mine"] = STKind(...) adds one.
+ST_KINDS: dict[str, STKind] = {
+    "ffn": STKind(FFN, "gelu", lambda c: 4 * c.width_in),
+    "mlp": STKind(MLPMapper, "tanh", lambda c: c.width_out * c.tokens // 2, reads_one=True, sized_by_arm=False),
+    "transformer": STKind(
+        TransformerMapper, "relu", lambda c: 2 * c.width_out, (8, 8), reads_one=True, sized_by_arm=False
+    ),
+    "projector": STKind(_make_projector, "silu", lambda c: 128),
+    "queries": STKind(QueryMapper, "gelu", lambda c: 512, (2, 16)),
+}
+
+
 def make_st(config: STConfig) -> nn.Module:
-    """Returns the ST of the given kind, a module from [b n width_in] to [b m width_out]."""
-    kinds = {"mlp": MLPMapper, "transformer": TransformerMapper, "queries": QueryMapper}
-    return kinds.get(config.kind, FFN)(config)
+    """Returns the ST of the given kind, a module from [b n width_in] to [b m width_out].
+
+    >>> import jax, jax.numpy as jnp
+    >>> st = make_st(STConfig("ffn", width_in=6, width_out=8))
+    >>> jax.eval_shape(lambda x: st.init_with_output(jax.random.key(0), x)[0], jnp.ones((2, 5, 6))).shape
+    (2, 5, 8)
+    """
+    return ST_KINDS[config.kind].build(config)
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError where an arm names no kind of ST, or gives one more tokens than it reads."""
+    for name, arm in config.arm.items():
+        if arm.st not in ST_KINDS:
+            raise ConfigError(f"config.arm.{name}.st: {arm.st!r} is none of {', '.join(ST_KINDS)}")
+    for name in config.arms:
+        arm = config.arm[name]
+        if ST_KINDS[arm.st].reads_one and arm.features != "cls":
+            raise ConfigError(f"config.arm.{name}.st: {arm.st!r} maps one token: set config.arm.{name}.features='cls'")

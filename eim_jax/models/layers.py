@@ -1,7 +1,13 @@
-"""The one pre-norm Transformer block that CLIP, GPT-2 and ClipCap's mapper share, unrolled or scanned over layers."""
+"""What the towers are built of: attention, the pre-norm block, and stacks of blocks, unrolled or scanned over layers.
+
+`Block` is the block of CLIP, GPT-2 and the ST's Transformers (LLaMA's is in language/llama_block.py). `Form` names the
+ways in which any tower can be computed: scan or not, what the backward pass recomputes, which attention, which dtype.
+"""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +15,7 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from eim_jax.models.adapters.inserted import Router, mix, route, shrink
+from eim_jax.models.adapters.adapter import Adapter
 from eim_jax.models.linear import Dense, DenseGeneral
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -32,6 +38,23 @@ NORMAL = nn.initializers.normal(0.02)
 
 ATTENTIONS = ("softmax", "xla", "cudnn")  # ours, float32 softmax; or jax.nn.dot_product_attention's implementations
 
+
+class Form(TypedDict, total=False):
+    """How a tower is computed, whatever its weights: keyword arguments of all that shapes or loads towers.
+
+    Keys:
+      scan: stack the layers' leaves and scan over them; compiles faster where there are many.
+      remat: what the backward pass recomputes, a name in REMAT_POLICIES.
+      attention: a name in ATTENTIONS.
+      dtype: of computation.
+    """
+
+    scan: bool
+    remat: str
+    attention: str
+    dtype: DTypeLike
+
+
 KeyValue = tuple[Float[Array, "b s h e"], Float[Array, "b s h e"]]
 
 
@@ -39,7 +62,7 @@ KeyValue = tuple[Float[Array, "b s h e"], Float[Array, "b s h e"]]
 class BlockConfig:
     """Shape of one block; `init` is for kernels that read the residual stream, `residual_init` for those that write.
 
-    With `adapter` a router adapter stands between ln_1 and attention; its leaves come with the block's input.
+    An `adapter` stands between ln_1 and attention; its leaves come with the block's input.
     """
 
     width: int
@@ -49,7 +72,7 @@ class BlockConfig:
     eps: float = 1e-5
     qkv_bias: bool = True
     dropout: float = 0.0
-    adapter: Router | None = None
+    adapter: Adapter | None = None
     init: Callable = NORMAL
     residual_init: Callable = NORMAL
     attention: str = "softmax"
@@ -61,8 +84,6 @@ class BlockConfig:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not one of {sorted(ACTIVATIONS)}")
         check_attention(self.attention)
-        if self.adapter is not None:
-            self.adapter.check(self.width)
 
 
 def layer_norm(eps: float, dtype: DTypeLike) -> nn.LayerNorm:
@@ -164,7 +185,7 @@ class Block(nn.Module):
     """x + attention(ln_1(x)), then x + mlp(ln_2(x)), with dropout on both branches.
 
     Prompt tokens are keys and values only: deep prompts are replaced at the next block's input, so what attention and
-    the MLP would compute *for* them is never read. A router adapter changes x's tokens, not the prompt's.
+    the MLP would compute *for* them is never read. An adapter changes x's tokens, not the prompt's.
     """
 
     config: BlockConfig
@@ -177,7 +198,7 @@ class Block(nn.Module):
         self.mlp = MLP(c)
         self.drop = nn.Dropout(c.dropout)
         if c.adapter is not None:
-            self.drop_inner = nn.Dropout(c.adapter.dropout)
+            self.drop_inner = nn.Dropout(c.adapter.dropout_rate)
 
     def __call__(
         self,
@@ -192,13 +213,13 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "b t d"], tuple[KeyValue | None, Float[Array, "b d"] | None]]:
         """Returns the block's output, its updated cache slots if it was given any, and `watch`ed its output's token 0.
 
-        `leaf` is this layer's part of the adapter; each row is routed by token 0 of its own input (CLIP's [CLS]).
+        `leaf` is this layer's part of the adapter, which nothing steers here: it sees each row's own input alone.
         """
         prompt = None if prompt is None else self.ln_1(prompt)
-        z = self.ln_1(x)
-        if leaf is not None:
-            weights = route(leaf, z[:, 0], self.config.adapter.temperature)
-            z = mix(leaf, z, self.drop_inner(shrink(leaf, z), deterministic=not train), weights)
+        z, adapter = self.ln_1(x), self.config.adapter
+        if adapter is not None and leaf is not None:
+            drop = functools.partial(self.drop_inner, deterministic=not train)
+            z, _ = adapter.attention_input(leaf, None, z, drop)
         mixed, kv = self.attn(z, mask, train, start, prompt, kv)
         x = x + self.drop(mixed, deterministic=not train)
         x = x + self.drop(self.mlp(self.ln_2(x)), deterministic=not train)
@@ -214,18 +235,36 @@ def make_blocks(config: BlockConfig, layers: int, *, scan: bool, remat: str):
       scan: one stacked block (leaves get a leading layer axis) instead of blocks_0, blocks_1, ...
       remat: a name in REMAT_POLICIES.
     """
+    every = nn.broadcast
+    axes = (every, every, every, 0, 0, 0, every)
+    # Arguments 3 and 8 of __call__ (self is 0) are the Python bools `train` and `watch`.
+    return stack(Block, config, layers, scan=scan, remat=remat, static=(3, 8), axes=axes)
+
+
+def stack(block: type[nn.Module], config, layers: int, *, scan: bool, remat: str, static: tuple[int, ...], axes: tuple):
+    """Returns a list of blocks, or one block scanned over layers, from the block's class.
+
+    Args:
+      block: a module class that is built from `config` alone.
+      config: what it is built from.
+      layers: number of blocks.
+      scan: one stacked block (leaves get a leading layer axis) instead of a list.
+      remat: a name in REMAT_POLICIES.
+      static: which arguments of the block's __call__ are Python values (self is 0): they are not traced.
+      axes: for each argument behind the first, which is carried from block to block, what a scan does with it: 0 takes
+        a slice a layer, nn.broadcast gives every layer the whole.
+    """
     if remat not in REMAT_POLICIES:
         raise ValueError(f"remat {remat!r} is not one of {sorted(REMAT_POLICIES)}")
-    block = Block
-    if remat != "none":  # arguments 3 and 8 of __call__ (self is 0) are the Python bools `train` and `watch`
-        block = nn.remat(Block, policy=REMAT_POLICIES[remat], static_argnums=(3, 8), prevent_cse=not scan)
+    if remat != "none":
+        block = nn.remat(block, policy=REMAT_POLICIES[remat], static_argnums=static, prevent_cse=not scan)
     if not scan:
         return [block(config) for _ in range(layers)]
     scanned = nn.scan(
         block,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0, nn.broadcast),
+        in_axes=axes,
         length=layers,
     )
     return scanned(config)
@@ -250,7 +289,7 @@ def run_blocks(
       mask: True where a query may see a key (or a cache slot); None sees all.
       train: dropout is on; needs the rng "dropout".
       prompts: each block's prompt tokens.
-      leaves: RouterAdapter.leaves(), each with a leading layer axis.
+      leaves: the adapter's, each with a leading layer axis.
       start: the cache slot that x's first token takes.
       kv: a tuple of every layer's slots (unrolled) or one stacked pair (scanned); None without a cache.
 

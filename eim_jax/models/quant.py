@@ -1,5 +1,6 @@
-"""A frozen linear layer in 4 bits: NF4 codes in blocks of 64 weights with doubly quantised scales (QLoRA, section 3).
+"""Frozen linear layers that hold their kernel in 4 bits (towers.quant="nf4"), and the conversion to and from it.
 
+The form is QLoRA's (Dettmers et al. 2023, section 3): NF4 codes in blocks of 64 weights, doubly quantised scales.
 w = table[code] s: the table is NF4's (appendix E), s one number a block of 64 weights along `in`. Double quantisation
 stores s as int8, s = mean + int8 r, with one float32 r for 256 neighbouring outputs and one mean a kernel:
 4 + 8/64 + 32/(64 256) = 4.127 bits a weight. Own code because the public API of qwix 0.1.8, which has the same table,
@@ -50,13 +51,6 @@ def quantised_shapes(features_in: int, features: int) -> dict[str, jax.ShapeDtyp
         "scale_scale": jax.ShapeDtypeStruct((blocks, -(-features // GROUP)), jnp.float32),
         "scale_mean": jax.ShapeDtypeStruct((), jnp.float32),
     }
-
-
-def kernel_bytes(features_in: int, features: int, quant: str, dtype: DTypeLike) -> int:
-    """Returns the bytes of a kernel [in out] as QDense holds it; `dtype` is the kernel's when it is not quantised."""
-    if quant == "none":
-        return features_in * features * jnp.dtype(dtype).itemsize
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in quantised_shapes(features_in, features).values())
 
 
 def quantise(kernel: Float[Array | np.ndarray, "a c"]) -> Quantised:

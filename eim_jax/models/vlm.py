@@ -3,7 +3,7 @@
 There is no monolithic model: each stage composes only what its losses need (EIM section 3).
 Parameters are one nested tree {"visual", "text", "st", "lm"}.
 
-What the LM reads, by its kind (`lm_input`):
+What the LM reads (`lm_input`) depends on its family, which says whether texts start with BOS, and on its adapter:
 
 | LM | with an image | text only |
 |---|---|---|
@@ -22,14 +22,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from eim_jax.models.adapters.inserted import Router, ZeroInit
-from eim_jax.models.language.gpt2 import GPT2
-from eim_jax.models.language.llama import Llama, Steer
-from eim_jax.models.vision.clip import CLIPText, CLIPVision, select
+from eim_jax.models.adapters.adapter import Steering
 from eim_jax.parallel.sharding import by_row
 from eim_jax.utils.images import normalise
-
-EVERY = 4  # features="blocks": the [CLS] row after every fourth block
 
 
 class LMInput(NamedTuple):
@@ -38,64 +33,75 @@ class LMInput(NamedTuple):
     embeds: Float[Array, "b s d"]
     valid: Bool[Array, "b s"]
     positions: Int[Array, "b s"]
-    steer: Steer | None = None
+    steer: Steering | None = None  # what the adapter changes inside the LM
 
 
 @dataclass(frozen=True)
 class VLM:
-    """CLIP.visual -> ST -> LM, with CLIP.text beside it for the caption queue; holds no parameters.
+    """Vision tower -> ST -> LM, with a text tower beside them for the caption queue; holds no parameters.
 
-    `features` is what the ST receives: full ([CLS] and all patches), cls, grid ([CLS] and a 7 x 7 pooled grid), first
-    (the first 50 tokens), or blocks ([CLS] after every fourth block, stock LaVIN's).
+    Attributes:
+      visual: a VisionTower.
+      text: a TextTower.
+      st: the connector, from make_st.
+      lm: a DecoderLM.
+      features: which visual tokens the ST receives, one of the vision tower's `features`.
+      output_layer: apply the tower's output layer before the ST (stock ClipCap does, EIM does not).
+      bos: the token that every text starts with; None where the LM's family has none.
+      with_image, without_image: the adapter's markers (adapters.Markers).
+      mesh: over whose data axes the rows of activations lie.
     """
 
-    visual: CLIPVision
-    text: CLIPText
+    visual: nn.Module
+    text: nn.Module
     st: nn.Module
-    lm: GPT2 | Llama
+    lm: nn.Module
     features: str = "full"
-    output_layer: bool = False  # apply ln_post and the projection before the ST (stock ClipCap does, EIM does not)
-    bos: int | None = None  # the token that every text starts with; GPT-2 has none
-    with_image: tuple[int, ...] = ()  # LaVIN: the tokens of "Image: "
-    without_image: tuple[int, ...] = ()  # LaVIN: the tokens of "Image: N/A"
-    mesh: Mesh | None = None  # over whose data axes the rows of activations lie
+    output_layer: bool = False
+    bos: int | None = None
+    with_image: tuple[int, ...] = ()
+    without_image: tuple[int, ...] = ()
+    mesh: Mesh | None = None
 
     @property
     def dropout(self) -> float:
         """The highest dropout rate in training, of the LM or of adapters."""
-        rates = (getattr(part, "dropout", 0.0) for part in (self.lm.config, *self._adapters))
-        return max(rates)
-
-    @property
-    def _adapters(self) -> tuple:
-        return self.visual.config.adapter, self.lm.config.adapter
+        adapters = (self.visual.config.adapter, self.lm.config.adapter)
+        return max(self.lm.config.dropout, *(a.dropout_rate for a in adapters if a is not None), 0.0)
 
     def encode_image(
         self, params: dict, images: UInt8[Array, "b h w 3"], dropout: Array | None = None
     ) -> Float[Array, "b n v"]:
-        """The visual tokens that `features` names, before CLIP's output layer; `dropout` (of adapters) is a key."""
+        """Returns the visual tokens that `features` names, before the tower's output layer.
+
+        Args:
+          params: the tree; "visual" is read.
+          images: resized and cropped to the tower's image size; normalised here.
+          dropout: a key for the dropout of adapters in the tower; None outside training.
+        """
         config = self.visual.config
         pixels = normalise(images, config.mean, config.std)
         options = {"train": True, "rngs": {"dropout": dropout}} if dropout is not None and config.adapter else {}
-        if self.features == "blocks":
-            options["every"] = EVERY
-        method = "cls_of_blocks" if self.features == "blocks" else "see"
-        seen = self.visual.apply({"params": params["visual"]}, pixels, method=method, **options)
-        return by_row(seen if self.features == "blocks" else select(seen, self.features), self.mesh)
+        tokens = self.visual.apply({"params": params["visual"]}, pixels, self.features, method="tokens", **options)
+        return by_row(tokens, self.mesh)
 
-    def project(self, params: dict, seen: Float[Array, "b n v"]) -> Float[Array, "b j"]:
-        """[CLS] through CLIP's frozen output layer into the joint space: loss_IE's query."""
-        cls = seen[:, -1] if self.features == "blocks" else seen[:, 0]
-        return self.visual.apply({"params": params["visual"]}, cls, method="project")
+    def pooled(self, params: dict, seen: Float[Array, "b n v"]) -> Float[Array, "b j"]:
+        """Returns the image's one vector in the joint space, from `encode_image`'s tokens: loss_IE's query.
+
+        CLIP: [CLS] through the frozen output layer.
+        """
+        variables = {"params": params["visual"]}
+        vector = self.visual.apply(variables, seen, self.features, method="pooled")
+        return self.visual.apply(variables, vector, method="project")
 
     def connect(self, params: dict, seen: Float[Array, "b n v"]) -> Float[Array, "b m d"]:
-        """The ST's output tokens, in the LM's embedding space (Table 9's two switches choose its input)."""
+        """Returns the ST's output tokens, in the LM's embedding space, from `encode_image`'s tokens."""
         if self.output_layer:
             seen = self.visual.apply({"params": params["visual"]}, seen, method="project")
         return by_row(self.st.apply({"params": params["st"]}, seen), self.mesh)
 
     def embed(self, params: dict, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        """LM_e: the LM's input embeddings."""
+        """Returns LM_e, the LM's input embeddings."""
         return by_row(self.lm.apply({"params": params["lm"]}, tokens, method="embed"), self.mesh)
 
     def lm_input(
@@ -108,12 +114,12 @@ class VLM:
         has_image: Bool[Array, "b"] | None = None,
         original: bool = False,
     ) -> LMInput:
-        """What the LM reads for these texts (its last t slots) and images; see the module's table.
+        """Returns what the LM reads for these texts (its last t slots) and images; see the module's table.
 
         Args:
           params: the whole tree.
           tokens, valid: the text, padded on the right.
-          visual: the ST's output; None reads text alone (loss_LM: then LaVIN's "Image: N/A" is left out too).
+          visual: the ST's output; None reads text alone (loss_LM: then markers are left out too).
           has_image: False hides a row's visual tokens; None means that all rows have an image, if `visual` is given.
           original: the LM without its adapter: how K_b is built.
         """
@@ -121,6 +127,8 @@ class VLM:
         texts, flags = [], []  # token ids before the text, [b k] each
 
         def say(ids, shown):
+            if not ids:
+                return
             texts.append(jnp.broadcast_to(jnp.asarray(ids, jnp.int32)[None], (b, len(ids))))
             flags.append(jnp.broadcast_to(shown[:, None], (b, len(ids))))
 
@@ -128,8 +136,8 @@ class VLM:
         pictured = jnp.broadcast_to(jnp.asarray(visual is not None), (b,)) if has_image is None else has_image
         if self.bos is not None:
             say((self.bos,), everyone)
-        inserted = visual is not None and not isinstance(adapter, ZeroInit)
-        if inserted and isinstance(adapter, Router):
+        inserted = visual is not None and (adapter is None or adapter.visual_tokens)
+        if inserted and adapter is not None:
             say(self.with_image, pictured)
             say(self.without_image, ~pictured)
         before = sum(part.shape[1] for part in texts)
@@ -139,8 +147,7 @@ class VLM:
             shown = jnp.broadcast_to(pictured[:, None], visual.shape[:2])
             embeds = jnp.concatenate([embeds[:, :before], visual.astype(embeds.dtype), embeds[:, before:]], axis=1)
             valid = jnp.concatenate([valid[:, :before], shown, valid[:, before:]], axis=1)
-        # LaVIN's modality row has position 0, though it is nowhere among the slots (Llama.steer).
-        first = int(isinstance(adapter, Router))
+        first = 0 if adapter is None else adapter.first_position
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0) + first
         steer = None
         if adapter is not None:
@@ -148,7 +155,7 @@ class VLM:
         return LMInput(embeds, valid, positions, steer)
 
     def run_lm(self, params: dict, read: LMInput, dropout: Array | None = None) -> Float[Array, "b s d"]:
-        """LM_block's output; `dropout` is a key, None = deterministic."""
+        """Returns LM_block's output for what `lm_input` gave; `dropout` is a key, None = deterministic."""
         hidden, _ = self.lm.apply(
             {"params": params["lm"]},
             read.embeds,
@@ -172,7 +179,7 @@ class VLM:
         original: bool = False,
         dropout: Array | None = None,
     ) -> Float[Array, "b _ d"]:
-        """LM_block's output over what `lm_input` gives; the text's are the last t columns."""
+        """Returns LM_block's output; the text's are the last t columns, the arguments are those of `lm_input`."""
         found = self.lm_input(params, tokens, valid, visual=visual, has_image=has_image, original=original)
         return self.run_lm(params, found, dropout)
 
@@ -186,7 +193,15 @@ class VLM:
         has_image: Bool[Array, "b"] | None = None,
         dropout: Array | None = None,
     ) -> Float[Array, "b t V"]:
-        """Logits where [:, i] predicts tokens[:, i], given the visual tokens and tokens[:, :i]."""
+        """Returns float32 logits of which [:, i] predicts tokens[:, i], given the visual tokens and tokens[:, :i].
+
+        Args:
+          params: the whole tree.
+          visual: the ST's output.
+          tokens, valid: the text, padded on the right.
+          has_image: False hides a row's visual tokens; None means that all rows have an image.
+          dropout: a key; None outside training.
+        """
         return self.logits(params, self.lm_hidden(params, visual, tokens, valid, has_image=has_image, dropout=dropout))
 
     def lm_hidden(
@@ -199,7 +214,10 @@ class VLM:
         has_image: Bool[Array, "b"] | None = None,
         dropout: Array | None = None,
     ) -> Float[Array, "b t d"]:
-        """LM_block's output from which the head predicts: [:, i] has read the visual tokens and tokens[:, :i]."""
+        """Returns LM_block's output from which the head predicts: [:, i] has read the visual tokens and tokens[:, :i].
+
+        The arguments are those of `token_logits`.
+        """
         found = self.lm_input(params, tokens, valid, visual=visual, has_image=has_image)
         hidden = self.run_lm(params, found, dropout)
         before = hidden.shape[1] - tokens.shape[1]
@@ -209,26 +227,26 @@ class VLM:
         return jnp.concatenate([first, hidden[:, before:-1]], axis=1)
 
     def head_weights(self, params: dict) -> tuple[Float[Array, "_ _"], int]:
-        """The weights that turn `lm_hidden` into logits, and which of their axes counts the vocabulary."""
+        """Returns the weights that turn `lm_hidden` into logits, and which of their axes counts the vocabulary."""
         return self.lm.apply({"params": params["lm"]}, method="head_weights")
 
     def logits(self, params: dict, hidden: Float[Array, "b t d"]) -> Float[Array, "b t V"]:
-        """Next-token logits in float32."""
+        """Returns next-token logits in float32."""
         return self.lm.apply({"params": params["lm"]}, hidden, method="logits")
 
     def caption_feature(self, params: dict, tokens: Int[Array, "b s"]) -> Float[Array, "b j"]:
-        """[EOS] feature of CLIP.text: a row of K_t."""
-        return self.text.apply({"params": params["text"]}, tokens)
+        """Returns the text tower's features of captions, in its own tokenizer's ids: rows of K_t."""
+        return self.text.apply({"params": params["text"]}, tokens, method="encode")
 
 
 def mean_tokens(values: Float[Array, "b t d"], mask: Bool[Array, "b t"]) -> Float[Array, "b d"]:
-    """Mean over the marked tokens, in float32."""
+    """Returns the mean over the marked tokens, in float32."""
     mask = mask[..., None].astype(jnp.float32)
     return (values.astype(jnp.float32) * mask).sum(1) / jnp.maximum(mask.sum(1), 1.0)
 
 
 def last_token(values: Float[Array, "b t d"], valid: Bool[Array, "b t"]) -> Float[Array, "b d"]:
-    """The vector at each row's last valid token (the appended EOS)."""
+    """Returns the vector at each row's last valid token (the appended EOS)."""
     t = values.shape[1]
     last = jnp.max(jnp.where(valid, jnp.arange(t)[None], 0), axis=1)
     return jax.vmap(lambda row, i: row[i])(values, last)

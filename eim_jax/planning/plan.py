@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from eim_jax.config import Config, ConfigError, Stage
 from eim_jax.data import loader
-from eim_jax.models.language.llama import LlamaConfig
+from eim_jax.models.language import family_of
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel.sharding import make_mesh, param_shardings, parts_of
 from eim_jax.planning.collectives import KINDS, moved
@@ -257,6 +257,6 @@ def knob(inputs: Inputs, name: str, stage: Stage, memory: Memory) -> str:
         return "--config.losses.queue_dtype=int8"
     if most in ("frozen", "state") and mesh.shape["data"] > 1:
         return '--config.mesh="(1,-1,1)": parameters are split over all devices'
-    if most == "frozen" and isinstance(inputs.lm.config, LlamaConfig) and config.towers.quant == "none":
+    if most == "frozen" and family_of(inputs.lm.config).quantised and config.towers.quant == "none":
         return "--config.towers.quant=nf4"
     return "more devices, or chips with more memory"

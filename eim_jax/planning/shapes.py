@@ -11,39 +11,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eim_jax import pretrained
 from eim_jax.config import Config, ConfigError, Stage
+from eim_jax.data import tokenize
 from eim_jax.data.datasets import data_set, load_split
 from eim_jax.data.samples import Split
 from eim_jax.losses import objectives
 from eim_jax.losses.queues import Queue, compress
 from eim_jax.models.batch import Batch
-from eim_jax.models.language.gpt2 import GPT2Config
-from eim_jax.models.language.llama import LlamaConfig
-from eim_jax.models.vision.clip import CLIPTextConfig, CLIPVisionConfig
+from eim_jax.models.language import FAMILIES, family_of
+from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel.sharding import batch_sharding, parts_of, queue_sharding
 from eim_jax.pretrained import hub
 from eim_jax.training import partition
 from eim_jax.training.partition import Flat
-from eim_jax.training.setup import Inputs, reads_features, resolve_attention, resolve_dtype, tower_settings
-
-_L14 = {"patch_size": 14, "width": 1024, "layers": 24, "heads": 16, "mlp": 4096, "joint": 768}
-_L14_TEXT = {"width": 768, "heads": 12, "mlp": 3072, "joint": 768}
-# Published architectures, for hub ids whose config.json is not at hand.
-CLIPS = {
-    "openai/clip-vit-base-patch32": ({}, {}),
-    "openai/clip-vit-base-patch16": ({"patch_size": 16}, {}),
-    "openai/clip-vit-large-patch14": (_L14, _L14_TEXT),
-    "openai/clip-vit-large-patch14-336": ({**_L14, "image_size": 336}, _L14_TEXT),
-}
-LMS = {
-    "gpt2": GPT2Config(),
-    "gpt2-medium": GPT2Config(width=1024, layers=24, heads=16),
-    "gpt2-large": GPT2Config(width=1280, layers=36, heads=20),
-    "gpt2-xl": GPT2Config(width=1600, layers=48, heads=25),
-    "huggyllama/llama-7b": LlamaConfig(),
-    "huggyllama/llama-13b": LlamaConfig(width=5120, layers=40, heads=40, mlp=13824),
-}
-LMS |= {f"openai-community/{name}": LMS[name] for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+from eim_jax.training.setup import Inputs, reads_features, resolve_dtype, resolve_form, tower_settings
 
 
 class Counted(Split):
@@ -52,16 +33,6 @@ class Counted(Split):
     def __init__(self, samples: int, images: int):
         for field, value in (("name", "train"), ("samples", range(samples)), ("images", range(images))):
             object.__setattr__(self, field, value)
-
-
-class LlamaWords:
-    """What a plan needs of LLaMA's tokenizer where it is not at hand: BOS, and how many tokens LaVIN's markers have."""
-
-    bos_token_id = 1
-
-    def __call__(self, words: str, add_special_tokens: bool = False) -> dict:
-        """Returns {"input_ids": ...} of one of the two markers."""
-        return {"input_ids": {"Image: ": [7084, 29901, 29871], "Image: N/A": [7084, 29901, 405, 29914, 29909]}[words]}
 
 
 def abstract_inputs(
@@ -77,25 +48,25 @@ def abstract_inputs(
     keys = resolve_dtype(config.losses.queue_dtype, platform)
     towers, losses = replace(config.towers, dtype=dtype.name), replace(config.losses, queue_dtype=keys.name)
     config = replace(config, towers=towers, losses=losses)
-    form = {"scan": config.towers.scan, "remat": config.towers.remat, "dtype": dtype}
-    form["attention"] = resolve_attention(config.towers.attention, dtype, platform)
+    form = resolve_form(config, dtype, platform)
     notes = []
     if form["attention"] == "cudnn":
         form["attention"] = "softmax"
         notes.append("compiled with attention=softmax: cudnn holds less, as no scores are kept")
     clip_dir, lm_dir = _at_hand(config.towers.clip), _at_hand(config.towers.lm)
     if clip_dir is not None:
-        vision, tokenize = pretrained.clip_config(clip_dir, **form)
+        vision, text = pretrained.clip_config(clip_dir, **form)
     else:
-        vision, tokenize = _published(CLIPS, config.towers.clip, "clip", notes)
-        vision, tokenize = CLIPVisionConfig(**vision, **form), CLIPTextConfig(**tokenize, **form)
+        vision, text = (
+            replace(tower, **form) for tower in _published(VISION_TOWERS, config.towers.clip, "clip", notes)
+        )
     if lm_dir is not None:
         lm = pretrained.lm_config(lm_dir, quant=config.towers.quant, **form)
     else:
-        lm = replace(_published(LMS, config.towers.lm, "lm", notes), **form)
-        lm = replace(lm, quant=config.towers.quant) if isinstance(lm, LlamaConfig) else lm
+        lm = replace(_published(FAMILIES, config.towers.lm, "lm", notes), **form)
+        lm = pretrained.with_quant(lm, config.towers.quant, config.towers.lm)
     vision, lm = tower_settings(config, vision, lm)
-    leaves = {**pretrained.clip_shapes(vision, tokenize), **pretrained.lm_shapes(lm)}
+    leaves = {**pretrained.clip_shapes(vision, text), **pretrained.lm_shapes(lm)}
     train, note = _count(config, samples)
     notes.append(note)
     inputs = Inputs(
@@ -103,10 +74,10 @@ def abstract_inputs(
         workdir=Path(),
         mesh=mesh,
         dtype=dtype,
-        clip=pretrained.CLIP(vision, tokenize, {}),
+        clip=pretrained.CLIP(vision, text, {}),
         lm=pretrained.LM(lm, {}),
         towers=leaves,
-        lm_tokenizer=_words(config, lm, lm_dir),
+        lm_tokenizer=_words(lm, lm_dir),
         clip_tokenizer=None,
         train=train,
         encoded=None,
@@ -127,24 +98,23 @@ def _at_hand(name: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def _published(table: dict, name: str, field: str, notes: list[str]):
-    known = name.partition("@")[0]
-    if known not in table:
+def _published(families: dict, name: str, field: str, notes: list[str]):
+    """The shape that some family has published under this hub id."""
+    known = {hub_id: shape for family in families.values() for hub_id, shape in family.published.items()}
+    repo = name.partition("@")[0]
+    if repo not in known:
         raise ConfigError(
             f"config.towers.{field}={name}: its config.json is not on this machine and its sizes are not among the "
-            f"known ones ({', '.join(table)}): give a directory that holds config.json"
+            f"known ones ({', '.join(known)}): give a directory that holds config.json"
         )
     notes.append(f"config.towers.{field}={name}: config.json is not here, the published sizes are taken")
-    return table[known]
+    return known[repo]
 
 
-def _words(config: Config, lm, directory: Path | None):
-    if not isinstance(lm, LlamaConfig):
-        return None
+def _words(lm, directory: Path | None):
+    """The LM's tokenizer where it is at hand, else what its family lets stand for it."""
     if directory is None or not any(directory.glob("tokenizer*")):
-        return LlamaWords()
-    from eim_jax.data import tokenize
-
+        return family_of(lm).plan_tokenizer
     return tokenize.load_tokenizer(directory)
 
 

@@ -1,5 +1,6 @@
-"""What a Hugging Face directory holds: its files, read into our leaves and written from them by hf_tables.py.
+"""A Hugging Face directory (config.json and safetensors) read into our parameters and written from them.
 
+Which key makes which of our leaves, and how, is said by the rows of a model's own file (`models/hugging_face.Row`).
 Every key and every shape is checked before an array is read; leaf by leaf is placed, so at most one leaf is in memory
 twice.
 """
@@ -9,7 +10,7 @@ import json
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,17 +19,46 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from eim_jax.pretrained.key_tables import Leaf
+from eim_jax.models.hugging_face import Layout, Row, WeightsError
 
 
-class WeightsError(ValueError):
-    """A checkpoint that cannot be used; the message names the file, key or field and says what to do."""
+class Leaf(NamedTuple):
+    """What fills one leaf of ours."""
+
+    keys: list[tuple[str, ...]]  # one tuple a layer; a single one for leaves that are not stacked
+    layout: Layout
+    stacked: bool
+
+
+def leaves_of(rows: tuple[Row, ...], layers: Mapping[str, int], scan: bool) -> dict[str, Leaf]:
+    """Returns our paths -> what fills them.
+
+    Args:
+      rows: a model's key table.
+      layers: tower ("lm", "visual", "text") -> its number of blocks.
+      scan: the blocks' leaves are stacked.
+    """
+    leaves = {}
+    for row in rows:
+        if "{i}" not in row.ours:
+            leaves[row.ours] = Leaf([row.theirs], row.layout, stacked=False)
+            continue
+        keys = [tuple(k.replace("{i}", str(i)) for k in row.theirs) for i in range(layers[row.ours.split("/")[0]])]
+        if scan:
+            leaves[row.ours.replace("blocks_{i}", "blocks")] = Leaf(keys, row.layout, stacked=True)
+        else:
+            for i, k in enumerate(keys):
+                leaves[row.ours.replace("{i}", str(i))] = Leaf([k], row.layout, stacked=False)
+    return leaves
 
 
 class Tensors:
-    """Their keys, read from one model.safetensors or from the shards that an index names."""
+    """Their keys, read from one model.safetensors or from the shards that an index names.
 
-    def __init__(self, directory: pathlib.Path, stack: contextlib.ExitStack):
+    `prefix` may stand before any key of the file; here the keys are without it.
+    """
+
+    def __init__(self, directory: pathlib.Path, stack: contextlib.ExitStack, prefix: str = ""):
         self._where, self._name = {}, {}
         for path in weight_files(directory):
             try:
@@ -36,7 +66,7 @@ class Tensors:
             except (OSError, SafetensorError) as error:
                 raise WeightsError(f"{path} cannot be read ({error}); download it again") from error
             for key in file.keys():  # noqa: SIM118 (not a dict)
-                name = key.removeprefix("transformer.")  # GPT-2 saved with or without its head
+                name = key.removeprefix(prefix)
                 if name in self._where:
                     raise WeightsError(f"{path}: key {key!r} is there a second time, in another file or spelling")
                 self._where[name], self._name[name] = file, key
@@ -163,20 +193,32 @@ def write_leaves(flat: dict[str, jax.Array], leaves: dict[str, Leaf]) -> dict[st
     return tensors
 
 
-def hf_config(directory: pathlib.Path, model_type: str) -> dict:
-    """Returns a checkpoint's config.json, or raises WeightsError when it is of another kind of model."""
+def of_table(directory: pathlib.Path, table: Mapping[str, Any], role: str) -> tuple[Any, dict]:
+    """Returns the entry of a table of kinds that a checkpoint is of, and its config.json.
+
+    Args:
+      directory: the checkpoint's.
+      table: model_type -> what reads it.
+      role: what the checkpoint is wanted for, for the message.
+
+    Raises:
+      WeightsError: config.json is missing, or its model_type is not in the table.
+    """
     config = read_json(directory / "config.json")
-    if config.get("model_type") != model_type:
-        raise WeightsError(
-            f"{directory}/config.json: model_type is {config.get('model_type')!r}, not {model_type!r}; "
-            f"give a {model_type} checkpoint here"
-        )
-    return config
+    name = config.get("model_type")
+    if name not in table:
+        known = " or ".join(map(repr, table))
+        raise WeightsError(f"{directory}/config.json: model_type is {name!r}; {role} is a {known}")
+    return table[name], config
 
 
-def ours(theirs: dict, fields: dict[str, str]) -> dict[str, Any]:
-    """Returns our fields from theirs; one that is absent or null is left to our default."""
-    return {ours: theirs[field] for field, ours in fields.items() if theirs.get(field) is not None}
+@contextlib.contextmanager
+def naming(directory: pathlib.Path) -> Iterator[None]:
+    """Puts the name of a checkpoint's config.json before the WeightsErrors that are raised inside."""
+    try:
+        yield
+    except WeightsError as error:
+        raise WeightsError(f"{directory}/config.json: {error}") from error
 
 
 def write(directory: str | pathlib.Path, config: dict, tensors: dict[str, np.ndarray]) -> pathlib.Path:
@@ -187,8 +229,3 @@ def write(directory: str | pathlib.Path, config: dict, tensors: dict[str, np.nda
     # transformers reads the file only if its metadata says which framework's layout it has
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
-
-
-def theirs(ours: Any, fields: dict[str, str]) -> dict[str, Any]:
-    """Returns their fields from our configuration."""
-    return {field: getattr(ours, name) for field, name in fields.items()}

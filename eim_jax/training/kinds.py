@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from eim_jax.config import Config, conversion, listing, resume
 from eim_jax.data import datasets
+from eim_jax.models import adapters, connector, vision
 
 if TYPE_CHECKING:
     import ml_collections
@@ -18,6 +19,9 @@ def check(config: Config) -> None:
       config: a run's config, structurally sound.
     """
     datasets.check(config)
+    adapters.check(config)
+    connector.check(config)
+    vision.check(config)
 
 
 def to_config_dict(config: Config) -> "ml_collections.ConfigDict":

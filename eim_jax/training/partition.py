@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from eim_jax.config import Stage, patterns
+from eim_jax.models.adapters import has_layer_axis
 
 FROZEN = "frozen"
 Flat = dict[str, jax.Array | jax.ShapeDtypeStruct]  # leaves, or in a plan their shapes
@@ -147,7 +148,7 @@ def _is_matrix(where, leaf) -> bool:
     path = where[-1].key
     if path.endswith("/bias"):  # those of a layer's two router paths are stacked
         return False
-    stacked = "/blocks/" in path or re.match(r"visual/prompt/|(lm|visual)/adapter/(?!modality)", path) is not None
+    stacked = "/blocks/" in path or has_layer_axis(path)
     return jnp.ndim(leaf) - stacked >= 2
 
 

@@ -19,12 +19,12 @@ from eim_jax.data.feature_cache import cached_features
 from eim_jax.data.samples import Split
 from eim_jax.losses import objectives, queues
 from eim_jax.losses.queues import Queue
-from eim_jax.models.adapters.inserted import Router, ZeroInit
-from eim_jax.models.connector import STConfig, make_st
-from eim_jax.models.language.gpt2 import GPT2, GPT2Config
-from eim_jax.models.language.llama import Llama
+from eim_jax.models.adapters import adapter_of
+from eim_jax.models.connector import ST_KINDS, STConfig, make_st
+from eim_jax.models.language import family_of
+from eim_jax.models.layers import Form
 from eim_jax.models.quant import NF4_SCALES
-from eim_jax.models.vision.clip import CLIPText, CLIPVision
+from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
 from eim_jax.parallel.sharding import make_mesh, param_shardings, shard_params
@@ -116,8 +116,7 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     """Loads what the config names, without `data` the towers alone; an error says which field or file is wrong."""
     mesh = make_mesh(config.mesh)
     dtype = resolve_dtype(config.towers.dtype, mesh.devices.flat[0].platform)
-    form = {"scan": config.towers.scan, "remat": config.towers.remat, "dtype": dtype}
-    form["attention"] = resolve_attention(config.towers.attention, dtype, mesh.devices.flat[0].platform)
+    form = resolve_form(config, dtype, mesh.devices.flat[0].platform)
     shapes = pretrained.clip_shapes(*pretrained.clip_config(config.towers.clip, **form))
     shapes |= pretrained.lm_shapes(pretrained.lm_config(config.towers.lm, quant=config.towers.quant, **form))
     place = param_shardings(shapes, mesh).__getitem__  # each leaf goes from the file to its own devices
@@ -160,8 +159,8 @@ def _ever_trained(config: Config, path: str) -> bool:
 
 
 def tower_settings(config: Config, vision, lm):
-    """The towers' configurations with the run's own settings: (CLIP.visual's, the LM's)."""
-    if isinstance(lm, GPT2Config):
+    """Returns the towers' shapes with the run's own settings: (the vision tower's, the LM's)."""
+    if family_of(lm).has_dropout:
         lm = replace(lm, dropout=config.towers.dropout)
     if config.towers.image_stats == "imagenet":
         vision = replace(vision, mean=IMAGENET_MEAN, std=IMAGENET_STD)
@@ -169,49 +168,60 @@ def tower_settings(config: Config, vision, lm):
 
 
 def model(inputs: Inputs, arm: Arm) -> VLM:
-    """The arm's modules; no parameters."""
-    router = Router(arm.adapter_rank, temperature=arm.adapter_temperature, dropout=arm.adapter_dropout)
+    """Returns the arm's modules; no parameters.
+
+    Raises:
+      ConfigError: the arm's adapter does not fit the language model, or its features the vision tower.
+    """
+    adapter, family = adapter_of(arm), family_of(inputs.lm.config)
     vision = replace(
         inputs.clip.vision,
         prompts=arm.prompts,
         prompt_hidden=arm.prompt_hidden if arm.prompts else 0,
-        adapter=router if arm.visual_adapter else None,
+        adapter=adapter if arm.visual_adapter else None,
     )
-    width = vision.joint if arm.output_layer else vision.width
+    towers = VISION_TOWERS[vision.model_type]
+    if arm.features not in towers.features:
+        raise ConfigError(
+            f"config.arm.*.features={arm.features!r}: {inputs.config.towers.clip} gives {', '.join(towers.features)}"
+        )
     st = STConfig(
         kind=arm.st,
-        width_in=width,
+        width_in=vision.joint if arm.output_layer else vision.width,
         width_out=inputs.lm.config.width,
         tokens=arm.st_tokens,
-        hidden=0 if arm.st in ("mlp", "transformer") else arm.st_hidden,
+        hidden=arm.st_hidden if ST_KINDS[arm.st].sized_by_arm else 0,
         layers=arm.st_layers,
         heads=arm.st_heads,
         dtype=inputs.dtype,
     )
-    towers = {"visual": CLIPVision(vision), "text": CLIPText(inputs.clip.text), "st": make_st(st)}
-    chosen = {"features": arm.features, "output_layer": arm.output_layer, "mesh": inputs.mesh}
-    if isinstance(inputs.lm.config, GPT2Config):
-        if arm.adapter != "none":
-            raise ConfigError(f"config.arm.*.adapter={arm.adapter!r} adapts a LLaMA: config.towers.lm is a GPT-2")
-        return VLM(**towers, lm=GPT2(inputs.lm.config), **chosen)
-    adapter = {"none": None, "lavin": router, "prompts": ZeroInit(arm.st_tokens, arm.adapter_layers)}[arm.adapter]
-    try:
-        lm = Llama(replace(inputs.lm.config, adapter=adapter))
-    except ValueError as error:
-        raise ConfigError(f"config.arm.*.adapter={arm.adapter!r}: {error}") from error
-    return VLM(**towers, lm=lm, **chosen, **_markers(inputs, adapter))
-
-
-def _markers(inputs: Inputs, adapter) -> dict:
-    """The tokens that a LLaMA reads before a text: BOS, and LaVIN's "Image: " or "Image: N/A"."""
-    tokenizer = inputs.lm_tokenizer
-    if tokenizer.bos_token_id is None:
-        raise ConfigError(f"{inputs.config.towers.lm}: this LLaMA's tokenizer has no BOS: set bos_token in its config")
-    found = {"bos": tokenizer.bos_token_id}
-    if isinstance(adapter, Router):
-        for field, words in (("with_image", "Image: "), ("without_image", "Image: N/A")):
-            found[field] = tuple(tokenizer(words, add_special_tokens=False)["input_ids"])
-    return found
+    lm = inputs.lm.config
+    if adapter is not None:
+        if not family.takes_adapters:
+            raise ConfigError(
+                f"config.arm.*.adapter={arm.adapter!r}: config.towers.lm is a {family.title}, which takes no adapters"
+            )
+        try:
+            lm = replace(lm, adapter=adapter)
+        except ValueError as error:
+            raise ConfigError(f"config.arm.*.adapter={arm.adapter!r}: {error}") from error
+    bos = inputs.lm_tokenizer.bos_token_id if family.bos else None
+    if family.bos and bos is None:
+        raise ConfigError(
+            f"{inputs.config.towers.lm}: this {family.title}'s tokenizer has no BOS: set bos_token in its config"
+        )
+    markers = {} if adapter is None else adapter.markers(inputs.lm_tokenizer)._asdict()
+    return VLM(
+        visual=towers.build(vision),
+        text=towers.build_text(inputs.clip.text),
+        st=make_st(st),
+        lm=family.build(lm),
+        features=arm.features,
+        output_layer=arm.output_layer,
+        bos=bos,
+        mesh=inputs.mesh,
+        **markers,
+    )
 
 
 def fresh(vlm: VLM, key: jax.Array) -> Flat:
@@ -297,6 +307,17 @@ def features_of(inputs: Inputs, vlm: VLM, split: Split, params: Flat):
 @functools.partial(jax.jit, static_argnums=0)
 def _see(vlm: VLM, params: dict, images: jax.Array) -> jax.Array:
     return vlm.encode_image(params, images)
+
+
+def resolve_form(config: Config, dtype: jnp.dtype, platform: str) -> Form:
+    """Returns how the towers are computed, by config.towers, in this dtype on this platform.
+
+    Raises:
+      ConfigError: an attention that the platform does not have.
+    """
+    towers = config.towers
+    attention = resolve_attention(towers.attention, dtype, platform)
+    return {"scan": towers.scan, "remat": towers.remat, "attention": attention, "dtype": dtype}
 
 
 def resolve_attention(name: str, dtype: jnp.dtype, platform: str) -> str:

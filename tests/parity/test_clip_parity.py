@@ -84,7 +84,7 @@ def test_deep_prompts_agree_with_tokens_inserted_into_transformers_blocks(pertur
 
     def ours(tokens):
         params = {**clip.params["visual"], "prompt": {"tokens": tokens}}
-        seen = CLIPVision(config).apply({"params": params}, jnp.asarray(pixels.numpy()), method="see")
+        seen = CLIPVision(config).apply({"params": params}, jnp.asarray(pixels.numpy()), method="tokens")
         return jnp.sum(seen * probe.numpy()), seen
 
     grad, value = jax.jit(jax.grad(ours, has_aux=True))(jnp.asarray(prompts.detach().numpy()))

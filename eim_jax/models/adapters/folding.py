@@ -1,6 +1,7 @@
-"""LaVIN's router adapters folded into LLaMA's query, key and value maps, once the modality is fixed.
+"""LaVIN's router adapters taken into LLaMA's own query, key and value maps ("folded"): no adapter is left to compute.
 
-The adapter is affine and stands on the attention's input alone, so that with fixed routing weights w
+It needs the modality to be fixed, image or none, since the routing weights depend on it. The adapter is affine and
+stands on the attention's input alone, so that with fixed routing weights w
 
     (z + sum_k w_k (B_k (A z + a) + b_k)) W = z (W + A B W) + (a B + b) W,   B = sum_k w_k B_k, b = sum_k w_k b_k
 
@@ -9,45 +10,51 @@ depend on each image.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-
-from eim_jax.models.adapters.inserted import Router
-from eim_jax.models.language.llama import Llama, LlamaConfig
+from flax import linen as nn
 
 
-def fold_router(params: Mapping, config: LlamaConfig, modality: int) -> dict:
-    """Returns the LM's parameters without its adapters, for rows of one modality: the same logits at no extra cost.
+def fold_router(lm: nn.Module, params: Mapping, modality: int) -> tuple[Any, dict]:
+    """Returns the LM without its adapters, for rows of one modality: the same logits at no extra cost.
 
-    The matching configuration is the old one with adapter=None and qkv_bias=True. The modality row is left out of the
-    input: nothing but the routing read it.
+    The modality row is left out of the input: nothing but the routing read it.
 
     Args:
+      lm: a LLaMA whose adapter is LaVIN's router.
       params: the LM's tree ("lm/..."), with "adapter"; kernels not quantised. Folded kernels keep their dtype.
-      config: the LM's shape; its adapter is a Router.
       modality: 1 for rows with an image, 0 for text alone.
+
+    Returns:
+      The shape, the old one with adapter=None and qkv_bias=True, and its parameters.
 
     Raises:
       ValueError: no router adapters, another modality, or quantised kernels.
     """
-    if not isinstance(config.adapter, Router) or "adapter" not in params:
-        raise ValueError("this LLaMA has no router adapters to fold")
+    config = lm.config
+    if "adapter" not in params:
+        raise ValueError("these parameters hold no router adapters to fold")
     if modality not in (0, 1):
         raise ValueError(f"modality {modality!r} is neither 0 (text alone) nor 1 (with an image)")
     if config.quant != "none":
         raise ValueError(f"kernels in {config.quant} cannot take in an adapter: load the LM with quant='none'")
-    table = jax.jit(lambda p: Llama(config).apply({"params": p}, method="routing_table"))(params)
+    both = jnp.array([False, True])
+    table = jax.jit(lambda p: lm.apply({"params": p}, None, both, method="steer"))(params)  # [L 2 2]
     leaves = {name: params["adapter"][name] for name in ("down", "up")}
     fold = jax.jit(_fold_layer)
     folded = {name: leaf for name, leaf in params.items() if name != "adapter"}
+    plain = replace(config, adapter=None, qkv_bias=True)
     if config.scan:
         blocks = params["blocks"]
-        return {**folded, "blocks": {**blocks, "attn": jax.vmap(fold)(blocks["attn"], leaves, table[:, modality])}}
+        attention = jax.vmap(fold)(blocks["attn"], leaves, table[:, modality])
+        return plain, {**folded, "blocks": {**blocks, "attn": attention}}
     for i in range(config.layers):
         block, leaf = params[f"blocks_{i}"], jax.tree.map(lambda x, i=i: x[i], leaves)
         folded[f"blocks_{i}"] = {**block, "attn": fold(block["attn"], leaf, table[i, modality])}
-    return folded
+    return plain, folded
 
 
 def _fold_layer(attn, leaf, w):

@@ -1,1 +1,24 @@
-"""Language models with LM_e, LM_block and head callable by themselves."""
+"""The decoder language models: one file a family, with its modules and its `Family` record, and the table of them.
+
+A family is added by writing its file and one line in `FAMILIES`; from outside the package,
+`FAMILIES["mine"] = Family(...)` does the same.
+"""
+
+from eim_jax.models.language.family import DecoderConfig, DecoderLM, Family
+from eim_jax.models.language.gpt2 import GPT2_FAMILY
+from eim_jax.models.language.llama import LLAMA_FAMILY
+
+__all__ = ["FAMILIES", "DecoderConfig", "DecoderLM", "Family", "family_of"]
+
+# model_type of a config.json -> the family that reads it.
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2_FAMILY, LLAMA_FAMILY)}
+
+
+def family_of(config: DecoderConfig) -> Family:
+    """Returns the family of a language model's shape.
+
+    >>> from eim_jax.models.language.gpt2 import GPT2Config
+    >>> family_of(GPT2Config()).title
+    'GPT-2'
+    """
+    return FAMILIES[config.model_type]

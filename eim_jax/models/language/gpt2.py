@@ -1,6 +1,8 @@
 """GPT-2 with its three parts callable by themselves (LM_e, LM_block, head) and an explicit key-value cache."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,20 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from eim_jax.models.kv_cache import Cache, init_cache, visible
-from eim_jax.models.layers import BlockConfig, layer_norm, make_blocks, run_blocks
-
-__all__ = ["GPT2", "Cache", "GPT2Config", "init_cache"]
+from eim_jax.models.hugging_face import (
+    FUSED,
+    SAME,
+    Row,
+    WeightsError,
+    check_fixed,
+    dense_rows,
+    norm_rows,
+    our_fields,
+    their_fields,
+)
+from eim_jax.models.kv_cache import Cache, visible
+from eim_jax.models.language.family import Family
+from eim_jax.models.layers import ACTIVATIONS, BlockConfig, layer_norm, make_blocks, run_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +51,7 @@ class GPT2Config:
     remat: str = "none"
     attention: str = "softmax"
     dtype: DTypeLike = jnp.float32
+    model_type: str = "gpt2"
 
     @property
     def adapter(self) -> None:
@@ -142,3 +155,88 @@ class GPT2(nn.Module):
         """Returns the logits of text alone."""
         hidden, _ = self.hidden(self.embed(tokens), valid=valid, train=train)
         return self.logits(hidden)
+
+
+FIELDS = {
+    "vocab_size": "vocab",
+    "n_positions": "context",
+    "n_embd": "width",
+    "n_layer": "layers",
+    "n_head": "heads",
+    "resid_pdrop": "dropout",
+    "n_inner": "mlp",
+    "activation_function": "activation",
+    "layer_norm_epsilon": "eps",
+}
+# Values that a GPT-2 config.json may not change; their default first.
+FIXED = {
+    "tie_word_embeddings": True,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+# GPT-2's Conv1D is [in, out], as ours: nothing is transposed.
+ROWS = (
+    Row("lm/token_embedding/embedding", ("wte.weight",)),
+    Row("lm/position_embedding", ("wpe.weight",)),
+    *norm_rows("lm/blocks_{i}/ln_1", "h.{i}.ln_1"),
+    Row("lm/blocks_{i}/attn/qkv/kernel", ("h.{i}.attn.c_attn.weight",), FUSED),
+    Row("lm/blocks_{i}/attn/qkv/bias", ("h.{i}.attn.c_attn.bias",), FUSED),
+    *dense_rows("lm/blocks_{i}/attn/out", "h.{i}.attn.c_proj", SAME),
+    *norm_rows("lm/blocks_{i}/ln_2", "h.{i}.ln_2"),
+    *dense_rows("lm/blocks_{i}/mlp/up", "h.{i}.mlp.c_fc", SAME),
+    *dense_rows("lm/blocks_{i}/mlp/down", "h.{i}.mlp.c_proj", SAME),
+    *norm_rows("lm/ln_f", "ln_f"),
+)
+
+
+def read_config(theirs: Mapping[str, Any]) -> GPT2Config:
+    """Returns the shape that a GPT-2's config.json states.
+
+    Raises:
+      WeightsError: it states what this GPT-2 cannot do.
+    """
+    check_fixed(theirs, FIXED)
+    dropouts = {k: theirs.get(k, 0.1) for k in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+    if len(set(dropouts.values())) > 1:
+        raise WeightsError(f"{dropouts} differ; this GPT-2 has one dropout rate, set them equal")
+    ours = GPT2Config(**our_fields(theirs, FIELDS))
+    if ours.activation not in ACTIVATIONS:
+        raise WeightsError(f"activation_function {ours.activation!r} is not one of {sorted(ACTIVATIONS)}")
+    return ours
+
+
+def write_config(c: GPT2Config) -> dict[str, Any]:
+    """Returns config.json's content; the last id is declared <|endoftext|>, as in GPT-2."""
+    return {
+        **their_fields(c, FIELDS),
+        **FIXED,
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_inner": c.mlp or None,
+        "embd_pdrop": c.dropout,
+        "attn_pdrop": c.dropout,
+        "bos_token_id": c.vocab - 1,
+        "eos_token_id": c.vocab - 1,
+    }
+
+
+_PUBLISHED = {
+    "gpt2": GPT2Config(),
+    "gpt2-medium": GPT2Config(width=1024, layers=24, heads=16),
+    "gpt2-large": GPT2Config(width=1280, layers=36, heads=20),
+    "gpt2-xl": GPT2Config(width=1600, layers=48, heads=25),
+}
+
+GPT2_FAMILY = Family(
+    model_type="gpt2",
+    title="GPT-2",
+    build=GPT2,
+    read=read_config,
+    write=write_config,
+    rows=lambda config: ROWS,
+    ignored=r"h\.\d+\.attn\.(bias|masked_bias)",  # the causal mask
+    prefix="transformer.",  # GPT-2 is saved with or without its head, whose keys have it
+    published=_PUBLISHED | {f"openai-community/{name}": shape for name, shape in _PUBLISHED.items()},
+    has_dropout=True,
+)

@@ -1,6 +1,7 @@
 """A LLaMA's shape and its blocks: RoPE, grouped-query attention, SwiGLU, and where an adapter enters them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from eim_jax.models.adapters.inserted import Router, ZeroInit, mix, route, shrink
-from eim_jax.models.layers import REMAT_POLICIES, check_attention, flash
+from eim_jax.models.adapters.adapter import Adapter
+from eim_jax.models.layers import check_attention, flash, stack
 from eim_jax.models.quant import QDense
 
 
@@ -21,12 +22,13 @@ class LlamaConfig:
       kv_heads: heads of keys and values, each read by heads/kv_heads queries; 0 for as many as heads.
       eps: of RMSNorm (v1: 1e-6, Llama 2: 1e-5).
       tied: the head is the embedding.
-      adapter: LaVIN's Router, LLaMA-Adapter's ZeroInit, or None.
+      adapter: one of the adapters' objects (models/adapters), or None.
       quant: "none", or "nf4" for the blocks' linear layers.
-      qkv_bias: biases of the query, key and value maps, which LLaMA lacks and a folded adapter needs (fold.py).
+      qkv_bias: biases of the query, key and value maps, which LLaMA lacks and a folded adapter needs.
       scan: stack the blocks' parameters and scan over them.
       remat: "none", "full" or "dots" (layers.REMAT_POLICIES).
-      attention: a name in layers.ATTENTIONS, for all but the decoding of one token and the prompts' own softmax.
+      attention: a name in layers.ATTENTIONS, for all but the decoding of one token and an adapter's own softmax.
+      model_type: the family whose files hold it (models/language.FAMILIES).
     """
 
     vocab: int = 32000
@@ -39,13 +41,14 @@ class LlamaConfig:
     eps: float = 1e-6
     rope_theta: float = 10000.0
     tied: bool = False
-    adapter: Router | ZeroInit | None = None
+    adapter: Adapter | None = None
     quant: str = "none"
     qkv_bias: bool = False
     scan: bool = False
     remat: str = "none"
     attention: str = "softmax"
     dtype: DTypeLike = jnp.float32
+    model_type: str = "llama"
 
     def __post_init__(self):  # noqa: D105
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
@@ -54,10 +57,13 @@ class LlamaConfig:
         if self.head_width % 2:
             raise ValueError(f"head width {self.head_width} is odd: RoPE turns pairs")
         check_attention(self.attention)
-        if isinstance(self.adapter, ZeroInit) and not 1 <= self.adapter.layers <= self.layers:
-            raise ValueError(f"the adapter's {self.adapter.layers} topmost layers are not among {self.layers}")
-        if isinstance(self.adapter, Router):
-            self.adapter.check(self.width)
+        if self.adapter is not None:
+            self.adapter.check(self.width, self.layers)
+
+    @property
+    def dropout(self) -> float:
+        """LLaMA has none."""
+        return 0.0
 
     @property
     def head_width(self) -> int:
@@ -80,7 +86,7 @@ def rotate(x: Float[Array, "b t h e"], turn: tuple[Array, Array]) -> Float[Array
 
 
 class LlamaAttention(nn.Module):
-    """Grouped-query attention with RoPE, float32 softmax, and LLaMA-Adapter's gated second attention."""
+    """Grouped-query attention with RoPE and float32 softmax; an adapter may add to what the heads give."""
 
     config: LlamaConfig
 
@@ -98,10 +104,10 @@ class LlamaAttention(nn.Module):
         shape = (*x.shape[:2], self.config.kv_heads, self.config.head_width)
         return self.k(x).reshape(shape), self.v(x).reshape(shape)
 
-    def __call__(self, x, turn, mask, start, prompt, kv):
+    def __call__(self, x, turn, mask, start, beside, kv):
         """Attends from x [b t d] to x, or (kv given) to cache slots after writing x at slot `start`.
 
-        `prompt` = (keys, values [b K kv e], gate [h]) adds tanh(gate) times a softmax of its own over the prompts.
+        `beside` is an adapter's `attention_beside` without its first two arguments, or None.
         """
         c, (b, t, _) = self.config, x.shape
         k, v = self.keys_values(x)
@@ -117,10 +123,9 @@ class LlamaAttention(nn.Module):
             mixed = _attend(q, k, v, None if mask is None else mask[:, None])
         else:
             mixed = flash(whole, k, v, mask, c.attention).reshape(q.shape)
-        if prompt is not None:
-            keys, values, gate = prompt
-            gate = jnp.tanh(gate.astype(jnp.float32)).astype(mixed.dtype).reshape(1, 1, c.kv_heads, -1, 1)
-            mixed = mixed + gate * _attend(q, keys.astype(k.dtype), values.astype(v.dtype), None)
+        if beside is not None:
+            more = beside(lambda keys, values: _attend(q, keys.astype(k.dtype), values.astype(v.dtype), None))
+            mixed = mixed if more is None else mixed + more
         return self.out(mixed.reshape(b, t, c.heads * c.head_width)), kv
 
 
@@ -151,7 +156,7 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """x + attention(norm_1(x)), then x + mlp(norm_2(x)); a router adapter stands between norm_1 and attention."""
+    """x + attention(norm_1(x)), then x + mlp(norm_2(x)); an adapter enters at the attention."""
 
     config: LlamaConfig
 
@@ -161,44 +166,32 @@ class LlamaBlock(nn.Module):
         self.attn = LlamaAttention(c)
         self.norm_2 = nn.RMSNorm(epsilon=c.eps, dtype=c.dtype)
         self.mlp = LlamaMLP(c)
-        if isinstance(c.adapter, Router):
-            self.drop = nn.Dropout(c.adapter.dropout)
+        if c.adapter is not None:
+            self.drop = nn.Dropout(c.adapter.dropout_rate)
 
     def keys_values(self, x: Float[Array, "b t d"]) -> tuple[Array, Array]:
         """Returns the attention's keys and values of x as it is, without norm and RoPE."""
         return self.attn.keys_values(x)
 
     def __call__(self, x, turn, mask, train, start, leaf, row, kv):
-        """Returns the output [b t d] and (the updated cache slots, the routing weights used).
+        """Returns the output [b t d] and (the updated cache slots, what the adapter reports to its `steer`).
 
-        `leaf` is the layer's part of the adapter, `row` its part of Steer: (weights [b 2],), (keys, values), or None,
-        for which the weights come from the first row of the adapter's own input.
+        `leaf` is the layer's part of the adapter's leaves, `row` its part of the steering; without leaves the block is
+        the untouched LM's.
         """
-        z, weights, prompt = self.norm_1(x), None, None
-        if isinstance(self.config.adapter, Router) and leaf is not None:
-            weights = route(leaf, z[:, 0], self.config.adapter.temperature) if row is None else row[0]
-            z = mix(leaf, z, self.drop(shrink(leaf, z), deterministic=not train), weights)
-        elif row is not None:
-            prompt = (*row, leaf)
-        mixed, kv = self.attn(z, turn, mask, start, prompt, kv)
+        z, adapter, report, beside = self.norm_1(x), self.config.adapter, None, None
+        if adapter is not None and leaf is not None:
+            drop = functools.partial(self.drop, deterministic=not train)
+            z, report = adapter.attention_input(leaf, row, z, drop)
+            beside = functools.partial(adapter.attention_beside, leaf, row)
+        mixed, kv = self.attn(z, turn, mask, start, beside, kv)
         x = x + mixed
-        return x + self.mlp(self.norm_2(x)), (kv, weights)
+        return x + self.mlp(self.norm_2(x)), (kv, report)
 
 
 def make_blocks(c: LlamaConfig):
     """A list of blocks, or one scanned block, as layers.make_blocks."""
-    if c.remat not in REMAT_POLICIES:
-        raise ValueError(f"remat {c.remat!r} is not one of {sorted(REMAT_POLICIES)}")
-    block = LlamaBlock
-    if c.remat != "none":  # argument 4 of __call__ (self is 0) is the Python bool `train`
-        block = nn.remat(block, policy=REMAT_POLICIES[c.remat], static_argnums=(4,), prevent_cse=not c.scan)
-    if not c.scan:
-        return [block(c) for _ in range(c.layers)]
-    scanned = nn.scan(
-        block,
-        variable_axes={"params": 0, "intermediates": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0, 0),
-        length=c.layers,
-    )
-    return scanned(c)
+    every = nn.broadcast
+    axes = (every, every, every, every, 0, 0, 0)
+    # Argument 4 of __call__ (self is 0) is the Python bool `train`.
+    return stack(LlamaBlock, c, c.layers, scan=c.scan, remat=c.remat, static=(4,), axes=axes)

@@ -1,25 +1,20 @@
 """CLIP's two towers: images to [CLS] and patch features, captions to the [EOS] feature."""
 
 import dataclasses
-import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from eim_jax.models.adapters.inserted import DeepPrompts, Router, RouterAdapter, fold_prompts
+from eim_jax.models.adapters.adapter import Adapter
+from eim_jax.models.adapters.prompts import DeepPrompts
 from eim_jax.models.layers import BlockConfig, causal_mask, first_tokens, layer_norm, make_blocks, run_blocks
+from eim_jax.models.vision.features import FEATURES, select
+from eim_jax.utils.images import CLIP_MEAN, CLIP_STD
 
-__all__ = ["FEATURES", "CLIPText", "CLIPTextConfig", "CLIPVision", "CLIPVisionConfig", "fold_prompts", "select"]
-
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-
-FEATURES = ("full", "cls", "grid", "first")
-GRID = 7  # patches a side that "grid" leaves: [CLS] and 49 of them are EIM's 50 tokens
+EVERY = 4  # features="blocks": the [CLS] row after every fourth block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +26,12 @@ class CLIPVisionConfig:
       activation: "quick_gelu" (OpenAI's weights) or "gelu" (most OpenCLIP weights).
       prompts: deep prompt tokens at every block's input; 0 for none.
       prompt_hidden: width of the prompts' re-parametrising MLPs; 0 for plain prompt tokens.
-      adapter: LaVIN's router adapter on every block's attention input, routed by each image's own [CLS].
-      mean, std: the channel statistics by which images in [0, 1] are normalised before `see`.
+      adapter: an adapter's object (models/adapters) on every block's attention input, which sees each image alone.
+      mean, std: the channel statistics by which images in [0, 1] are normalised before `tokens`.
       scan: stack the blocks' parameters and scan over them.
       remat: "none", "full" or "dots" (layers.REMAT_POLICIES).
       attention: a name in layers.ATTENTIONS.
+      model_type: the family whose files hold it (models/vision.VISION_TOWERS).
     """
 
     image_size: int = 224
@@ -49,13 +45,19 @@ class CLIPVisionConfig:
     eps: float = 1e-5
     prompts: int = 0
     prompt_hidden: int = 0
-    adapter: Router | None = None
-    mean: tuple[float, ...] = OPENAI_MEAN
-    std: tuple[float, ...] = OPENAI_STD
+    adapter: Adapter | None = None
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
     scan: bool = False
     remat: str = "none"
     attention: str = "softmax"
     dtype: DTypeLike = jnp.float32
+    # Not in the repr, by which caches of features know their tower.
+    model_type: str = dataclasses.field(default="clip", repr=False)
+
+    def __post_init__(self):  # noqa: D105
+        if self.adapter is not None:
+            self.adapter.check(self.width, self.layers)
 
     @property
     def tokens(self) -> int:
@@ -101,9 +103,11 @@ def _block_config(c: CLIPVisionConfig | CLIPTextConfig) -> BlockConfig:
 
 
 class CLIPVision(nn.Module):
-    """CLIP's vision Transformer, with its output layer (post_ln and projection) as a step of its own."""
+    """CLIP's vision Transformer, a VisionTower; its output layer (post_ln and projection) is a step of its own."""
 
     config: CLIPVisionConfig
+    has_cls: ClassVar[bool] = True
+    features: ClassVar[tuple[str, ...]] = (*FEATURES, "blocks")
 
     def setup(self):  # noqa: D102
         c = self.config
@@ -118,26 +122,35 @@ class CLIPVision(nn.Module):
         if c.prompts:
             self.prompt = DeepPrompts(c.layers, c.prompts, c.width, c.prompt_hidden)
         if c.adapter is not None:
-            self.adapter = RouterAdapter(c.layers, c.width, c.adapter)
+            self.adapter = c.adapter.vision_parameters(c.layers, c.width)
 
-    def see(self, pixels: Float[Array, "b h w 3"], train: bool = False) -> Float[Array, "b n v"]:
-        """Returns [CLS] and all patch features before the output layer (EIM, "CLIP features").
+    def tokens(
+        self, pixels: Float[Array, "b h w 3"], features: str = "full", train: bool = False
+    ) -> Float[Array, "b n v"]:
+        """Returns visual tokens before the output layer (EIM, "CLIP features").
 
         Args:
           pixels: images of config.image_size, normalised by config.mean and config.std.
+          features: which of them (`features.select`), or "blocks": [CLS] after every fourth block, stock LaVIN's.
           train: the adapter's dropout is on; needs the rng "dropout".
 
         Raises:
-          ValueError: images of another size.
+          ValueError: images of another size, or an unknown choice.
         """
-        return run_blocks(self.blocks, self._embed(pixels), train=train, **self._steering())[0]
+        if features == "blocks":
+            return self.cls_of_blocks(pixels, EVERY, train)
+        return select(run_blocks(self.blocks, self._embed(pixels), train=train, **self._steering())[0], features)
+
+    def pooled(self, tokens: Float[Array, "b n v"], features: str = "full") -> Float[Array, "b v"]:
+        """Returns [CLS] as the last block leaves it, from what `tokens` gave for these features."""
+        return tokens[:, -1] if features == "blocks" else tokens[:, 0]
 
     def cls_of_blocks(
         self, pixels: Float[Array, "b h w 3"], every: int = 4, train: bool = False
     ) -> Float[Array, "b n v"]:
         """Returns [CLS] of the residual stream after blocks every, 2 every, ... (LaVIN: six tokens of ViT-L/14).
 
-        Neither ln_post nor the projection is applied. The arguments are see's.
+        Neither ln_post nor the projection is applied. The arguments are those of `tokens`.
 
         Raises:
           ValueError: images of another size, or `every` outside 1..layers.
@@ -169,49 +182,18 @@ class CLIPVision(nn.Module):
         x = jnp.concatenate([cls, patches], axis=1) + self.position_embedding.astype(c.dtype)[None]
         return self.pre_ln(x)
 
-    def project(self, seen: Float[Array, "*tokens v"]) -> Float[Array, "*tokens j"]:
-        """Returns the output layer's view of `see`'s tokens, in the joint space of image and text."""
-        return self.projection(self.post_ln(seen))
+    def project(self, tokens: Float[Array, "*n v"]) -> Float[Array, "*n j"]:
+        """Returns the output layer's view of tokens, in the joint space of image and text."""
+        return self.projection(self.post_ln(tokens))
 
     def __call__(self, pixels: Float[Array, "b h w 3"]) -> tuple[Float[Array, "b n v"], Float[Array, "b j"]]:
-        """Returns `see`'s tokens and the projected [CLS], CLIP's image feature (not normalised)."""
-        seen = self.see(pixels)
-        return seen, self.project(seen[:, 0])
-
-
-def select(seen: Float[Array, "b n v"], features: str) -> Float[Array, "b m v"]:
-    """Returns the visual tokens that go to the ST.
-
-    Args:
-      seen: [CLS] and the patches, row by row of a square grid.
-      features: "full" all of them; "cls" [CLS] alone; "grid" [CLS] and the patches average-pooled to 7 x 7 (bins as
-        torch.nn.AdaptiveAvgPool2d's; a grid of at most 7 x 7 stays); "first" the first 50 tokens, or all if fewer.
-
-    Raises:
-      ValueError: an unknown name, or "grid" of patches that form no square.
-    """
-    if features not in FEATURES:
-        raise ValueError(f"features {features!r} is not one of {FEATURES}")
-    if features != "grid":
-        return seen[:, : {"full": None, "cls": 1, "first": 1 + GRID**2}[features]]
-    b, n, v = seen.shape
-    side = math.isqrt(n - 1)
-    if side**2 != n - 1:
-        raise ValueError(f"features 'grid' needs [CLS] and a square of patches, not {n} tokens")
-    if side <= GRID:
-        return seen
-    # Bin i holds rows floor(i side / 7) up to ceil((i + 1) side / 7): neighbours overlap where 7 does not divide side.
-    start, stop = np.arange(GRID) * side // GRID, -(-np.arange(1, GRID + 1) * side // GRID)
-    row = np.arange(side)
-    inside = (row >= start[:, None]) & (row < stop[:, None])
-    bins = jnp.asarray(inside / inside.sum(1, keepdims=True), jnp.float32)
-    patches = seen[:, 1:].reshape(b, side, side, v).astype(jnp.float32)
-    pooled = jnp.einsum("ir,jc,brcv->bijv", bins, bins, patches, precision="highest")
-    return jnp.concatenate([seen[:, :1], pooled.reshape(b, GRID**2, v).astype(seen.dtype)], axis=1)
+        """Returns all tokens and the projected [CLS], CLIP's image feature (not normalised)."""
+        tokens = self.tokens(pixels)
+        return tokens, self.project(self.pooled(tokens))
 
 
 class CLIPText(nn.Module):
-    """CLIP's causal text Transformer; EIM uses it only to build the caption queue K_t."""
+    """CLIP's causal text Transformer, a TextTower; EIM uses it only to build the caption queue K_t."""
 
     config: CLIPTextConfig
 
@@ -234,6 +216,10 @@ class CLIPText(nn.Module):
         return self.final_ln(x)
 
     def __call__(self, tokens: Int[Array, "b s"]) -> Float[Array, "b j"]:
+        """Returns what `encode` does."""
+        return self.encode(tokens)
+
+    def encode(self, tokens: Int[Array, "b s"]) -> Float[Array, "b j"]:
         """Returns the projected feature of each row's first [EOS], CLIP's text feature (not normalised).
 
         A row without [EOS] is pooled at position 0, as in transformers.

@@ -1,81 +1,23 @@
-"""Parameters added to frozen towers: EIM's deep visual prompts, LaVIN's router adapters, LLaMA-Adapter's shape.
+"""LaVIN's mixture-of-modality adapter: a router a layer that mixes two paths by what the modality embedding says."""
 
-Each lives in one subtree of its tower ("visual/prompt", "visual/adapter", "lm/adapter") with a leading layer axis.
-"""
-
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
+
+from eim_jax.models.adapters.adapter import Adapter, Markers
+from eim_jax.models.adapters.folding import fold_router
+
+if TYPE_CHECKING:
+    from eim_jax.config import Arm
 
 
-class LayerDense(nn.Module):
-    """One Dense a layer, stacked: kernel [L in out], bias [L out]."""
-
-    layers: int
-    width_in: int
-    width_out: int
-
-    def setup(self):  # noqa: D102
-        init = nn.initializers.lecun_normal(batch_axis=(0,))
-        self.kernel = self.param("kernel", init, (self.layers, self.width_in, self.width_out))
-        self.bias = self.param("bias", nn.initializers.zeros, (self.layers, self.width_out))
-
-    def __call__(self, x: Float[Array, "layers p a"]) -> Float[Array, "layers p c"]:
-        """Maps layer l's tokens by layer l's kernel."""
-        return jnp.einsum("lpa,lac->lpc", x, self.kernel) + self.bias[:, None]
-
-
-class DeepPrompts(nn.Module):
-    """Prompt tokens for every block's input, optionally re-parametrised by an MLP a block.
-
-    The paper gives the count of the prompt network (26.07M on ViT-B/32) but not its structure. Ours: 10 tokens a block
-    and an MLP width -> 1408 -> width with tanh a block, 12 x (10 x 768 + MLP) = 26,070,528. `hidden` 0 leaves plain
-    tokens.
-    """
-
-    layers: int
-    prompts: int
-    width: int
-    hidden: int = 0
-
-    def setup(self):  # noqa: D102
-        shape = (self.layers, self.prompts, self.width)
-        self.tokens = self.param("tokens", nn.initializers.normal(0.02), shape)
-        if self.hidden:
-            self.up = LayerDense(self.layers, self.width, self.hidden)
-            self.down = LayerDense(self.layers, self.hidden, self.width)
-
-    def __call__(self) -> Float[Array, "{self.layers} {self.prompts} {self.width}"]:
-        """Returns each block's prompt tokens."""
-        if not self.hidden:
-            return self.tokens
-        return self.down(jnp.tanh(self.up(self.tokens)))
-
-
-def fold_prompts(visual: dict) -> dict:
-    """Returns CLIP.visual's parameters with the prompts' MLPs evaluated away: plain tokens, same output.
-
-    The matching configuration is the old one with prompt_hidden=0. Parameters without MLPs come back as they are.
-
-    Raises:
-      KeyError: the tree holds no prompts.
-    """
-    if "prompt" not in visual:
-        raise KeyError("these CLIP.visual parameters hold no prompts (no entry 'prompt')")
-    prompt = visual["prompt"]
-    if "up" not in prompt:
-        return visual
-    layers, tokens, width = prompt["tokens"].shape
-    module = DeepPrompts(layers, tokens, width, hidden=prompt["up"]["bias"].shape[-1])
-    return {**visual, "prompt": {"tokens": module.apply({"params": prompt})}}
-
-
-@dataclasses.dataclass(frozen=True)
-class Router:
+@dataclass(frozen=True)
+class Router(Adapter):
     """LaVIN's mixture-of-modality adapter, one a layer on the attention's input.
 
     Attributes:
@@ -85,25 +27,75 @@ class Router:
       dropout: on the inner vector, in training.
     """
 
+    title: ClassVar[str] = "LaVIN's router"
+    trained_leaf: ClassVar[str] = "up/kernel"
+    unstacked: ClassVar[tuple[str, ...]] = ("modality",)
+    first_position: ClassVar[int] = 1  # the modality row has position 0, though it is nowhere among the slots
+    adapts_vision: ClassVar[bool] = True
+
     rank: int = 8
     groups: int = 2
     temperature: float = 10.0
     dropout: float = 0.1
 
-    def check(self, width: int) -> None:
+    @classmethod
+    def from_arm(cls, arm: "Arm") -> "Router":
+        """Returns the router with an arm's settings."""
+        return cls(arm.adapter_rank, temperature=arm.adapter_temperature, dropout=arm.adapter_dropout)
+
+    def check(self, width: int, layers: int) -> None:
         """Raises ValueError when the groups divide neither the rank nor a tower's width evenly."""
         if self.rank % self.groups or width % self.groups:
             raise ValueError(
                 f"the adapter's {self.groups} groups must divide its rank {self.rank} and the width {width} evenly"
             )
 
+    def markers(self, tokenizer) -> Markers:
+        """Returns the ids of "Image: " and "Image: N/A"."""
+        return Markers(
+            *(tuple(tokenizer(words, add_special_tokens=False)["input_ids"]) for words in ("Image: ", "Image: N/A"))
+        )
 
-@dataclasses.dataclass(frozen=True)
-class ZeroInit:
-    """LLaMA-Adapter's prompts with zero-initialised gates, on the topmost `layers` layers."""
+    @property
+    def dropout_rate(self) -> float:
+        """The rate on the inner vector."""
+        return self.dropout
 
-    prompts: int = 10
-    layers: int = 30
+    def lm_parameters(self, config: Any) -> nn.Module:
+        """Returns the LM's adapters with the embedding of the two modalities."""
+        return ModalityAdapter(config.layers, config.width, self)
+
+    def vision_parameters(self, layers: int, width: int) -> nn.Module:
+        """Returns a vision tower's adapters, which each image's own first token routes."""
+        return RouterAdapter(layers, width, self)
+
+    def steer(
+        self, lm: Any, visual: Float[Array, "b m d"] | None, has_image: Bool[Array, "b"] | None
+    ) -> Float[Array, "L b 2"]:
+        """Returns every layer's routing weights for each row; the visual tokens are input tokens, and change nothing.
+
+        The modality row sees itself alone and nobody sees it, so in every layer its routing weights depend on the
+        modality index only (LaVIN, equation 4): they are computed once for both indices and looked up.
+
+        Raises:
+          ValueError: `has_image` is missing.
+        """
+        if has_image is None:
+            raise ValueError("a router needs has_image: which rows have an image")
+        rows = lm.adapter.modality.astype(lm.config.dtype)[:, None]  # text alone, with an image
+        table = lm.run(rows, jnp.zeros((2, 1), jnp.int32), leaves=lm.adapter.leaves())[2]
+        return table[:, has_image.astype(jnp.int32)]
+
+    def attention_input(
+        self, leaf: Mapping, row: Float[Array, "b 2"] | None, z: Float[Array, "b t d"], drop: Callable[[Array], Array]
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b 2"]]:
+        """Returns the adapter's output and the routing weights used: the row's, or those of z's own first token."""
+        weights = route(leaf, z[:, 0], self.temperature) if row is None else row
+        return mix(leaf, z, drop(shrink(leaf, z)), weights), weights
+
+    def fold(self, lm: nn.Module, params: dict, modality: int) -> tuple[Any, dict]:
+        """Returns the LM with the adapters inside its query, key and value maps (folding.py)."""
+        return fold_router(lm, params, modality)
 
 
 class RouterAdapter(nn.Module):
@@ -134,26 +126,6 @@ class ModalityAdapter(RouterAdapter):
     def setup(self):  # noqa: D102
         super().setup()
         self.modality = self.param("modality", nn.initializers.normal(1.0), (2, self.width))
-
-
-class PromptAdapter(nn.Module):
-    """LLaMA-Adapter's prompts and gates of the topmost layers: 1,229,760 parameters for 10 prompts in 30 layers of 7B.
-
-    (The released file also holds gates of the two layers below, 1,229,824 in all; nothing reads them.)
-    """
-
-    config: ZeroInit
-    width: int
-    heads: int
-
-    def setup(self):  # noqa: D102
-        c = self.config
-        self.tokens = self.param("tokens", nn.initializers.normal(1.0), (c.layers, c.prompts, self.width))
-        self.gate = self.param("gate", nn.initializers.zeros, (c.layers, self.heads))
-
-    def leaves(self) -> Float[Array, "layers h"]:
-        """Returns the gates; the prompts enter as keys and values (Llama.steer)."""
-        return self.gate
 
 
 class Leaves(nn.Module):

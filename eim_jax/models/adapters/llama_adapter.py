@@ -1,0 +1,91 @@
+"""LLaMA-Adapter's prompts: keys and values of their own in the topmost layers, behind gates that start at zero."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float
+
+from eim_jax.models.adapters.adapter import Adapter
+
+if TYPE_CHECKING:
+    from eim_jax.config import Arm
+
+
+@dataclass(frozen=True)
+class ZeroInit(Adapter):
+    """LLaMA-Adapter's prompts with zero-initialised gates, on the topmost `layers` layers."""
+
+    title: ClassVar[str] = "LLaMA-Adapter's prompts"
+    trained_leaf: ClassVar[str] = "tokens"
+    visual_tokens: ClassVar[bool] = False  # they are added to the prompts
+
+    prompts: int = 10
+    layers: int = 30
+
+    @classmethod
+    def from_arm(cls, arm: "Arm") -> "ZeroInit":
+        """Returns the prompts with an arm's settings: as many as the ST gives tokens."""
+        return cls(arm.st_tokens, arm.adapter_layers)
+
+    def check(self, width: int, layers: int) -> None:
+        """Raises ValueError when the tower has fewer layers."""
+        if not 1 <= self.layers <= layers:
+            raise ValueError(f"the adapter's {self.layers} topmost layers are not among {layers}")
+
+    def depth(self, layers: int) -> int:
+        """Returns how many of the topmost layers have prompts."""
+        return self.layers
+
+    def lm_parameters(self, config: Any) -> nn.Module:
+        """Returns the prompts and gates."""
+        return PromptAdapter(self, config.width, config.heads)
+
+    def steer(
+        self, lm: Any, visual: Float[Array, "b m d"] | None, has_image: Bool[Array, "b"] | None
+    ) -> tuple[Float[Array, "l #b K kv e"], Float[Array, "l #b K kv e"]]:
+        """Returns the prompts' keys and values in each of the topmost layers.
+
+        The visual tokens are added to every layer's prompts, which then pass through the frozen key and value maps.
+
+        Raises:
+          ValueError: the number of visual tokens is not that of the prompts.
+        """
+        prompts = lm.adapter.tokens.astype(lm.config.dtype)[:, None]
+        if visual is not None:
+            if visual.shape[1] != self.prompts:
+                raise ValueError(f"the ST gives {visual.shape[1]} tokens for {self.prompts} prompts: make them equal")
+            if has_image is not None:
+                visual = jnp.where(has_image[:, None, None], visual, 0)
+            prompts = prompts + visual.astype(lm.config.dtype)[None]
+        return lm.keys_values(prompts)
+
+    def attention_beside(
+        self, leaf: Float[Array, "h"], row: tuple[Array, Array], attend: Callable[[Array, Array], Array]
+    ) -> Float[Array, "b t kv g e"]:
+        """Returns tanh(gate) times a softmax of its own over the prompts."""
+        mixed = attend(*row)
+        gate = jnp.tanh(leaf.astype(jnp.float32)).astype(mixed.dtype)
+        return gate.reshape(1, 1, mixed.shape[2], -1, 1) * mixed
+
+
+class PromptAdapter(nn.Module):
+    """LLaMA-Adapter's prompts and gates of the topmost layers: 1,229,760 parameters for 10 prompts in 30 layers of 7B.
+
+    (The released file also holds gates of the two layers below, 1,229,824 in all; nothing reads them.)
+    """
+
+    config: ZeroInit
+    width: int
+    heads: int
+
+    def setup(self):  # noqa: D102
+        c = self.config
+        self.tokens = self.param("tokens", nn.initializers.normal(1.0), (c.layers, c.prompts, self.width))
+        self.gate = self.param("gate", nn.initializers.zeros, (c.layers, self.heads))
+
+    def leaves(self) -> Float[Array, "layers h"]:
+        """Returns the gates; the prompts enter as keys and values (`ZeroInit.steer`)."""
+        return self.gate

@@ -1,0 +1,78 @@
+"""The words in which a kind of model says how its Hugging Face files and our parameters map to each other.
+
+A model's file states its config.json fields as a dict {their field: our field} and its weights as `Row`s: one row for
+each of our leaves, with the keys of the safetensors file that make it and the `Layout` that turns their arrays into
+ours and back. Reading and writing the files themselves is the business of `eim_jax.pretrained`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class WeightsError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, key or field and says what to do."""
+
+
+class Layout(NamedTuple):
+    """How their arrays become one of ours, and back."""
+
+    load: Callable[[list[np.ndarray]], np.ndarray]
+    save: Callable[[np.ndarray], list[np.ndarray]]
+
+
+SAME = Layout(lambda a: a[0], lambda x: [x])
+TRANSPOSE = Layout(lambda a: a[0].T, lambda x: [x.T])  # torch.nn.Linear is [out, in]
+# Query, key and value maps as one kernel [in, 3, out] and bias [3, out]: from three layers, or from one of 3 x out.
+FUSE_KERNEL = Layout(lambda a: np.stack([x.T for x in a], axis=1), lambda x: [x[:, i].T for i in range(3)])
+FUSE_BIAS = Layout(np.stack, list)
+FUSED = Layout(
+    lambda a: a[0].reshape(*a[0].shape[:-1], 3, a[0].shape[-1] // 3),
+    lambda x: [x.reshape(*x.shape[:-2], 3 * x.shape[-1])],
+)
+PATCHES = Layout(lambda a: a[0].transpose(2, 3, 1, 0), lambda x: [x.transpose(3, 2, 0, 1)])  # [out, 3, p, p]
+
+
+class Row(NamedTuple):
+    """One of our leaves (with {i} for the layer) and the keys that make it."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    layout: Layout = SAME
+
+
+def norm_rows(ours: str, theirs: str) -> list[Row]:
+    """Returns the rows of a LayerNorm."""
+    return [Row(f"{ours}/scale", (f"{theirs}.weight",)), Row(f"{ours}/bias", (f"{theirs}.bias",))]
+
+
+def dense_rows(ours: str, theirs: str, layout: Layout = TRANSPOSE) -> list[Row]:
+    """Returns the rows of a linear layer with a bias; `layout` is that of its weight."""
+    return [Row(f"{ours}/kernel", (f"{theirs}.weight",), layout), Row(f"{ours}/bias", (f"{theirs}.bias",))]
+
+
+def our_fields(theirs: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    """Returns our configuration's fields from theirs.
+
+    Args:
+      theirs: the content of a config.json, or a part of it.
+      fields: their name -> ours. A field that is absent or null is left out, so that our default holds.
+    """
+    return {ours: theirs[field] for field, ours in fields.items() if theirs.get(field) is not None}
+
+
+def their_fields(ours: Any, fields: Mapping[str, str]) -> dict[str, Any]:
+    """Returns config.json's fields from our configuration; `fields` as in `our_fields`."""
+    return {field: getattr(ours, name) for field, name in fields.items()}
+
+
+def check_fixed(theirs: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    """Refuses a config.json that changes what our implementation has fixed.
+
+    Raises:
+      WeightsError: a field is there with another value than the one in `fixed`.
+    """
+    for field, value in fixed.items():
+        if theirs.get(field, value) != value:
+            raise WeightsError(f"{field} {theirs[field]!r} is not supported, only {value!r}")
