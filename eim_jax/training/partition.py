@@ -6,7 +6,7 @@ sees zeros for the rest, which `set_to_zero` groups hold no state for ("gradient
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,21 +72,41 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def groups(stage: Stage, paths) -> tuple[Group, ...]:
-    """The stage's groups over these leaf paths; raises PartitionError for a dead pattern or a doubly claimed leaf."""
-    found, owner = [], {}
-    for pattern, factor in patterns(stage):
-        matched = tuple(sorted(path for path in paths if re.fullmatch(pattern, path)))
+def match_patterns(patterns: Iterable[str], paths: Iterable[str]) -> dict[str, str]:
+    """Returns path -> the pattern that matches it, of those that one does.
+
+    Args:
+      patterns: regular expressions over whole paths.
+      paths: of all leaves.
+
+    Raises:
+      PartitionError: a pattern matches no path, naming the nearest one, or two patterns match one.
+
+    Example:
+      >>> match_patterns(["st/.*"], ["st/up", "lm/up"])
+      {'st/up': 'st/.*'}
+    """
+    known, owner = sorted(paths), {}
+    for pattern in patterns:
+        matched = [path for path in known if re.fullmatch(pattern, path)]
         if not matched:
-            near = difflib.get_close_matches(pattern.replace(".*", ""), sorted(paths), n=1, cutoff=0.3)
+            near = difflib.get_close_matches(pattern.replace(".*", ""), known, n=1, cutoff=0.3)
             hint = f"; the nearest leaf is {near[0]!r}" if near else ""
             raise PartitionError(f"train pattern {pattern!r} matches no parameter{hint}")
         for path in matched:
             if path in owner:
                 raise PartitionError(f"{path} is matched by both {owner[path]!r} and {pattern!r}: a leaf has one label")
             owner[path] = pattern
-        found.append(Group(pattern, factor, matched))
-    return tuple(found)
+    return owner
+
+
+def groups(stage: Stage, paths) -> tuple[Group, ...]:
+    """The stage's groups over these leaf paths; raises PartitionError as `match_patterns`."""
+    wanted = patterns(stage)
+    owner = match_patterns([pattern for pattern, _ in wanted], paths)
+    return tuple(
+        Group(pattern, factor, tuple(path for path, by in owner.items() if by == pattern)) for pattern, factor in wanted
+    )
 
 
 def labels(stage_groups: tuple[Group, ...], paths) -> dict[str, str]:
