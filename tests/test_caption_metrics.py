@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from eim_jax.evaluation.metrics import caption_scores, ptb
+from eim_jax.evaluation.metrics import caption_scores, java_scorers, ptb
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="Java, the reference tokeniser, is not installed")
 
@@ -58,7 +58,7 @@ def test_python_tokens_equal_the_reference_on_all_real_captions(shared_data):
 @needs_java
 def test_our_call_of_the_jar_equals_the_packages_wrapper():
     captions = [c for c in HARD if c]
-    assert caption_scores.tokenise_java(captions, shutil.which("java")) == official_tokens(captions)
+    assert java_scorers.tokenise_java(captions, shutil.which("java")) == official_tokens(captions)
 
 
 @needs_java
@@ -94,7 +94,7 @@ def test_meteor_equals_the_packages_wrapper(coco):
     found = {k: ptb.ptb_captions([said[k]]) for k in keys}
     found[keys[-1]] = [""]
     expected = Meteor().compute_score(truth, found)[0]
-    assert caption_scores.meteor(truth, found, shutil.which("java")) == expected
+    assert java_scorers.meteor(truth, found, shutil.which("java")) == expected
 
 
 def test_perfect_captions_score_one():
@@ -124,7 +124,7 @@ def test_white_space_inside_a_caption_never_shifts_the_others():
     tokens = ptb.ptb_captions([odd, "a cat"])
     assert tokens == ["a dog runs fast on grass now", "a cat"]
     if shutil.which("java"):
-        assert caption_scores.tokenise_java([odd, "a cat"], shutil.which("java")) == tokens
+        assert java_scorers.tokenise_java([odd, "a cat"], shutil.which("java")) == tokens
 
 
 def test_one_image_notes_that_its_cider_is_zero():

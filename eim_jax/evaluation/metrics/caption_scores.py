@@ -7,142 +7,27 @@ BLEU, ROUGE-L and CIDEr need no Java; METEOR and SPICE are the reference jars an
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import math
 import os
 import pathlib
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from eim_jax.evaluation.metrics.ptb import DROPPED, ptb_captions
+from eim_jax.evaluation.metrics.java_scorers import (
+    METEOR_JAR,
+    SPICE_JARS,
+    Tokenised,
+    java_executable,
+    meteor,
+    package_folder,
+    spice,
+    tokenise_java,
+)
+from eim_jax.evaluation.metrics.ptb import ptb_captions
 
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE")
-TOKENISER_JAR = "tokenizer/stanford-corenlp-3.4.1.jar"
-METEOR_JAR = "meteor/meteor-1.5.jar"
-SPICE_JARS = (
-    "spice/spice-1.0.jar",
-    "spice/lib/stanford-corenlp-3.6.0.jar",
-    "spice/lib/stanford-corenlp-3.6.0-models.jar",
-)
-# Without these METEOR reads "0.5" as text under locales with a decimal comma, and captions under the locale's charset.
-JAVA_FLAGS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8")
-# SPICE 1.0 reflects on JDK internals; Java 8 does not know the flag and does not read this variable.
-SPICE_ENVIRONMENT = {
-    "JDK_JAVA_OPTIONS": " ".join(
-        f"--add-opens=java.base/{package}=ALL-UNNAMED"
-        for package in ("java.lang", "java.math", "java.util", "java.util.concurrent", "java.net", "java.text")
-    )
-}
-
-Tokenised = dict[Hashable, list[str]]
-
-
-def _package() -> pathlib.Path:
-    spec = importlib.util.find_spec("pycocoevalcap")
-    if spec is None:
-        raise ModuleNotFoundError("caption scores need the package pycocoevalcap 1.2")
-    return pathlib.Path(next(iter(spec.submodule_search_locations)))
-
-
-def _java() -> str | None:
-    home = os.environ.get("JAVA_HOME")
-    return (shutil.which("java", path=os.path.join(home, "bin")) if home else None) or shutil.which("java")
-
-
-def _one_line(caption: str) -> str:
-    # The reference only replaces \n, but its tokeniser also breaks lines at \r, \v, \f, U+2028, ..., which would shift
-    # every later caption by one.
-    return " ".join(caption.split())
-
-
-def tokenise_java(captions: Sequence[str], java: str) -> list[str]:
-    """Returns what ptb.ptb_captions returns, by the reference's own jar.
-
-    Args:
-      captions: any text.
-      java: the Java executable.
-
-    Raises:
-      RuntimeError: Java failed or did not answer line for line.
-    """
-    command = [java, *JAVA_FLAGS, "-cp", str(_package() / TOKENISER_JAR), "edu.stanford.nlp.process.PTBTokenizer"]
-    command += ["-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
-    text = "\n".join(map(_one_line, captions)) + "\n"
-    done = subprocess.run(command, input=text.encode(), capture_output=True, check=False)
-    lines = done.stdout.decode().split("\n")[:-1]
-    if done.returncode or len(lines) != len(captions):
-        raise RuntimeError(
-            f"PTBTokenizer: {len(lines)} lines for {len(captions)} captions. {done.stderr.decode()[-300:]}"
-        )
-    return [" ".join(token for token in line.rstrip().split(" ") if token not in DROPPED) for line in lines]
-
-
-def meteor(references: Tokenised, results: Tokenised, java: str) -> float:
-    """Returns METEOR 1.5 by the reference jar; both arguments tokenised, with the same keys, one result a key.
-
-    Raises:
-      RuntimeError: the jar failed.
-    """
-    jar = _package() / METEOR_JAR
-    command = [java, *JAVA_FLAGS, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, cwd=jar.parent, encoding="utf-8", **pipes) as process:
-
-        def answer(line: str) -> str:
-            process.stdin.write(line + "\n")
-            process.stdin.flush()
-            return process.stdout.readline().strip()
-
-        try:
-            statistics = []
-            for key, (result,) in results.items():
-                result = result.replace("|||", "").replace("  ", " ")  # the protocol's separator, as the reference
-                statistics.append(answer(" ||| ".join(("SCORE", *references[key], result))))
-            scores = [float(answer(" ||| ".join(("EVAL", *statistics))))]
-            scores += [float(process.stdout.readline()) for _ in results]
-        except (OSError, ValueError) as error:
-            raise RuntimeError(f"the METEOR jar failed: {error}") from error
-        finally:
-            process.kill()
-    return scores[-1]  # one line an image, then the corpus
-
-
-def spice(references: Tokenised, results: Tokenised, java: str) -> float:
-    """Returns SPICE 1.0 by the reference jar; arguments as for meteor.
-
-    Raises:
-      RuntimeError: the jar failed.
-    """
-    jar = _package() / SPICE_JARS[0]
-    images = [{"image_id": k, "test": results[k][0], "refs": references[k]} for k in results]
-    with tempfile.TemporaryDirectory() as folder:
-        source, target, cache = (pathlib.Path(folder) / name for name in ("in.json", "out.json", "cache"))
-        source.write_text(json.dumps(images))
-        cache.mkdir()
-        command = [
-            java,
-            *JAVA_FLAGS,
-            "-Xmx8G",
-            "-jar",
-            str(jar),
-            str(source),
-            "-cache",
-            str(cache),
-            "-out",
-            str(target),
-        ]
-        command += ["-subset", "-silent"]
-        environment = {**os.environ, **SPICE_ENVIRONMENT}
-        done = subprocess.run(command, cwd=jar.parent, capture_output=True, env=environment, check=False)
-        if done.returncode or not target.is_file():
-            raise RuntimeError(f"the SPICE jar failed: {done.stderr.decode()[-300:]}")
-        scores = [image["scores"]["All"]["f"] for image in json.loads(target.read_text())]
-    return math.fsum(float("nan") if s is None else float(s) for s in scores) / len(scores)
 
 
 def _check(results: Mapping[Hashable, Any], references: Mapping[Hashable, Sequence[str]]) -> None:
@@ -190,13 +75,9 @@ def score(
     >>> score({1: "a red cube", 2: "two balls"}, {1: ["a red cube"], 2: ["two balls"]}, java=False)["ROUGE_L"]
     1.0
     """
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-    from pycocoevalcap.rouge.rouge import Rouge
-
     _check(results, references)
     ids = [key for key in references if key in results]  # the reference's order: that of the annotations
-    executable = _java() if java else None
+    executable = java_executable() if java else None
     why_no_java = "Java was not asked for" if not java else "Java is not installed"
     notes = {"images": f"{len(ids)} results, of {len(references)} images with references"}
 
@@ -218,28 +99,45 @@ def score(
     if len(ids) == 1:
         notes["CIDEr"] = "always 0 for a single image: its idf is log(1/1)"
 
-    scores: dict[str, Any] = dict.fromkeys(METRICS)
+    by_java, why = _java_scores(truth, said, executable, why_no_java)
+    scores = {**dict.fromkeys(METRICS), **_python_scores(truth, said), **by_java}
+    return {**scores, "notes": {**notes, **why}}
+
+
+def _python_scores(truth: Tokenised, said: Tokenised) -> dict[str, float]:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
     with contextlib.redirect_stdout(sys.stderr):  # stdout carries one JSON object
         bleu, _ = Bleu(4).compute_score(truth, said, verbose=0)
-        scores |= {f"Bleu_{n}": float(value) for n, value in enumerate(bleu, 1)}
+        scores = {f"Bleu_{n}": float(value) for n, value in enumerate(bleu, 1)}
         scores["ROUGE_L"] = float(Rouge().compute_score(truth, said)[0])
         scores["CIDEr"] = float(Cider().compute_score(truth, said)[0])
+    return scores
 
+
+def _java_scores(
+    truth: Tokenised, said: Tokenised, executable: str | None, why_no_java: str
+) -> tuple[dict[str, float | None], dict[str, str]]:
+    """METEOR and SPICE, None where they could not be had, and for these the reason."""
+    scores, why = {}, {}
     for name, scorer, jars in (("METEOR", meteor, (METEOR_JAR,)), ("SPICE", spice, SPICE_JARS)):
-        missing = [jar for jar in jars if not (_package() / jar).is_file()]
+        scores[name] = None
+        missing = [jar for jar in jars if not (package_folder() / jar).is_file()]
         if executable is None:
-            notes[name] = why_no_java
+            why[name] = why_no_java
         elif missing:
-            notes[name] = f"not in the installed pycocoevalcap: {', '.join(missing)}"
+            why[name] = f"not in the installed pycocoevalcap: {', '.join(missing)}"
         else:
             try:
                 value = scorer(truth, said, executable)
                 scores[name] = value if math.isfinite(value) else None
                 if scores[name] is None:
-                    notes[name] = "the reference's result is not a number: an image has no tuples"
+                    why[name] = "the reference's result is not a number: an image has no tuples"
             except RuntimeError as error:
-                notes[name] = str(error)
-    return {**scores, "notes": notes}
+                why[name] = str(error)
+    return scores, why
 
 
 def load_results(path: str | os.PathLike) -> dict[Hashable, str]:
