@@ -1,5 +1,6 @@
 """A task of open answers with a metric of its own, added from here: it is scored and shown wherever tasks are."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import scored_runs
 
+from eim_jax.data.data_set import DataSet
+from eim_jax.data.datasets import DATASETS, load_split
 from eim_jax.data.datasets.instruct import prompt
 from eim_jax.data.miniature import captioning
 from eim_jax.data.samples import Sample, Split
@@ -34,29 +37,35 @@ def exact_match(outputs, references):
 EXACT = Metric("exact_match", "exact match", 100, 1, +1, "points", tasks=("counting",), measure=exact_match)
 
 
-def questions(number=12) -> Split:
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """The data set's own field."""
+
+    pictures: int = 12
+
+
+def load(data, own, name, cache):
     """A question about each of a few drawn scenes; "two" and "2" are both right."""
-    drawn = captioning.load("test", scenes=number)
+    drawn = captioning.load(name, scenes=own.pictures)
     counts = [len(drawn.scenes[key].things) for key in drawn.images.ids]
     asked = prompt("How many shapes are in this picture?")
     samples = tuple(Sample(f"count-{i}", i, asked, NUMBERS[n]) for i, n in enumerate(counts))
     references = {f"count-{i}": (NUMBERS[n], str(n)) for i, n in enumerate(counts)}
-    return Split("test", samples, drawn.images, references, task="counting")
+    return Split(name, samples, drawn.images, references, task="counting"), ()
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(config, work directory, test split) of a run whose test the added task is; one of the answers is made right."""
-    config, workdir = (
-        scored_runs.few_steps(**{"data.max_tokens": 40, "data.eval_limit": 10}),
-        tmp_path_factory.mktemp("run"),
-    )
-    split = questions()
+    """(config, work directory, test split) of a run on the added task; some of its answers are made right."""
+    workdir = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DATASETS, "counting", DataSet("counting", Pictures, load))
         patch.setitem(TASKS, "counting", Counting())
         patch.setitem(METRICS, "exact_match", EXACT)
+        config = scored_runs.few_steps(**{"data.kind": "counting", "data.max_tokens": 40, "data.eval_limit": 10})
+        split = load_split(config, "test", workdir)
         patch.setattr("eim_jax.evaluation.scoring.generate_text", answers_of(split))
-        scored_runs.run(config, workdir, split)
+        scored_runs.run(config, workdir)
         yield config, workdir, split
 
 
