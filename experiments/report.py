@@ -10,7 +10,7 @@ from typing import Any
 
 from eim_jax.evaluation.metrics import metric_of
 from eim_jax.reporting.charts import Interval, intervals
-from eim_jax.reporting.page import environment
+from eim_jax.reporting.environment import environment
 from eim_jax.utils.console import console
 from experiments import results, training_efficiency
 from experiments.cells import BUDGETS, DEFAULT, SCALES, Row, cell

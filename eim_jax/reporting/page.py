@@ -5,21 +5,18 @@ Everything is read from the work directory's artifacts; the page needs no networ
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
-import jinja2
 from PIL import Image
 
-from eim_jax.evaluation.tasks.task import Item, Predictions, Task
+from eim_jax.evaluation.tasks.task import Item, Task
+from eim_jax.reporting.arm_files import Arm, read_arm, read_json
 from eim_jax.reporting.categories import by_category
 from eim_jax.reporting.charts import Line, panel
+from eim_jax.reporting.environment import environment
 from eim_jax.reporting.gallery import gallery
 from eim_jax.reporting.questions import questions
 from eim_jax.reporting.scores import BASELINE, table, verdict
-from eim_jax.training.log import read_metrics
-from eim_jax.utils.console import duration
 from eim_jax.utils.files import write_text
 
 LOSSES = {"base": "loss_base", "ie": "loss_IE", "st": "loss_ST", "lm": "loss_LM"}
@@ -30,29 +27,6 @@ DIAGNOSTICS = {  # key in metrics.jsonl -> title, unit, logarithmic axis, axis f
     "similarity": ("right key's similarity, {}", "mean similarity", False, False),
     "effective": ("effective negatives, {}", "keys, 1 / Σp²", True, False),
 }
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One arm's artifacts; what an interrupted run has not written is empty."""
-
-    name: str
-    run: dict
-    metrics: list[dict]
-    scores: dict[str, dict]
-    predictions: Predictions | None
-
-
-def read_arm(task: Task, directory: Path) -> Arm:
-    """Reads run.json, metrics.jsonl, scores_test.json and predictions_test.json of an arm, each if it is there."""
-    path = directory / "predictions_test.json"
-    return Arm(
-        name=directory.name,
-        run=_json(directory / "run.json", {}),
-        metrics=read_metrics(directory / "metrics.jsonl"),
-        scores=_json(directory / "scores_test.json", {}),
-        predictions=task.read_predictions(path, _json(path, None)) if path.exists() else None,
-    )
 
 
 def write_report(
@@ -77,7 +51,7 @@ def write_report(
     """
     if not (workdir / "run.json").exists():
         raise FileNotFoundError(f"{workdir}: no run.json, so nothing has been run here")
-    run = _json(workdir / "run.json", {})
+    run = read_json(workdir / "run.json", {})
     names = [arm if isinstance(arm, str) else arm["name"] for arm in run.get("config", {}).get("arms", ())]
     if not names:
         raise ValueError(f"{workdir / 'run.json'}: config names no arms")
@@ -131,7 +105,7 @@ def _noise(run: Mapping) -> str:
 
 
 def stages(arm: Arm) -> list[dict]:
-    """The stage table's rows, from the arm's run.json."""
+    """Returns the stage table's rows, from the arm's run.json."""
     rows = []
     for stage in arm.run.get("stages", ()):
         trained, total = stage["trained_params"], stage["total_params"]
@@ -141,7 +115,7 @@ def stages(arm: Arm) -> list[dict]:
 
 
 def curves(arm: Arm) -> list[dict]:
-    """Charts of one arm, stage by stage: every loss term, then the diagnostics of every queue."""
+    """Returns one arm's charts, stage by stage: every loss term, then the diagnostics of every queue."""
     groups = []
     for index, stage in dict.fromkeys((row["stage_index"], row["stage"]) for row in arm.metrics):
         rows = [row for row in arm.metrics if row["stage_index"] == index]
@@ -165,7 +139,7 @@ def curves(arm: Arm) -> list[dict]:
 
 
 def together(arms: Sequence[Arm]) -> list[dict]:
-    """Charts with all arms in one panel: each loss term that the last stages of two or more arms share."""
+    """Returns charts with all arms in one panel: each loss term that the last stages of two or more arms share."""
     last: dict[str, list[Line]] = {}
     for arm in arms:
         rows = [row for row in arm.metrics if row["stage_index"] == arm.metrics[-1]["stage_index"]]
@@ -228,34 +202,3 @@ def _unfinished(arm: Arm) -> str:
         return ""
     where = f"stage {last['stage']}, step {last['step']}"
     return f"{arm.name}: last record in {where}" + ("" if arm.scores else "; no test scores")
-
-
-def _json(path: Path, default: object) -> object:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
-
-
-def _millions(count: int) -> str:
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return str(count)
-
-
-def environment(*folders: Path) -> jinja2.Environment:
-    """The package's templates, and those of other folders, with the filters that they use."""
-    package = resources.files("eim_jax.reporting") / "templates"
-    loader = jinja2.ChoiceLoader(
-        [
-            jinja2.FileSystemLoader(folders),
-            jinja2.FunctionLoader(lambda name: package.joinpath(name).read_text("utf-8")),
-        ]
-    )
-    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "duration": duration,
-        "millions": _millions,
-        "count": lambda n: f"{n:,}",
-        "bytes": lambda size: f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB",
-        "percent": lambda share: f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1f} %",
-    }
-    return environment
