@@ -13,6 +13,13 @@ MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 RESULTS = ("miniature.html", "miniature-time.html")  # pages of experiments/results that stand beside the results
 
 
+def on_config(config: Any) -> Any:
+    """Puts every page of docs/extend into the menu (mkdocs calls it)."""
+    section = next(entry["Extend"] for entry in config.nav if "Extend" in entry)
+    section += [f"extend/{file.name}" for file in kind_pages()]
+    return config
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Adds the committed pages of results to the site (mkdocs calls it)."""
     from mkdocs.structure.files import File
@@ -84,7 +91,22 @@ def _heading(group: Any) -> str:
     return f"`{kind}`" if found and kind.startswith("data.kind=") else f"`{group.path or 'the run'}`"
 
 
-GENERATED = {"flags": flags, "presets": presets, "config": config}
+def kinds() -> str:
+    """The pages of docs/extend with the first sentence of each."""
+    rows = []
+    for file in kind_pages():
+        title, body = file.read_text(encoding="utf-8").removeprefix("# ").split("\n", 1)
+        said = re.split(r"(?<=[.:])\s|\n\n", body.strip())[0].rstrip(":.")
+        rows.append((f"[{title}]({file.name})", " ".join(said.split())))
+    return _table(("page", "in a sentence"), rows)
+
+
+def kind_pages() -> list[Path]:
+    """The pages of docs/extend but its index."""
+    return [file for file in sorted((ROOT / "docs/extend").glob("*.md")) if file.name != "index.md"]
+
+
+GENERATED = {"flags": flags, "presets": presets, "config": config, "kinds": kinds}
 
 
 def _cell(text: str) -> str:
