@@ -1,5 +1,5 @@
 # make demo    trains baseline and EIM on the embedded miniature world, ends with a score table and report.html
-# make test    runs the tests
+# make test    runs the tests (make exhaustive: the further cases that CI runs too)
 # make install installs alone, e.g. on the hosts of a cluster
 # make docs    builds the documentation into site/
 # They make .venv in this folder and install into it what they need, pinned by constraints.txt.
@@ -18,7 +18,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 comma := ,
 INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e
 
-.PHONY: install demo test parity topology lint docs clean
+.PHONY: install demo test exhaustive isa parity topology lint docs clean
 
 install: .venv/run$(EXTRAS)
 
@@ -29,9 +29,20 @@ demo: .venv/run$(EXTRAS)
 
 # Most of the time goes to compiling programs that run for milliseconds: LLVM's costly passes are left out here.
 QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/parity
 
 test: .venv/test$(EXTRAS)
-	XLA_FLAGS="$(QUICK)" $(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/parity -m "not topology"
+	XLA_FLAGS="$(QUICK)" $(TESTS) -m "not topology and not exhaustive"
+
+# More cases of what `make test` claims as well: every mesh of every stage, and the like.
+exhaustive: .venv/test$(EXTRAS)
+	XLA_FLAGS="$(QUICK)" $(TESTS) -m exhaustive
+
+# What is compared in numbers, as processors with other vector instructions compute it (tests/close.py).
+ISA ?= AVX2
+NUMERIC := $(addprefix tests/test_,$(addsuffix .py,decode losses xent dense connector fold llama))
+isa: .venv/test$(EXTRAS)
+	XLA_FLAGS="$(QUICK) --xla_cpu_max_isa=$(ISA)" $(BIN)/python -m pytest -n 2 --dist loadfile $(NUMERIC)
 
 # The live comparison with PyTorch and transformers, full-size towers included.
 parity: .venv/parity$(EXTRAS)

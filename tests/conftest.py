@@ -30,6 +30,18 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 _hook = install_import_hook("eim_jax", "beartype.beartype")
 
 
+# Whole modules go to a worker (what a module sets up is set up once), those that take minutes first.
+LONGEST = (
+    "hosts resume mesh_numbers real_data experiments_page stages losses plan vlm answers gpt2 benchmarks train "
+    "mesh_programs clip attention decode experiments xent weights_llama llama_adapters sharding quant"
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST.split())}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
 def pytest_unconfigure(config):
     if _own_cache:
         shutil.rmtree(_own_cache, ignore_errors=True)

@@ -43,6 +43,7 @@ def test_what_benchmarks_and_scripts_take_from_the_package_is_there(path):
             assert hasattr(module, name) or importlib.import_module(f"{node.module}.{name}"), name
 
 
+@pytest.mark.exhaustive
 def test_gpu_benchmark_runs_on_a_machine_with_neither_data_packages_nor_torch(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(BARE)
     paths = os.pathsep.join([str(tmp_path), str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -3,10 +3,9 @@
 import dataclasses
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import mains
 import pytest
 
 from eim_jax import config as settings
@@ -105,11 +104,6 @@ def test_only_fields_that_decide_the_parameters_make_another_run():
     assert changed(stages__ie__lr=0.5) == ["stages.ie.lr: 0.001 in the workdir, 0.5 asked for"]
 
 
-def run_main(*flags):
-    command = [sys.executable, "-m", "eim_jax.main", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
@@ -120,8 +114,9 @@ def run_main(*flags):
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, flag, message):
-    found = run_main("--config=configs/miniature.py", f"--workdir={tmp_path}", f"--config.{flag}")
-    assert found.returncode != 0 and message in found.stderr and "Traceback" not in found.stderr
+    flags = ["--config=configs/miniature.py", f"--workdir={tmp_path}", f"--config.{flag}"]
+    code, said = mains.run(flags, tmp_path / "said.txt")
+    assert code != 0 and message in said and "Traceback" not in said
 
 
 def test_a_workdir_may_stand_behind_a_space():
@@ -147,8 +142,8 @@ def test_a_workdir_may_stand_behind_a_space():
     ],
 )
 def test_what_a_mode_lacks_is_said(tmp_path, flags, message):
-    found = run_main(f"--workdir={tmp_path}", *flags)
-    assert found.returncode != 0 and message in found.stderr
+    code, said = mains.run([f"--workdir={tmp_path}", *flags], tmp_path / "said.txt")
+    assert code != 0 and message in said
 
 
 def test_conversations_have_no_validation_questions():

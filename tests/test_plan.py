@@ -2,10 +2,9 @@
 
 import dataclasses
 import pathlib
-import subprocess
-import sys
 
 import jax
+import mains
 import pytest
 from tiny import config_of
 
@@ -196,16 +195,18 @@ def table_lines(name, mesh):
 
 def test_plan_is_a_command_that_needs_no_workdir(tmp_path):
     """On 16 fake H100s that are not there, with only the smallest stage left to compile."""
-    command = [sys.executable, "-m", "eim_jax.main", "--mode=plan", "--config=configs/miniature.py"]
+    command = ["--mode=plan", "--config=configs/miniature.py"]
     command += ["--topology=gpu:h100x16", "--config.arms=('eim',)", "--config.arm.eim.sequence=('st',)"]
-    command += ["--config.arm.eim.prompts=0", "--config.stages.st.batch=16", f"--out={tmp_path}/plan.json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "16 x H100 SXM" in done.stdout and "fake CPU devices stand in" in done.stdout
-    assert "| eim | st " in done.stdout and "fits" in done.stdout
-    wrong = subprocess.run([*command, "--topology=h100x16"], capture_output=True, text=True, cwd=ROOT)
-    assert wrong.returncode != 0 and "no such topology. Valid: v5e" in wrong.stderr
-    assert list(tmp_path.iterdir()) == [tmp_path / "plan.json"]
+    command += ["--config.arm.eim.prompts=0", "--config.stages.st.batch=16"]
+    out = tmp_path / "out"
+    out.mkdir()
+    code, said = mains.run([*command, f"--out={out}/plan.json"], tmp_path / "said.txt")
+    assert code == 0, said
+    assert "16 x H100 SXM" in said and "fake CPU devices stand in" in said
+    assert "| eim | st " in said and "fits" in said
+    code, said = mains.run([*command, "--topology=h100x16"], tmp_path / "said.txt")
+    assert code != 0 and "no such topology. Valid: v5e" in said
+    assert list(out.iterdir()) == [out / "plan.json"]
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import mains
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -353,18 +352,10 @@ def test_the_folder_must_be_free_and_the_data_have_files(tmp_path):
 
 def test_the_command_prepares_and_says_how_to_read_it(tmp_path):
     data = coco(tmp_path)
-    command = [
-        sys.executable,
-        "-m",
-        "eim_jax.main",
-        "--mode=prepare",
-        f"--config={ROOT / 'configs/clipcap_eim_coco.py'}",
-    ]
+    command = ["--mode=prepare", f"--config={ROOT / 'configs/clipcap_eim_coco.py'}"]
     command += [f"--config.data.{field}={value}" for field, value in data.own.items()]
-    done = subprocess.run(
-        [*command, f"--out={tmp_path / 'out'}"], cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "prepared 20 samples" in done.stdout and f"--config.data.prepared={tmp_path / 'out'}" in done.stdout
-    without = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    assert without.returncode != 0 and "--out=FOLDER" in without.stdout + without.stderr
+    code, said = mains.run([*command, f"--out={tmp_path / 'out'}"], tmp_path / "said.txt")
+    assert code == 0, said[-2000:]
+    assert "prepared 20 samples" in said and f"--config.data.prepared={tmp_path / 'out'}" in said
+    code, said = mains.run(command, tmp_path / "said.txt")
+    assert code != 0 and "--out=FOLDER" in said

@@ -1,5 +1,7 @@
 """How an image enters each language model: what is read, in which order, and that decoding sees what training saw."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ WITH, WITHOUT = (5, 6, 7), (5, 6, 8, 9, 10)
 KINDS = {"plain": None, "lavin": Router(temperature=2.0), "prompts": ZeroInit(prompts=4, layers=2)}
 
 
+@functools.cache
 def build(kind, scan=False):
     """A tiny VLM on LLaMA, its adapters moved off their initial identity, and a batch with a text-only row."""
     vision = CLIPVisionConfig(image_size=8, patch_size=4, width=16, layers=2, heads=2, mlp=32, joint=8)
@@ -30,13 +33,13 @@ def build(kind, scan=False):
     marks = {"with_image": WITH, "without_image": WITHOUT} if kind == "lavin" else {}
     vlm = VLM(CLIPVision(vision), CLIPText(text), make_st(st), Llama(llama), bos=BOS, **marks)
     keys = jax.random.split(jax.random.key(0), 4)
-    lm = vlm.lm.init(keys[3], jnp.zeros((1, 3), jnp.int32))["params"]
+    lm = jax.jit(vlm.lm.init)(keys[3], jnp.zeros((1, 3), jnp.int32))["params"]
     if "adapter" in lm:
         noise = jax.random.key(7)
         lm["adapter"] = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(noise, x.shape), lm["adapter"])
     params = {
-        "visual": vlm.visual.init(keys[0], jnp.zeros((1, 8, 8, 3)))["params"],
-        "st": vlm.st.init(keys[2], jnp.zeros((1, 5, 16)))["params"],
+        "visual": jax.jit(vlm.visual.init)(keys[0], jnp.zeros((1, 8, 8, 3)))["params"],
+        "st": jax.jit(vlm.st.init)(keys[2], jnp.zeros((1, 5, 16)))["params"],
         "lm": lm,
     }
     rng = np.random.default_rng(0)

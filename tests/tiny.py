@@ -61,10 +61,10 @@ def model(dropout=0.0, **switches) -> tuple[VLM, dict]:
     )
     keys = jax.random.split(jax.random.key(0), 4)
     params = {
-        "visual": vlm.visual.init(keys[0], jnp.zeros((1, 8, 8, 3)))["params"],
-        "text": vlm.text.init(keys[1], jnp.zeros((1, 3), jnp.int32))["params"],
-        "st": vlm.st.init(keys[2], jnp.zeros((1, 5, 16)))["params"],
-        "lm": vlm.lm.init(keys[3], jnp.zeros((1, 3), jnp.int32))["params"],
+        "visual": jax.jit(vlm.visual.init)(keys[0], jnp.zeros((1, 8, 8, 3)))["params"],
+        "text": jax.jit(vlm.text.init)(keys[1], jnp.zeros((1, 3), jnp.int32))["params"],
+        "st": jax.jit(vlm.st.init)(keys[2], jnp.zeros((1, 5, 16)))["params"],
+        "lm": jax.jit(vlm.lm.init)(keys[3], jnp.zeros((1, 3), jnp.int32))["params"],
     }
     return vlm, partition.flatten(params)
 

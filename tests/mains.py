@@ -1,0 +1,86 @@
+"""Real processes of eim_jax.main, forked from one that has imported everything and touched no device.
+
+A process's imports take longer than most of what the tests have it do. Each one is its own process all the same: own
+devices, own flags, own end; a signal reaches it alone.
+"""
+
+import atexit
+import multiprocessing
+import os
+import pathlib
+import signal
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+COMMANDS = ("train", "evaluate", "caption", "chat", "inspection", "exporting", "plan", "prepare")
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["eim_jax.main", "eim_jax.training.kinds", *(f"eim_jax.commands.{c}" for c in COMMANDS)]
+)
+
+
+def _become(flags, environment, output):
+    """What `python -m eim_jax.main FLAGS >output 2>&1` does, imports aside."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.chdir(ROOT)
+    os.environ.update(environment)
+    sys.argv = ["eim_jax/main.py", *flags]
+    from eim_jax import main
+
+    try:
+        main.cli()
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
+
+
+class Main:
+    """A process of `python -m eim_jax.main FLAGS` on CPU devices, its output in a file."""
+
+    def __init__(self, flags, output, **environment):
+        os.environ["JAX_PLATFORMS"] = "cpu"  # JAX reads it at its import, which is in the server
+        self.output = pathlib.Path(output)
+        self._process = _context.Process(target=_become, args=([str(f) for f in flags], environment, str(output)))
+        self._process.start()
+
+    def said(self) -> str:
+        """Its output up to now."""
+        return self.output.read_text() if self.output.exists() else ""
+
+    def poll(self) -> int | None:
+        """Its exit code, minus the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout=400) -> int:
+        """Its exit code once it has ended; killed, and an error, if that takes longer than `timeout` seconds."""
+        self._process.join(timeout)
+        if self.poll() is None:
+            self.kill()
+            raise TimeoutError(f"not ended after {timeout} s:\n{self.said()[-3000:]}")
+        return self.poll()
+
+    def signal(self, number):
+        """Sends a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self._process.pid, number)
+
+    def kill(self):
+        """SIGKILL, and waits for the end."""
+        self.signal(signal.SIGKILL)
+        self._process.join()
+
+    def until(self, condition):
+        """Polls until the condition holds; an end before that is a failure that shows the output."""
+        while not condition():
+            assert self.poll() is None, f"the process ended before the moment to stop it:\n{self.said()[-3000:]}"
+            time.sleep(0.002)
+
+
+def run(flags, output, timeout=400, **environment) -> tuple[int, str]:
+    """Runs it to its end: (exit code, output)."""
+    process = Main(flags, output, **environment)
+    code = process.wait(timeout)
+    return code, process.said()
