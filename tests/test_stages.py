@@ -175,7 +175,7 @@ def test_lm_loss_starts_at_the_right_key_when_queue_and_query_are_the_same_model
     tree = partition.unflatten(params)
     encode, _ = objectives.encoder(vlm, "hidden", Losses())
     keys = np.array(tiny.queues()["hidden"].keys)
-    own = np.asarray(encode(tree, batch.tokens, batch.valid))
+    own = np.asarray(encode(tree, (batch.tokens, batch.valid)))
     keys[np.asarray(batch.index)] = own / np.linalg.norm(own, axis=1, keepdims=True)
     queues = {"hidden": dataclasses.replace(tiny.queues()["hidden"], keys=jnp.asarray(keys))}
     one = stage(lm=1.0)
@@ -191,7 +191,7 @@ def test_embed_keys_leave_the_end_of_text_out(world):
     encode, _ = objectives.encoder(vlm, "embed", Losses())
     table = np.asarray(tree["lm"]["token_embedding"]["embedding"], np.float64)
     for row, tokens, valid in zip(
-        encode(tree, batch.tokens, batch.valid), np.asarray(batch.tokens), np.asarray(batch.valid), strict=True
+        encode(tree, (batch.tokens, batch.valid)), np.asarray(batch.tokens), np.asarray(batch.valid), strict=True
     ):
         assert_close(row, table[tokens[valid][:-1]].mean(0), 1e-6, rtol=1e-5)
 
