@@ -15,16 +15,14 @@ from eim_jax.data.miniature.questions import (
     FAMILIES,
     INVERSE,
     KNOWN,
-    MIXTURES,
     SEEN,
-    SIDES,
     Pairs,
-    a,
     ask,
     kind,
     near,
     neighbours,
 )
+from eim_jax.data.miniature.word_questions import MIXTURES, SIDES, a
 from eim_jax.data.samples import Sample, SelectedImages, Split
 
 SAMPLES = {"train": 2400, "val": 200, "test": 400}

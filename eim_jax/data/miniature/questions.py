@@ -1,4 +1,4 @@
-"""Questions about miniature scenes, and about words alone: each with its answer, wrong answers, and why.
+"""Questions about miniature scenes, and the table of all families: each with its answer, wrong answers, and why.
 
 A question's `description` says in words what settles it, so that the same question can be asked with a picture or
 without one.
@@ -20,37 +20,10 @@ from eim_jax.data.miniature.language import (
     plural,
     relation,
 )
+from eim_jax.data.miniature.word_questions import COUNTS, FACTS, Asked, a
 
 Pairs = frozenset[tuple[str, str]]
-COUNTS = ("none", "one", "two", "three", "four")
 INVERSE = {"left": "right", "right": "left", "above": "below", "below": "above"}
-SIDES = {"triangle": "three", "square": "four", "diamond": "four"}
-MIXTURES = (("red", "yellow", "orange"), ("red", "blue", "purple"), ("blue", "yellow", "green"))
-SYNONYMS = (
-    ("disc", "circle"), ("box", "square"), ("hoop", "ring"), ("violet", "purple"), ("little", "small"),
-    ("large", "big"), ("spotted", "dotted"),
-)  # fmt: skip
-OPPOSITES = (
-    ("left", "right"),
-    ("above", "below"),
-    ("big", "small"),
-    ("black", "white"),
-    ("yes", "no"),
-    ("top", "bottom"),
-)
-KINDS = {
-    "colour": tuple(COLOURS), "shape": SHAPES, "number": COUNTS[1:], "place": ("left", "right", "above", "below"),
-}  # fmt: skip
-
-
-class Asked(NamedTuple):
-    """A question: any of `wrong` may stand beside `answer`; `short` answers it in one true sentence."""
-
-    question: str
-    answer: str
-    wrong: tuple[str, ...]
-    short: str
-    description: str = ""
 
 
 class Family(NamedTuple):
@@ -84,11 +57,6 @@ FAMILIES = {
 }
 SEEN = ("colour", "shape", "count", "exists", "relation", "corner", "background")  # a picture can settle these
 KNOWN = ("kind", "synonym", "opposite", "sides", "mixture", "more")  # neither picture nor text is needed
-
-
-def a(words: str) -> str:
-    """Returns the words with their indefinite article."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def kind(thing: Thing) -> str:
@@ -252,66 +220,9 @@ def _word(scene: Scene, dice: Dice, avoid: Pairs) -> Asked:
     return Asked("Which word is in the text?", answer, tuple(wrong), f"The text says {answer}.", text)
 
 
-def _kind(dice: Dice) -> Asked:
-    name = dice.pick(tuple(KINDS))
-    answer = dice.pick(KINDS[name])
-    wrong = dice.shuffled([word for other, words in KINDS.items() if other != name for word in words])
-    return Asked(f"Which word is a {name}?", answer, tuple(wrong), f"{answer.capitalize()} is a {name}.")
-
-
-def _synonym(dice: Dice) -> Asked:
-    pair = dice.shuffled(dice.pick(SYNONYMS))
-    wrong = dice.shuffled([word for other in SYNONYMS if set(other) != set(pair) for word in other])
-    short = f"{pair[1].capitalize()} means {pair[0]}."
-    return Asked(f"Which word means {pair[0]}?", pair[1], tuple(wrong), short)
-
-
-def _opposite(dice: Dice) -> Asked:
-    pair = dice.shuffled(dice.pick(OPPOSITES))
-    wrong = dice.shuffled([word for other in OPPOSITES if set(other) != set(pair) for word in other])
-    short = f"{pair[1].capitalize()} is the opposite of {pair[0]}."
-    return Asked(f"Which word is the opposite of {pair[0]}?", pair[1], tuple(wrong), short)
-
-
-def _sides(dice: Dice) -> Asked:
-    shape = dice.pick(tuple(SIDES))
-    wrong = dice.shuffled([n for n in COUNTS[2:] if n != SIDES[shape]])
-    return Asked(
-        f"How many sides has {a(shape)}?",
-        SIDES[shape],
-        tuple(wrong),
-        f"{a(shape).capitalize()} has {SIDES[shape]} sides.",
-    )
-
-
-def _mixture(dice: Dice) -> Asked:
-    first, second, made = dice.pick(MIXTURES)
-    wrong = dice.shuffled([colour for colour in COLOURS if colour not in (first, second, made)])
-    first, second = dice.shuffled((first, second))
-    return Asked(
-        f"Which colour do {first} and {second} make?",
-        made,
-        tuple(wrong),
-        f"{first.capitalize()} and {second} make {made}.",
-    )
-
-
-def _more(dice: Dice) -> Asked:
-    numbers, than = COUNTS[1:], dice.pick(("more", "less"))
-    at = dice.below(3) if than == "more" else 1 + dice.below(3)
-    right = numbers[at + 1 :] if than == "more" else numbers[:at]
-    answer = dice.pick(right)
-    wrong = dice.shuffled([n for n in numbers if n not in right])
-    short = f"{answer.capitalize()} is {than} than {numbers[at]}."
-    return Asked(f"Which number is {than} than {numbers[at]}?", answer, tuple(wrong), short)
-
-
 _SCENE: dict[str, Callable[[Scene, Dice, Pairs], Asked | None]] = {
     "colour": _colour, "shape": _shape, "count": _count, "exists": _exists, "relation": _relation, "corner": _corner,
     "background": _background, "word": _word,
-}  # fmt: skip
-_FACT: dict[str, Callable[[Dice], Asked]] = {
-    "kind": _kind, "synonym": _synonym, "opposite": _opposite, "sides": _sides, "mixture": _mixture, "more": _more,
 }  # fmt: skip
 
 
@@ -321,8 +232,8 @@ def ask(family: str, scene: Scene, dice: Dice, avoid: Pairs = frozenset()) -> As
     Families of KNOWN do not look at the scene. No wrong answer pairs a colour and a shape of `avoid`. Errors: an
     unknown family.
     """
-    if family in _FACT:
-        return _FACT[family](dice)
+    if family in FACTS:
+        return FACTS[family](dice)
     if family not in _SCENE:
         raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
     return _SCENE[family](scene, dice, avoid)
