@@ -52,8 +52,9 @@ def cached_features(
     `dtype`: float32, or bfloat16 (half the disk, 3 significant digits). One directory serves one split. With a `mesh`,
     the rows of a batch are split over its devices; each process decodes the images of its devices, process 0 writes.
 
-    Errors: OSError when the disk lacks room; ValueError for an unknown dtype, an unreadable image, or features that are
-    not finite, naming the image.
+    Raises:
+      OSError: the disk lacks room.
+      ValueError: an unknown dtype, an unreadable image, or features that are not finite; the image is named.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"dtype {dtype!r}: give {' or '.join(_DTYPES)}")

@@ -19,9 +19,17 @@ _TEXT_FIELDS = ("tokens", "valid", "supervised")
 
 
 def steps_per_epoch(split: Split, batch_size: int) -> int:
-    """Returns how many full batches an epoch has; what does not fill a batch waits for the next epoch's shuffle.
+    """Counts the full batches of an epoch; what does not fill a batch waits for the next epoch's shuffle.
 
-    Errors: ValueError when the split has fewer samples than one batch.
+    Args:
+      split: the training split.
+      batch_size: samples in a batch, over all processes.
+
+    Returns:
+      The number of steps, at least 1.
+
+    Raises:
+      ValueError: the split has fewer samples than one batch.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: give at least 1")
@@ -64,7 +72,8 @@ def batches(
     (order.Order). With `place`, which puts a batch on the devices, it yields (batch, place(batch)), two ahead of the
     step in a thread of their own; the state is always that of the pair last returned.
 
-    Errors: ValueError naming the argument; while iterating, ValueError with the id and file of an unreadable image.
+    Raises:
+      ValueError: an argument cannot be meant; while iterating, an image cannot be read: its id and file are named.
     """
     steps_per_epoch(split, batch_size)
     if epochs is not None and epochs < 1:
@@ -110,7 +119,10 @@ def eval_images(
 
     In `rows`, -1 stands for no image: black pixels. `fit` is how an image becomes square (image.clip_preprocess).
     Every batch has `batch_size` entries, so that a jitted function is traced once: the last one is filled up with row
-    -1 and black pixels. Errors: ValueError with the id and file of an unreadable image.
+    -1 and black pixels.
+
+    Raises:
+      ValueError: an image cannot be read; its id and file are named.
     """
     wanted = np.arange(len(split.images), dtype=np.int32) if rows is None else np.asarray(rows, np.int32)
     if batch_size < 1:

@@ -142,7 +142,8 @@ class Split:
     `task` names what the split asks for when it is scored: an entry of evaluation.tasks.TASKS. A subclass that holds
     what its task needs (the options of a question, say) gives the field its own default.
 
-    Errors: duplicate sample ids, duplicate image ids, and an image row that is not in `images`, each named.
+    Raises:
+      ValueError: a sample id or an image id stands twice, or a sample points to an image that is not in `images`.
     """
 
     name: str

@@ -28,7 +28,17 @@ class Encoded(NamedTuple):
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer of a tower: a local folder, "miniature/...", or a hub id. Errors: ValueError naming it."""
+    """Loads the tokenizer of a tower.
+
+    Args:
+      path: a local folder, "miniature/...", or a hub id.
+
+    Returns:
+      The tokenizer, as transformers gives it.
+
+    Raises:
+      ValueError: there is none; the message names the path and the files that a folder needs.
+    """
     place = resolve(path)
     alone = (place / "tokenizer.model").is_file() and not list(place.glob("tokenizer*.json"))
     try:
@@ -52,8 +62,18 @@ def encode_split(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: i
     `max_tokens`, then the start of its instruction: the answer stands first in a response, and next to the
     instruction's end. Special tokens written in a text are read as plain text.
 
-    Errors: ValueError for `max_tokens` too small, for a tokenizer without EOS, and for responses without any token
-    (they would teach nothing), listing their ids.
+    Args:
+      split: whose samples are encoded.
+      tokenizer: the LM's.
+      max_tokens: the longest row, instruction, response and EOS together.
+      eos: whether EOS is supervised.
+
+    Returns:
+      Arrays of shape [N, t], row i for sample i; t is the longest row.
+
+    Raises:
+      ValueError: `max_tokens` is too small, the tokenizer has no EOS, or some responses have no token (they would teach
+        nothing): their ids are listed.
     """
     if max_tokens < 2:
         raise ValueError(f"max_tokens is {max_tokens}: needs room for a response token and EOS")

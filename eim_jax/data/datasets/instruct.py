@@ -86,7 +86,11 @@ def load_instruct(
     Bad items are rows in no known form, with a missing, empty or undecodable text, conversations that do not alternate
     human, gpt, markers without an image, missing or unreadable images. on_bad="error" raises BadDataError listing
     them; "drop" leaves out the whole row (the published Alpaca-52k has rows with an empty output: it needs "drop").
-    Errors: ValueError for a file that is not UTF-8 or JSON, a share outside (0, 1], images without a folder, no rows.
+
+    Raises:
+      BadDataError: bad items, with on_bad="error"; all are listed.
+      ValueError: a file is not UTF-8 or JSON, a share is outside (0, 1], rows have images and no folder is given, or no
+        rows are left.
     """
     check_on_bad(on_bad)
     folder = None if images is None else pathlib.Path(images)

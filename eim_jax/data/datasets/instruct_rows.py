@@ -27,7 +27,9 @@ class Row:
 def read_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
     """Returns (where it stands, row) of every row of a JSON list or of JSON Lines, unchecked.
 
-    Errors: FileNotFoundError; ValueError for a file that is not UTF-8 or not JSON, naming the byte or the line.
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is not UTF-8 or not JSON; the byte or the line is named.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -55,7 +57,11 @@ def read_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
 
 
 def take_apart(record: Any) -> Row:
-    """Returns what a row of any of the three forms holds. Errors: BadRowError."""
+    """Returns what a row of any of the three forms holds.
+
+    Raises:
+      BadRowError: it has none of the forms, or a text is missing, empty or undecodable.
+    """
     if not isinstance(record, dict):
         raise BadRowError(f"is not an object but {type(record).__name__}")
     if "conversations" in record:

@@ -78,8 +78,9 @@ class YesNo(NamedTuple):
 def yes_no_split(name: str, questions: Sequence[Question], images: ImageSource) -> YesNoSplit:
     r"""Returns one sample a question, "Instruction: {question}\nResponse:" and the answer, with id task/image/0 or 1.
 
-    Errors: ValueError for an image (its id in `images` is "task/image") that is not there, or without one question
-    whose answer is Yes and one whose answer is No.
+    Raises:
+      ValueError: an image (its id in `images` is "task/image") is not there, or has not one question whose answer is
+        Yes and one whose answer is No.
     """
     row_of = {identifier: row for row, identifier in enumerate(images.ids)}
     answers: dict[str, list[str]] = {}
@@ -114,9 +115,10 @@ def load_mme(
     once (image_checks.py; `cache` remembers the verdict). Some subtasks are enough: the report notes the others, and
     where a subtask has another number of images than the release, or images without questions.
 
-    Errors: ValueError for a folder that is no subtask (but eval_tool), and BadDataError listing every txt that is
-    malformed, with its line, and every missing or unreadable image; on_bad="drop" leaves those images out instead, with
-    both questions, which makes the scores those of another benchmark.
+    Raises:
+      BadDataError: a txt is malformed (its line is named), or an image is missing or unreadable; all are listed.
+        on_bad="drop" leaves those images out instead, with both questions: the scores are then another benchmark's.
+      ValueError: a folder is no subtask (but eval_tool).
     """
     check_on_bad(on_bad)
     root = pathlib.Path(root)

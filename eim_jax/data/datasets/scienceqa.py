@@ -64,7 +64,9 @@ def qa_split(
     """Returns one sample a problem, in order: `prompt` in the form, the image whose id is `problem.image`.
 
     The sample's caption, which CLIP.text reads for loss_IE, is the machine caption, or without one the question.
-    Errors: ValueError for an unknown form, an image that is not there, and repeated ids.
+
+    Raises:
+      ValueError: an unknown form, an image that is not there, or an id that stands twice.
     """
     row_of = {identifier: row for row, identifier in enumerate(images.ids)}
     samples = []
@@ -94,9 +96,11 @@ def load_scienceqa(
     val, test), and are decoded once (image_checks.py; `cache` remembers the verdict). Question, choices and answer are
     required; a problem without "image" is text only. captions.json is optional: it stands beside problems.json.
 
-    Errors: ValueError for files of another form (not UTF-8, not JSON, a key twice), an unknown split, an unknown form,
-    `use_caption` without captions; BadDataError listing every bad item: ids that problems.json does not have or that
-    are listed twice, wrong fields, missing or unreadable images. on_bad="drop" leaves these problems out instead.
+    Raises:
+      BadDataError: bad items, all listed: ids that problems.json does not have or that are listed twice, wrong fields,
+        missing or unreadable images. on_bad="drop" leaves these problems out instead.
+      ValueError: a file of another form (not UTF-8, not JSON, a key twice), an unknown split or form.
+      FileNotFoundError: a file is missing, captions.json among them where `use_caption` asks for it.
     """
     check_on_bad(on_bad)
     parse_form(form)

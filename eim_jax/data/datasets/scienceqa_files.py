@@ -25,8 +25,9 @@ def read_problems(root: str | os.PathLike[str], split: str) -> dict[str, Problem
 def read_object(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
     """Returns a JSON file's object; `what` says what the file is for.
 
-    Errors: FileNotFoundError, and ValueError for a file that is not UTF-8, not JSON, not an object, or where a key
-    stands twice (of which JSON readers silently keep the last).
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: it is not UTF-8, not JSON, not an object, or a key stands twice (JSON readers silently keep the last).
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

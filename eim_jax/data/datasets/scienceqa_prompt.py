@@ -14,8 +14,9 @@ class Problem:
     only. `grade` reads "grade3". `lecture` (general) and `solution` (of this question) explain the answer; `caption` is
     a machine's description of the image. What is unknown is None or "".
 
-    Errors: ValueError naming the id and the field: an empty question, fewer than 2 or more than 26 choices, an answer
-    that is none of them.
+    Raises:
+      ValueError: an empty question, fewer than 2 or more than 26 choices, or an answer that is none of them; id and
+        field are named.
     """
 
     id: str

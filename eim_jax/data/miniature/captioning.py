@@ -56,7 +56,10 @@ def load(split: str = "train", seed: int = 0, scenes: int | None = None) -> Mini
     Scene i is a function of (split, seed, i) alone, the same on every machine, so a smaller split is the start of a
     larger one. "train" never holds a HELD_OUT pair; of "val" and "test" every second scene (odd i) does, the others
     never.
-    Default sizes: SCENES. Errors: an unknown split, or fewer than one scene.
+    Default sizes: SCENES.
+
+    Raises:
+      ValueError: an unknown split, or fewer than one scene.
     """
     if split not in SCENES:
         raise ValueError(f"the miniature world has no split {split!r}: choose one of {', '.join(SCENES)}")
@@ -96,7 +99,9 @@ def attribute_counts(captions: Mapping[str, str], scenes: Mapping[str, Scene]) -
     """Returns what each caption {image id: text} names: {image id: {kind: (rightly named, named, there)}}.
 
     Kinds: shape_colour, shape, colour, and shape_colour again as "held_out" or "seen" by the scene's pairs.
-    Errors: a caption of an image that is not in `scenes`.
+
+    Raises:
+      ValueError: a caption is of an image that is not in `scenes`.
     """
     unknown = [name for name in captions if name not in scenes]
     if unknown:
@@ -124,7 +129,9 @@ def attribute_f1(captions: Mapping[str, str], scenes: Mapping[str, Scene]) -> di
     A (colour, shape) pair, a colour or a shape counts once a picture. Keys: shape_colour_{precision,recall,f1},
     shape_f1, colour_f1, and shape_colour_f1_{seen,held_out} over the scenes without and with a held-out pair (absent if
     there are none). Captions may leave things out, so true ones score a little below 1 (the references: 0.98).
-    Errors: a caption of an image that is not in `scenes`.
+
+    Raises:
+      ValueError: a caption is of an image that is not in `scenes`.
     """
     counts: dict[str, np.ndarray] = {}
     for of_one in attribute_counts(captions, scenes).values():

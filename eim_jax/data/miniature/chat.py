@@ -161,7 +161,10 @@ def load_chat(split: str = "train", seed: int = 0, samples: int | None = None) -
     """Returns `samples` instructions over a split's scenes (default: SAMPLES), about 70 % of them with a picture.
 
     Sample i is a function of (split, seed, i) alone and over scene i // 2 of miniature.load(split, seed). "train" names
-    a HELD_OUT pair nowhere. Errors: an unknown split, or fewer than one sample.
+    a HELD_OUT pair nowhere.
+
+    Raises:
+      ValueError: an unknown split, or fewer than one sample.
     """
     if split not in SAMPLES:
         raise ValueError(f"the miniature world has no split {split!r}: choose one of {', '.join(SAMPLES)}")
@@ -183,7 +186,10 @@ def load_yes_no(seed: int = 0, images: int = 50) -> YesNoSplit:
     """Returns the stand-in for MME: each of TASKS and REASONING over the first `images` test scenes that allow it.
 
     Two questions an image, one answered Yes and one No, in random order. Image ids are "task/captioning id", as those
-    of MME are "task/file", and one scene may serve several tasks. Errors: fewer than one image.
+    of MME are "task/file", and one scene may serve several tasks.
+
+    Raises:
+      ValueError: fewer than one image.
     """
     if images < 1:
         raise ValueError(f"each task needs at least one image, not {images}")

@@ -27,8 +27,10 @@ def load(
 
     Problem i is a function of (split, seed, i) alone and is over scene i // 2 of miniature.load(split, seed), so a
     smaller split is the start of a larger one. Only the scenes that some problem shows are among the images, under
-    their captioning ids. "train" names a HELD_OUT pair nowhere. Errors: an unknown split or form, or fewer than one
-    problem.
+    their captioning ids. "train" names a HELD_OUT pair nowhere.
+
+    Raises:
+      ValueError: an unknown split or form, or fewer than one problem.
     """
     if split not in PROBLEMS:
         raise ValueError(f"the miniature world has no split {split!r}: choose one of {', '.join(PROBLEMS)}")

@@ -229,8 +229,10 @@ _SCENE: dict[str, Callable[[Scene, Dice, Pairs], Asked | None]] = {
 def ask(family: str, scene: Scene, dice: Dice, avoid: Pairs = frozenset()) -> Asked | None:
     """Returns a question of the family about the scene, or None where the scene gives none.
 
-    Families of KNOWN do not look at the scene. No wrong answer pairs a colour and a shape of `avoid`. Errors: an
-    unknown family.
+    Families of KNOWN do not look at the scene. No wrong answer pairs a colour and a shape of `avoid`.
+
+    Raises:
+      ValueError: an unknown family.
     """
     if family in FACTS:
         return FACTS[family](dice)
