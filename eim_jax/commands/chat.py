@@ -20,14 +20,31 @@ HELP = "/image FILE shows another image, /text none, /new forgets the conversati
 
 
 def chat(config: Config, workdir: Path, arm: str, image: Path | None) -> None:
-    """Holds a conversation with a trained arm."""
+    """Holds a conversation with a trained arm.
+
+    Args:
+      config: the run's.
+      workdir: of the finished run.
+      arm: which of its arms.
+      image: what the conversation is about; None for no image.
+
+    Raises:
+      ConfigError: the image cannot be read, or a stage is not finished.
+    """
     check(image)
     inputs = load_finished(config, workdir)
     converse(inputs, *trained(inputs, arm), image)
 
 
 def converse(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None) -> None:
-    """Answers line after line, each after the turns before it if the model was trained so."""
+    """Answers line after line of the terminal, each after the turns before it if the model was trained so.
+
+    Args:
+      inputs: the run's.
+      vlm: the model.
+      params: its parameters.
+      image: the first one, None for none.
+    """
     inputs = replace(inputs, config=replace(inputs.config, decode=replace(inputs.config.decode, batch=1)))
     turns: list[tuple[str, str]] = []
     console.print(f"{'image ' + str(image) if image else 'no image'}. {HELP}", soft_wrap=True, markup=False)
@@ -55,7 +72,16 @@ def converse(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None) -> None
 
 
 def answer(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None, question: str, earlier=()) -> str:
-    """Returns the model's answer to one question, after (question, answer) turns."""
+    """Returns the model's answer to one question.
+
+    Args:
+      inputs: the run's.
+      vlm: the model.
+      params: its parameters.
+      image: what the question is about, None for no image.
+      question: in words.
+      earlier: the (question, answer) turns before it.
+    """
     names, shown = ([], [None]) if image is None else ([str(image)], [0])
     split = Split("chat", (), FileImages(Path(), names, names))
     seen = encode_images(inputs, vlm, params, split, shown, quiet=True)

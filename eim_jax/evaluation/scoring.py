@@ -59,7 +59,13 @@ def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Pa
 
 
 def settings_of(inputs: Inputs, method: str, test: Split) -> str:
-    """Returns what a score depends on besides the parameters, in words; it is stored with the score."""
+    """Returns what a score depends on besides the parameters, in words; it is stored with the score.
+
+    Args:
+      inputs: the run's.
+      method: of decoding.
+      test: the test split.
+    """
     decode, limit, task = inputs.config.decode, inputs.config.data.eval_limit, task_of(test)
     words = {
         "greedy": "greedy",
@@ -73,7 +79,13 @@ def settings_of(inputs: Inputs, method: str, test: Split) -> str:
 
 
 def read_scores(inputs: Inputs, directory: Path, test: Split) -> dict[str, dict] | None:
-    """Returns an arm's scores if they were computed with these settings on this test split, else None."""
+    """Returns an arm's scores if they were computed with these settings on this test split, else None.
+
+    Args:
+      inputs: the run's.
+      directory: the arm's.
+      test: the test split.
+    """
     path = directory / "scores_test.json"
     if not path.exists():
         return None
@@ -84,7 +96,12 @@ def read_scores(inputs: Inputs, directory: Path, test: Split) -> dict[str, dict]
 
 
 def write_items(path: Path, parts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Writes {decoding: {"ids": [...], metric key: rows}}, one metric a line."""
+    """Writes {decoding: {"ids": [...], metric key: rows}}, one metric a line.
+
+    Args:
+      path: of the file.
+      parts: what it holds.
+    """
     lines = [
         f"{json.dumps(method)}: {{\n"
         + ",\n".join(f"{json.dumps(key)}: {json.dumps(rows, separators=(',', ':'))}" for key, rows in found.items())

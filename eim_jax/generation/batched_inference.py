@@ -99,6 +99,12 @@ def _decode_whole(lm, params, groups, config: DecodeConfig, *, mesh: Mesh, **end
 def decoding(inputs: Inputs, vlm: VLM, method: str, read: int) -> DecodeConfig:
     """Returns the config's decoding after `read` tokens: fewer new ones than it allows where the LM's context ends.
 
+    Args:
+      inputs: the run's.
+      vlm: the model.
+      method: "greedy", "beam" or "nucleus".
+      read: tokens before the first new one.
+
     Raises:
       ConfigError: there is no room for one.
     """

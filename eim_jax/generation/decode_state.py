@@ -77,7 +77,13 @@ class State(NamedTuple):
 
 
 def stops(config: DecodeConfig, eos_id: int | None, period_id: int | None) -> tuple[int, ...]:
-    """Returns the tokens that end a text."""
+    """Returns the tokens that end a text.
+
+    Args:
+      config: says whether a period does.
+      eos_id: the end-of-text token, None for a model that has none.
+      period_id: the token of ".".
+    """
     ends = (eos_id, period_id if config.stop_at_period else None)
     return tuple(token for token in ends if token is not None)
 
@@ -113,6 +119,13 @@ def run(lm, params, embeds, positions, cache, steer, **valid):
 def prefill(lm, params, read: LMInput, room: int, mesh: Mesh | None) -> tuple[Float[Array, "b V"], Cache]:
     """Runs the LM over the whole prefix.
 
+    Args:
+      lm: the language model.
+      params: its parameters.
+      read: the prefix.
+      room: slots that the cache has beyond the prefix.
+      mesh: the cache is laid out over it, or None.
+
     Returns:
       the logits of the first new token, and a cache that holds the prefix and has `room` free slots.
     """
@@ -126,6 +139,13 @@ def prefill(lm, params, read: LMInput, room: int, mesh: Mesh | None) -> tuple[Fl
 
 def advance(lm, params, state: State, steer: Steering | None, mesh: Mesh | None) -> tuple[Float[Array, "r V"], State]:
     """Runs the LM over each row's newest token.
+
+    Args:
+      lm: the language model.
+      params: its parameters.
+      state: of the rows.
+      steer: what an adapter adds inside the blocks, None for nothing.
+      mesh: the cache is laid out over it, or None.
 
     Returns:
       the logits of the next token, and the state with that token's keys and values in its cache.
@@ -143,7 +163,13 @@ def ended(token: Int[Array, "r"], stops: Sequence[int]) -> Bool[Array, "r"]:
 
 
 def loop(step, state: State, max_tokens: int) -> State:
-    """Repeats `step` until all rows have ended or are full."""
+    """Repeats `step` until all rows have ended or hold `max_tokens` tokens.
+
+    Args:
+      step: state -> state with one token more.
+      state: before the first step.
+      max_tokens: most tokens generated for a row.
+    """
     return jax.lax.while_loop(lambda s: (s.step < max_tokens) & ~jnp.all(s.done), step, state)
 
 
@@ -197,11 +223,17 @@ def nucleus(logits: Float[Array, "b V"], top_p: float, temperature: float) -> Fl
 
     Tokens exactly as probable as the last one of them stay too; the most probable one always does (Holtzman et al.
     2020, section 3.1).
+
+    Args:
+      logits: of the next token.
+      top_p: the mass that is kept, 0 to 1.
+      temperature: above 1 flattens, below 1 sharpens.
     """
     logits = logits / temperature
     mass = jax.nn.softmax(logits, axis=-1)
-    # Non-negative floats are ordered as their bits are: 31 halvings find the exact least probability that stays. A sort
-    # of the vocabulary gives the same and takes longer than the model on a CPU.
+    # Non-negative floats have the order of their bit patterns read as integers, so 31 halvings of the range of integers
+    # find the least probability that stays, exactly. Sorting the vocabulary gives the same, but on a CPU it takes longer
+    # than the model.
     bits = jax.lax.bitcast_convert_type(mass.astype(jnp.float32), jnp.int32)
 
     def halve(_, bounds):

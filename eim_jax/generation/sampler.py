@@ -95,6 +95,12 @@ def continue_text(
 def check(lm: nn.Module, config: DecodeConfig, prefix: int, period_id: int | None) -> None:
     """Checks that `prefix` tokens and the new ones fit the LM's context.
 
+    Args:
+      lm: the language model.
+      config: the decoding.
+      prefix: tokens before the first new one.
+      period_id: the token of ".", None where it is unknown.
+
     Raises:
       ValueError: they do not, or stop_at_period is asked for and the period's token is unknown.
     """

@@ -79,7 +79,12 @@ def tokenise_java(captions: Sequence[str], java: str) -> list[str]:
 
 
 def meteor(references: Tokenised, results: Tokenised, java: str) -> float:
-    """Returns METEOR 1.5 by the reference jar; both arguments tokenised, with the same keys, one result a key.
+    """Returns METEOR 1.5 by the reference jar.
+
+    Args:
+      references: tokenised, of each key.
+      results: tokenised, one a key.
+      java: the Java executable.
 
     Raises:
       RuntimeError: the jar failed.
@@ -109,7 +114,12 @@ def meteor(references: Tokenised, results: Tokenised, java: str) -> float:
 
 
 def spice(references: Tokenised, results: Tokenised, java: str) -> float:
-    """Returns SPICE 1.0 by the reference jar; arguments as for meteor.
+    """Returns SPICE 1.0 by the reference jar.
+
+    Args:
+      references: tokenised, of each key.
+      results: tokenised, one a key.
+      java: the Java executable.
 
     Raises:
       RuntimeError: the jar failed.

@@ -110,6 +110,14 @@ class Options(Questions):
 def question(id: str, image, words: str, context: str, options: tuple[str, ...], answer: int) -> Item:
     """Returns a question with options as the page shows it; where they are yes and no, by its truth alone.
 
+    Args:
+      id: of the sample.
+      image: as `Item.image`.
+      words: the question.
+      context: what belongs to it, "" for nothing.
+      options: to choose from.
+      answer: the index of the right one.
+
     Raises:
       ValueError: `answer` is the index of none of them.
     """
@@ -122,7 +130,15 @@ def question(id: str, image, words: str, context: str, options: tuple[str, ...],
 
 
 def likeliest_options(inputs: Inputs, vlm: VLM, params: Flat, split: QASplit, visual: VisualTokens) -> dict[str, int]:
-    """Returns each question's option whose answer sentence, "The answer is X.", is the most probable."""
+    """Returns each question's option whose answer sentence, "The answer is X.", is the most probable.
+
+    Args:
+      inputs: the run's.
+      vlm: the model.
+      params: its parameters.
+      split: the questions.
+      visual: of their images.
+    """
     samples, owners = [], []
     for sample in split.samples:
         for k in range(len(split.problems[sample.id].choices)):

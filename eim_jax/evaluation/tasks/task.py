@@ -144,7 +144,14 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def predict(self, inputs: Inputs, vlm: VLM, params: Flat, asked: Asked) -> Predicted:
-        """Returns what the model says whatever the decoding; the texts themselves are the caller's to generate."""
+        """Returns what the model says whatever the decoding; the texts themselves are the caller's to generate.
+
+        Args:
+          inputs: the run's.
+          vlm: the model.
+          params: its parameters.
+          asked: what is asked.
+        """
 
     # What its texts are worth.
 
@@ -152,7 +159,15 @@ class Task(abc.ABC):
     def record(
         self, inputs: Inputs, asked: Asked, predicted: Predicted, outputs: Mapping[str, str], method: str
     ) -> Any:
-        """Returns the content of predictions_test.json: the texts of one decoding method."""
+        """Returns the content of predictions_test.json: the texts of one decoding method.
+
+        Args:
+          inputs: the run's.
+          asked: what was asked.
+          predicted: what the model said whatever the decoding.
+          outputs: the texts by id, in the order of `asked.ids`.
+          method: "greedy", "beam" or "nucleus".
+        """
 
     @abc.abstractmethod
     def score(
@@ -199,7 +214,13 @@ class Task(abc.ABC):
 
 
 def measured(task: Task, asked: Asked, outputs: Mapping[str, str]) -> Scored:
-    """Returns the scores and rows of every metric of METRICS that names the task and measures texts by itself."""
+    """Returns the scores and rows of every metric of METRICS that names the task and measures texts by itself.
+
+    Args:
+      task: the split's.
+      asked: what was asked.
+      outputs: the texts by id, in the order of `asked.ids`.
+    """
     scores, rows = {}, {}
     for metric in METRICS.values():
         if isinstance(metric, Metric) and metric.measure is not None and task.name in metric.tasks:
