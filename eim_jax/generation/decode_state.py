@@ -231,9 +231,9 @@ def nucleus(logits: Float[Array, "b V"], top_p: float, temperature: float) -> Fl
     """
     logits = logits / temperature
     mass = jax.nn.softmax(logits, axis=-1)
-    # Non-negative floats have the order of their bit patterns read as integers, so 31 halvings of the range of integers
-    # find the least probability that stays, exactly. Sorting the vocabulary gives the same, but on a CPU it takes longer
-    # than the model.
+    # Non-negative floats have the order of their bit patterns read as integers, so 31 halvings of the integers' range
+    # find the least probability that stays, exactly. A sort of the vocabulary gives the same, but takes longer than the
+    # model on a CPU.
     bits = jax.lax.bitcast_convert_type(mass.astype(jnp.float32), jnp.int32)
 
     def halve(_, bounds):
