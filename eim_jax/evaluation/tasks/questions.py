@@ -99,7 +99,13 @@ class Questions(Task):
         asked = self.ask(split, limit)
         references = self.references(asked)
         return [
-            Item(sample.id, picture_of(split, sample), sample.instruction, truth=" / ".join(references[sample.id]))
+            Item(
+                sample.id,
+                picture_of(split, sample),
+                sample.instruction,
+                truth=" / ".join(references[sample.id]),
+                accepted=tuple(references[sample.id]),
+            )
             for sample in asked.split.samples
         ]
 
@@ -110,7 +116,7 @@ class Questions(Task):
     def read(self, item: Item, predictions: Predictions) -> Reading:
         """Takes the text as it is."""
         text = predictions.outputs[item.id]
-        return Reading(text.strip(), self.right(text, item.truth.split(" / ")))
+        return Reading(text.strip(), self.right(text, item.accepted))
 
 
 def response_likelihoods(

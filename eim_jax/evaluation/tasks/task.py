@@ -79,7 +79,8 @@ class Item:
       question: in words.
       context: what belongs to it, "" for nothing.
       options: to choose from, shown with the right one marked; () for none.
-      truth: the right answer, where no option is marked.
+      truth: the right answer in words, where no option is marked.
+      accepted: the texts that are right, for tasks that compare texts.
     """
 
     id: str
@@ -88,6 +89,7 @@ class Item:
     context: str = ""
     options: tuple[Option, ...] = ()
     truth: str = ""
+    accepted: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
