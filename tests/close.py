@@ -6,8 +6,15 @@ the result: an element near zero is a sum whose terms cancel, so its error is as
 `off` counts in units of that size; 1e-5 is 84 eps: a few layers of sums of some tens to thousands of terms.
 """
 
+import os
+
 import jax
 import numpy as np
+import pytest
+
+NEEDS_FLOAT16 = pytest.mark.skipif(
+    "xla_cpu_max_isa=SSE4_2" in os.environ.get("XLA_FLAGS", ""), reason="XLA compiles no float16 for SSE4.2"
+)
 
 
 def size_of(*arrays) -> float:

@@ -23,7 +23,7 @@ _context.set_forkserver_preload(
 
 def _become(flags, environment, output):
     """What `python -m eim_jax.main FLAGS >output 2>&1` does, imports aside."""
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.chdir(ROOT)

@@ -6,10 +6,9 @@ import pathlib
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
+import mains
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -47,12 +46,8 @@ class Run:
             fields |= {f"stages.{name}.steps": steps, f"stages.{name}.warmup_steps": 2, f"stages.{name}.batch": 16}
         config = [f"--config={ROOT / 'configs' / config}.py", f"--workdir={workdir}", f"--mode={mode}"]
         flags = [f"--config.{field}={value}" for field, value in fields.items()]
-        environment = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
-        }
-        self.processes, self.outputs = [], []
+        devices = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        self.processes = []
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -60,20 +55,10 @@ class Run:
             place = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={processes}", f"--process_id={i}"]
             place = [*place, f"--heartbeat={HEARTBEAT}"] if processes > 1 else []
             output = self.workdir.with_name(f"{self.workdir.name}-{mode}-{time.monotonic_ns()}-{i}.txt")
-            with output.open("w") as file:
-                self.processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "eim_jax.main", *config, *flags, *place, *more],
-                        cwd=ROOT,
-                        env=environment,
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                    )
-                )
-            self.outputs.append(output)
+            self.processes.append(mains.Main([*config, *flags, *place, *more], output, XLA_FLAGS=devices))
 
     def said(self, i):
-        return self.outputs[i].read_text()
+        return self.processes[i].said()
 
     def ended(self):
         """Each process's exit code."""
@@ -159,7 +144,7 @@ def stopped(runs):
     """Four processes of two devices, one of which got SIGTERM in the last stage."""
     run = Run(runs / "stopped", 4, 2)
     run.until(lambda: (2, 1) in losses(run.workdir))
-    run.processes[2].send_signal(signal.SIGTERM)
+    run.processes[2].signal(signal.SIGTERM)
     run.codes = run.ended()
     return run
 

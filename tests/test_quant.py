@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from close import assert_close
+from close import NEEDS_FLOAT16, assert_close
 from flax import linen as nn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -74,7 +74,7 @@ def test_leaves_are_the_definition_in_float64(shape):
     assert_close(dequantise(leaves), NF4[codes] * np.repeat(scales, 64, 0), 1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float16, marks=NEEDS_FLOAT16), jnp.bfloat16])
 def test_numpy_in_chunks_jax_and_a_stack_under_vmap_make_the_same_codes(dtype, monkeypatch):
     monkeypatch.setattr("eim_jax.models.quant._CHUNK", 64 * 96 * 3)  # three blocks a chunk of seven
     kernels = gaussian(2, 448, 96).astype(dtype)

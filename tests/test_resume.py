@@ -1,13 +1,11 @@
 """An interrupted run is the uninterrupted one, bit for bit: real processes, killed in every stage and in mid-save."""
 
 import json
-import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
 
+import mains
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -35,28 +33,11 @@ def command(workdir, *more):
     for name in ("st", "lm", "ie"):
         fields |= {f"stages.{name}.steps": STEPS, f"stages.{name}.warmup_steps": 2, f"stages.{name}.batch": 20}
     flags = [f"--config.{field}={value}" for field, value in fields.items()]
-    config = f"--config={ROOT / 'configs/miniature.py'}"
-    return [sys.executable, "-m", "eim_jax.main", config, f"--workdir={workdir}", *flags, *more]
+    return [f"--config={ROOT / 'configs/miniature.py'}", f"--workdir={workdir}", *flags, *more]
 
 
 def start(workdir, *more):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen(
-        command(workdir, *more),
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def wait_until(process, condition):
-    """Polls until the condition holds; a process that ends before is a failure that shows its output."""
-    while not condition():
-        if process.poll() is not None:
-            pytest.fail(f"the run ended before the moment to kill it:\n{process.stdout.read()[-3000:]}")
-        time.sleep(0.002)
+    return mains.Main(command(workdir, *more), workdir.with_name(f"{time.monotonic_ns()}.txt"))
 
 
 def steps_done(workdir):
@@ -71,9 +52,8 @@ def saving(workdir, stage):
 
 def finish(workdir, *more):
     process = start(workdir, *more)
-    output, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, output[-3000:]
-    return output
+    assert process.wait() == 0, process.said()[-3000:]
+    return process.said()
 
 
 def results(workdir):
@@ -92,23 +72,20 @@ def test_runs_killed_in_every_stage_and_in_mid_save_end_bit_identical(tmp_path):
     finish(whole)
 
     first = start(broken)  # kill -9 in the first stage, between checkpoints
-    wait_until(first, lambda: (0, 3) in steps_done(broken))
+    first.until(lambda: (0, 3) in steps_done(broken))
     first.kill()
-    first.wait()
 
     second = start(broken)  # kill -9 while the second stage is being saved
-    wait_until(second, lambda: saving(broken, "1-lm"))
+    second.until(lambda: saving(broken, "1-lm"))
     second.kill()
-    second.wait()
     assert saving(broken, "1-lm")  # the kill came before the save was whole
     assert (broken / "eim/checkpoints/0-st/result").exists()
 
     third = start(broken)  # SIGTERM in the last stage: saved at once, and says so
-    wait_until(third, lambda: (2, 3) in steps_done(broken))
-    third.send_signal(signal.SIGTERM)
-    output, _ = third.communicate(timeout=300)
-    assert "the same command continues" in output
-    assert third.returncode not in (0, -signal.SIGTERM)
+    third.until(lambda: (2, 3) in steps_done(broken))
+    third.signal(signal.SIGTERM)
+    assert third.wait() not in (0, -signal.SIGTERM)
+    assert "the same command continues" in third.said()
 
     output = finish(broken)
     assert "st: already trained" in output and "lm: already trained" in output
@@ -131,15 +108,10 @@ def test_runs_killed_in_every_stage_and_in_mid_save_end_bit_identical(tmp_path):
 
     # The finished workdir refuses another run's config, by field, and accepts other decoding.
     refused = start(broken, "--config.stages.ie.lr=0.5")
-    output, _ = refused.communicate(timeout=200)
-    assert refused.returncode != 0 and "stages.ie.lr: 0.001 in the workdir, 0.5 asked for" in output.replace("\n", " ")
-    again = subprocess.run(
-        [sys.executable, "-m", "eim_jax.main", f"--workdir={broken}", "--mode=eval", "--config.decode.max_tokens=4"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert "captions by greedy" in again.stdout, again.stdout[-2000:] + again.stderr[-2000:]
+    assert refused.wait() != 0
+    assert "stages.ie.lr: 0.001 in the workdir, 0.5 asked for" in refused.said().replace("\n", " ")
+    flags = [f"--workdir={broken}", "--mode=eval", "--config.decode.max_tokens=4"]
+    _, output = mains.run(flags, tmp_path / "again.txt")
+    assert "captions by greedy" in output, output[-2000:]
     scores = json.loads((broken / "eim" / "scores_test.json").read_text())
     assert "at most 4 tokens" in scores["greedy"]["notes"]["decoding"]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from close import assert_close
+from close import NEEDS_FLOAT16, assert_close
 from flax.traverse_util import flatten_dict
 from llama_oracle import random_params, stacked, tokens_of
 from safetensors.numpy import load_file, save_file
@@ -152,7 +152,10 @@ def test_missing_unexpected_and_misshapen_keys_are_named_and_buffers_ignored(wri
     assert "inv_freq" not in message
 
 
-@pytest.mark.parametrize("kind", [ml_dtypes.bfloat16, np.float16], ids=["bfloat16", "float16"])
+HALVES = [ml_dtypes.bfloat16, pytest.param(np.float16, marks=NEEDS_FLOAT16)]
+
+
+@pytest.mark.parametrize("kind", HALVES, ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("scan", [False, True])
 def test_half_precision_files_load_as_they_are_and_widened(lm, written, kind, scan):
     def lower(tensors):
