@@ -40,7 +40,7 @@ exhaustive: .venv/test$(EXTRAS)
 
 # What is compared in numbers, as processors with other vector instructions compute it (tests/close.py).
 ISA ?= AVX2
-NUMERIC := $(addprefix tests/test_,$(addsuffix .py,decode losses xent dense connector fold llama))
+NUMERIC := $(addprefix tests/test_,$(addsuffix .py,decode xent dense connector fold))
 isa: .venv/test$(EXTRAS)
 	XLA_FLAGS="$(QUICK) --xla_cpu_max_isa=$(ISA)" $(BIN)/python -m pytest -n 2 --dist loadfile $(NUMERIC)
 
