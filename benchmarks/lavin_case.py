@@ -70,7 +70,7 @@ def lavin_case(
     scan: bool = True,
     attention: str = "softmax",
 ) -> Case:
-    """Returns the step of LaVIN's `stage` with abstract arguments, as eim_jax.training.arms would build it."""
+    """Returns the step of LaVIN's `stage` with abstract arguments, as eim_jax.training.assembly would build it."""
     router = Router(temperature=size.temperature)
     form = {"scan": scan, "remat": remat, "dtype": jnp.dtype(dtype), "attention": attention}
     vision = dataclasses.replace(size.visual, adapter=router, **form)
@@ -98,7 +98,7 @@ def visual_tokens(vlm: VLM) -> int:
 
 def text_slots(vlm: VLM, stage: Stage, size: Size) -> int:
     """Slots left for the text: loss_base's rows hold both markers, one of them hidden (vlm.lm_input)."""
-    if not stage.losses.base:
+    if "base" not in stage.losses:
         return size.length - 1
     return size.length - 1 - len(WITH_IMAGE) - len(WITHOUT_IMAGE) - visual_tokens(vlm)
 
@@ -114,7 +114,7 @@ def flops(case: Case, length: int) -> dict[str, float]:
     c, v, rows, losses = case.vlm.lm.config, case.vlm.visual.config, case.stage.batch, case.stage.losses
     st = case.vlm.st.config
     mapped = 2 * rows * visual_tokens(case.vlm) * st.hidden_width * (st.width_in + st.width_out)
-    if losses.st:
+    if "st" in losses:
         return {"forward": mapped, "backward": 2 * mapped, "recomputed": 0}
 
     def tower(width, inner, mlp, maps, layers, slots, remat):
@@ -125,7 +125,7 @@ def flops(case: Case, length: int) -> dict[str, float]:
 
     query = c.heads * c.head_width
     forward, backward, again = tower(c.width, (query, c.kv_heads * c.head_width), c.mlp, 3, c.layers, length, c.remat)
-    if losses.lm:
+    if "lm" in losses:
         return {"forward": forward, "backward": backward, "recomputed": again}
     head = 2 * rows * case.arguments[3].tokens.shape[1] * c.width * c.vocab
     forward, backward = forward + head + mapped, backward + head + 2 * mapped

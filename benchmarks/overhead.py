@@ -24,7 +24,8 @@ from step_case import Updates
 from timing import Side, measure
 
 from eim_jax.config import from_config_dict
-from eim_jax.losses import next_token, objectives
+from eim_jax.losses import next_token, objective
+from eim_jax.losses.table import queues_of
 from eim_jax.parallel.sharding import make_mesh
 from eim_jax.planning.flops import work
 from eim_jax.planning.plan import placed, stage_program
@@ -120,13 +121,11 @@ def once(inputs, vlm, config, arm: str) -> float:
     params = partition.unflatten(flat)
     chosen = [config.stages[name] for name in config.arm[arm].sequence]
     total, c = 0.0, vlm.visual.config
-    for kind in {kind for stage in chosen for kind in objectives.queue_kinds(stage)}:
-        encode, _ = objectives.encoder(vlm, kind, config.losses)
-        length = vlm.text.config.context if kind == "caption" else config.data.max_tokens
-        tokens, valid = (jax.ShapeDtypeStruct((1, length), dtype) for dtype in (jnp.int32, jnp.bool_))
-        total += work(jax.make_jaxpr(encode)(params, (tokens, valid))).flops * len(inputs.train)
+    for kind in queues_of(*chosen):
+        encode = functools.partial(kind.encode, vlm)
+        total += work(jax.make_jaxpr(encode)(params, kind.source.row(inputs))).flops * len(inputs.train)
     if any(
-        "image" in objectives.fields(stage, config.losses) and reads_features(inputs, stage, flat) for stage in chosen
+        "image" in objective.fields(stage, config.losses) and reads_features(inputs, stage, flat) for stage in chosen
     ):
         image = jax.ShapeDtypeStruct((1, c.image_size, c.image_size, 3), jnp.uint8)
         total += work(jax.make_jaxpr(vlm.encode_image)(params, image)).flops * len(inputs.train.images)

@@ -1,4 +1,4 @@
-"""A stage's step as eim_jax.training.arms builds it, from shapes alone, and random arguments for it on the device."""
+"""A stage's step as eim_jax.training.assembly builds it, from shapes alone, and random arguments for it."""
 
 import functools
 import math
@@ -9,17 +9,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eim_jax.config import Losses, Stage
-from eim_jax.losses import objectives
+from eim_jax import pretrained
+from eim_jax.config import Config, Data, Losses, Stage
+from eim_jax.losses import objective
+from eim_jax.losses.kinds import QueueKind
 from eim_jax.losses.queues import Queue
 from eim_jax.models.batch import Batch
 from eim_jax.models.quant import NF4_SCALES
 from eim_jax.models.vlm import VLM
 from eim_jax.training import partition
-from eim_jax.training.step import make_step
+from eim_jax.training.assembly import assemble
 
 BLOCK = 1 << 20  # keys drawn at a time
-WIDTH_OF = {"caption": lambda vlm: vlm.visual.config.joint}  # of a queue's keys; the others' is the LM's
 
 
 class Case(NamedTuple):
@@ -39,30 +40,36 @@ def make_case(vlm: VLM, stage: Stage, *, ever: tuple[str, ...], text: int, sampl
     is the number of text slots, `samples` that of the queues' rows.
     """
     params = parameters(vlm, ever)
-    found = partition.groups(stage, params)
-    owned = {path for group in found for path in group.paths}
-    trained, frozen = ({p: leaf for p, leaf in params.items() if (p in owned) == kept} for kept in (True, False))
-    tx = partition.optimizer(stage, found, params, stage.steps)
-    queues = {}
-    for kind in objectives.queue_kinds(stage):
-        width = WIDTH_OF.get(kind, lambda vlm: vlm.lm.config.width)(vlm)
-        queues[kind] = jax.eval_shape(functools.partial(_zeros, samples, width, vlm.lm.config.dtype))
-    objective = objectives.objective(vlm, stage, Losses())
-    step = jax.jit(make_step(vlm, stage, objective, tx, vlm.dropout > 0), donate_argnums=(0, 1))
+    made = assemble(vlm, stage, Losses(), params, stage.steps, functools.partial(_queue, vlm, params, samples, text))
     arguments = (
-        trained,
-        jax.eval_shape(tx.init, {**trained, **frozen}),
-        frozen,
+        made.trained,
+        made.opt_state,
+        made.frozen,
         batch_of(vlm, stage, params, text),
-        queues,
+        made.queues,
         jax.eval_shape(lambda: jax.random.key(0, impl="rbg")),
         jax.ShapeDtypeStruct((), jnp.int32),
     )
-    return Case(vlm, stage, step, arguments, tx)
+    return Case(vlm, stage, made.step, arguments, made.tx)
 
 
-def _zeros(samples: int, width: int, dtype) -> Queue:
-    return Queue(jnp.zeros((samples, width), dtype), jnp.zeros(samples, jnp.int32), samples)
+class _Sizes(NamedTuple):
+    """What a queue's source asks of a run's inputs to tell one row's shape."""
+
+    clip: object
+    config: object
+
+
+def _queue(vlm: VLM, params: dict, samples: int, text: int, kind: QueueKind) -> Queue:
+    """The queue's shape, in the LM's dtype."""
+    clip = pretrained.CLIP(vlm.visual.config, vlm.text.config, {})
+    row = kind.source.row(_Sizes(clip, Config(data=Data(max_tokens=text))))
+
+    def make(params, row):
+        width = kind.encode(vlm, params, row).shape[1]
+        return Queue(jnp.zeros((samples, width), vlm.lm.config.dtype), jnp.zeros(samples, jnp.int32), samples)
+
+    return jax.eval_shape(make, partition.unflatten(params), row)
 
 
 def parameters(vlm: VLM, ever: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -94,7 +101,7 @@ def batch_of(vlm: VLM, stage: Stage, params: dict, text: int) -> Batch:
     kinds |= {name: jax.ShapeDtypeStruct((b,), jnp.int32) for name in ("index",)}
     kinds |= {"has_image": jax.ShapeDtypeStruct((b,), jnp.bool_), "image": image}
     kinds["tokens"] = jax.ShapeDtypeStruct((b, text), jnp.int32)
-    needed = objectives.fields(stage, Losses())
+    needed = objective.fields(stage, Losses())
     if "image" in needed and not trains_visual(stage):
         visual = {path: leaf for path, leaf in params.items() if path.startswith("visual/")}
         seen = jax.eval_shape(lambda flat, x: vlm.encode_image(partition.unflatten(flat), x), visual, image)

@@ -197,6 +197,8 @@ def _arm(config: settings.Config) -> str:
 
 def _define_config(argv: list[str]) -> None:
     """--config is a file; without it, the config of the workdir's run, whose fields can be overridden all the same."""
+    from eim_jax.losses import table  # noqa: F401 a config names a weight for each loss of this table
+
     workdir = _given(argv, "workdir")
     saved = settings.read_saved(Path(workdir)) if workdir and _given(argv, "config") is None else None
     if saved is not None:

@@ -27,6 +27,7 @@ from configs import (
 )
 from eim_jax.config import Arm, Config, Stage, deciding, flatten, from_config_dict
 from eim_jax.data import datasets
+from eim_jax.losses.table import weights
 
 SCALES = ("miniature", "full")
 BUDGETS = ("steps", "time", "paper")
@@ -148,7 +149,6 @@ def hash_of(config: Config, arm: str) -> str:
     plain |= {f"arm.{arm}.{name}": value for name, value in vars(Arm()).items()}
     for stage in config.arm[arm].sequence:
         plain |= {f"stages.{stage}.{name}": value for name, value in vars(Stage()).items()}
-        plain |= {f"stages.{stage}.losses.{name}": value for name, value in vars(Stage().losses).items()}
     kept = {name: value for name, value in kept.items() if name not in plain or plain[name] != value}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -159,7 +159,7 @@ def share(config: Config, stage: str) -> float:
     The paper gives every stage the same epochs; loss_ST and loss_LM are down within a hundred steps (README), and a
     budget that is equal for all rows would otherwise halve what a row trains on loss_base.
     """
-    return 1.0 if config.stages[stage].losses.base else 0.25
+    return 1.0 if "base" in weights(config.stages[stage]) else 0.25
 
 
 def cell(row: Row, scale: str, seed: int, budget: str = "steps", pace: float = 1.0) -> Cell:
@@ -176,7 +176,7 @@ def cell(row: Row, scale: str, seed: int, budget: str = "steps", pace: float = 1
         rates = family.rates[scale]
         rate = rates.get(config.arm[row.arm].features, rates["*"])
         for stage in config.arm[row.arm].sequence:
-            if config.stages[stage].losses.base:
+            if "base" in weights(config.stages[stage]):
                 overrides.setdefault(f"stages.{stage}.lr", rate)
         config = resolve(module, overrides)
     if budget != "paper":

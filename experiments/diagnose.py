@@ -22,7 +22,9 @@ from eim_jax.config import LossWeights, Stage, read_saved
 from eim_jax.data import loader, tokenize
 from eim_jax.data.datasets import load_split
 from eim_jax.data.samples import Split
-from eim_jax.losses import objectives
+from eim_jax.losses.kinds import ContrastiveLoss, Forward
+from eim_jax.losses.objective import make_objective, normalisers
+from eim_jax.losses.table import losses_of, queues_of
 from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
 from eim_jax.training import partition
@@ -55,28 +57,28 @@ def diagnose(inputs: Inputs, arm: str, test: Split) -> list[dict]:
     """One record for the start and each stage: "after", "perplexity", "integration", "queries" {loss: ...},
     "cosines" {pair: ...}."""
     sequence = [inputs.config.stages[name] for name in inputs.config.arm[arm].sequence]
-    names = [name for name in objectives.LOSSES if any(name in objectives.weights(stage) for stage in sequence)]
+    losses = losses_of(*sequence)
+    names = [loss.name for loss in losses]
     every = tuple(dict.fromkeys(pattern for stage in sequence for pattern, _ in partition.patterns(stage)))
     found = []
     for after, vlm, params in after_stages(inputs, arm):
         if not found:  # compiled once for all stages
             batch, quiet = _batch(inputs, vlm), _texts(inputs, vlm, test)
-            kinds = [objectives.LOSSES[name].queue for name in names if objectives.LOSSES[name].queue]
-            queues = {kind: inputs.queue(vlm, kind) for kind in kinds}
+            queues = {kind.name: inputs.queue(vlm, kind) for kind in queues_of(*sequence)}
             train = {name: Stage(train=every, losses=LossWeights(**{name: 1.0}), batch=ROWS) for name in names}
             gradients = {name: gradient(inputs, vlm, stage) for name, stage in train.items()}
             base = Stage(train=every, losses=LossWeights(base=1.0), batch=ROWS)
             nats = jax.jit(objective(inputs, vlm, base))
-            contrasts = [name for name in names if name != "base"]
-            asked = {name: jax.jit(functools.partial(query, inputs, vlm, name)) for name in contrasts}
+            contrasts = [loss for loss in losses if loss.queue is not None]
+            asked = {loss: jax.jit(functools.partial(query, inputs, vlm, loss)) for loss in contrasts}
         trained, frozen = partition.split(params, partition.groups(base, params))
         slopes = {name: slope(trained, frozen, batch, queues) for name, slope in gradients.items()}
         cosines = {f"{a}·{b}": cosine(slopes[a], slopes[b]) for a, b in itertools.combinations(names, 2)}
         spreads = {}
-        for name, ask in asked.items():
-            rows = np.ones(len(batch.index), bool) if name == "lm" else np.asarray(batch.has_image)
-            keys = np.asarray(queues[objectives.LOSSES[name].queue].keys[batch.index])
-            spreads[name] = spread(np.asarray(ask(params, batch))[rows], keys[rows])
+        for loss, ask in asked.items():
+            rows = np.asarray(batch.has_image) if loss.needs_image else np.ones(len(batch.index), bool)
+            keys = np.asarray(queues[loss.queue.name].keys[batch.index])
+            spreads[loss.name] = spread(np.asarray(ask(params, batch))[rows], keys[rows])
         found.append(
             {
                 "after": after,
@@ -91,10 +93,10 @@ def diagnose(inputs: Inputs, arm: str, test: Split) -> list[dict]:
 
 def objective(inputs: Inputs, vlm: VLM, stage: Stage) -> Callable[[Flat, Batch, dict], jax.Array]:
     """(parameters, batch, queues) -> the stage's loss, without dropout."""
-    loss = objectives.objective(vlm, stage, inputs.config.losses, inputs.mesh)
+    loss = make_objective(vlm, stage, inputs.config.losses, inputs.mesh)
 
     def of(params: Flat, batch: Batch, queues: dict) -> jax.Array:
-        return loss(partition.unflatten(params), batch, queues, objectives.normalisers(vlm, stage, batch), None)[0]
+        return loss(partition.unflatten(params), batch, queues, normalisers(vlm, stage, batch), None)[0]
 
     return of
 
@@ -114,11 +116,9 @@ def cosine(a: Flat, b: Flat) -> float | None:
     return float(x @ y / (np.linalg.norm(x) * np.linalg.norm(y)))
 
 
-def query(inputs: Inputs, vlm: VLM, name: str, params: Flat, batch: Batch) -> jax.Array:
+def query(inputs: Inputs, vlm: VLM, loss: ContrastiveLoss, params: Flat, batch: Batch) -> jax.Array:
     """The queries [b D] of a loss."""
-    tree = partition.unflatten(params)
-    seen = vlm.encode_image(tree, batch.image)
-    return objectives.query(vlm, inputs.config.losses, name, tree, batch, seen, vlm.connect(tree, seen))
+    return loss.query(Forward(vlm, inputs.config.losses, partition.unflatten(params), batch))
 
 
 def spread(found: np.ndarray, keys: np.ndarray) -> dict[str, float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from eim_jax.evaluation.metrics import metric_of
 from eim_jax.evaluation.metrics.metric import Metric
+from eim_jax.losses.table import title_of
 from eim_jax.reporting.charts import Line, panel
 from eim_jax.utils.console import duration
 from experiments import results, training_efficiency
@@ -132,14 +133,13 @@ def charts(table: Table, found: Found) -> list[dict[str, str]]:
 
 def _charted(key: str) -> tuple[str, str] | None:
     """Title and unit of a curve's chart; None: it has none."""
-    names = {"base": "loss_base", "ie": "loss_IE", "st": "loss_ST", "lm": "loss_LM"}
     match key.split("/"):
         case ["loss", name]:
-            return names[name], "nats"
+            return title_of(name), "nats"
         case ["queue", name, "recall1"]:
-            return f"{names[name]}: recall@1", "share of queries"
+            return f"{title_of(name)}: recall@1", "share of queries"
         case ["queue", name, "effective"]:
-            return f"{names[name]}: effective negatives", "keys"
+            return f"{title_of(name)}: effective negatives", "keys"
     return None
 
 

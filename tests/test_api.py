@@ -15,7 +15,8 @@ from eim_jax import config as settings
 from eim_jax.commands import caption, chat
 from eim_jax.config import ConfigError
 from eim_jax.data.datasets import load_split
-from eim_jax.training import arms, setup
+from eim_jax.training import setup
+from eim_jax.training.arm import run_arm
 from eim_jax.utils.files import write_json
 
 
@@ -30,7 +31,7 @@ def finished(tmp_path_factory):
     )
     inputs = setup.load(config, workdir)
     write_json(workdir / "run.json", {"config": settings.as_dict(config), "identity": inputs.identity()})
-    arms.run_arm(inputs, "baseline")
+    run_arm(inputs, "baseline")
     test = load_split(config, "test", workdir)
     files = [workdir / f"{row}.png" for row in range(3)]
     for row, file in enumerate(files):

@@ -1,8 +1,6 @@
 """Configs: every shipped one builds, overrides arrive, mistakes are named, a workdir knows its own."""
 
-import dataclasses
 import importlib
-import json
 from pathlib import Path
 
 import mains
@@ -11,7 +9,6 @@ import pytest
 from eim_jax import config as settings
 from eim_jax import main
 from eim_jax.config import Arm, Config, ConfigError, LossWeights, Stage
-from eim_jax.data import datasets
 from eim_jax.training import kinds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -155,27 +152,4 @@ def test_conversations_have_no_validation_questions():
 
 def test_distillation_is_a_matter_of_angles():
     with pytest.raises(ConfigError, match=r"config\.losses\.lm_distil needs config\.losses\.similarity='cosine'"):
-        settings.from_config_dict(tiny(losses=settings.Losses(lm_distil=True, similarity="dot")))
-
-
-def test_an_old_run_is_the_same_run_after_data_sets_have_gained_fields(monkeypatch):
-    """Of run.json's time: every field flat, without those of kinds that were added since."""
-    old = settings.as_dict(settings.from_config_dict(built()))
-    older = {**old, "data": {name: value for name, value in old["data"].items() if name != "multi_turn"}}
-    assert {"annotations", "scenes", "form"} < older["data"].keys() and "own" not in older["data"]
-    saved = settings.from_config_dict(json.loads(json.dumps(older)))
-    assert not kinds.differences(saved, checked(built()))
-    asked = built()
-    asked.data.multi_turn = True
-    assert kinds.differences(saved, checked(asked)) == ["data.multi_turn: False in the workdir, True asked for"]
-
-
-def test_fields_of_two_data_sets_agree_or_are_refused(monkeypatch):
-    @dataclasses.dataclass(frozen=True)
-    class Fields:
-        images: str = "photos"
-
-    twin = dataclasses.replace(datasets.DATASETS["coco"], name="twin", config=Fields)
-    monkeypatch.setitem(datasets.DATASETS, "twin", twin)
-    with pytest.raises(ConfigError, match="'twin': its field 'images' is 'photos' by default, but '' in 'coco'"):
-        datasets.own_defaults()
+        kinds.check(settings.from_config_dict(tiny(losses=settings.Losses(lm_distil=True, similarity="dot"))))

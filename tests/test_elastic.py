@@ -7,7 +7,7 @@ import numpy as np
 import optax
 
 from eim_jax.parallel.sharding import make_mesh, param_shardings, shard_params
-from eim_jax.training.arms import state_shardings
+from eim_jax.training.assembly import state_shardings
 from eim_jax.training.checkpoint import StageCheckpoints
 
 SHAPES = {"lm/blocks_0/attn/qkv/kernel": (16, 3, 16), "lm/token_embedding/embedding": (31, 16), "lm/ln_f/scale": (16,)}

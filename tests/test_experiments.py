@@ -15,7 +15,7 @@ from experiment_cases import few_scenes, with_overrides, write
 
 from eim_jax.config import ConfigError, from_config_dict
 from eim_jax.data.datasets import load_split
-from eim_jax.training.arms import plan_arm
+from eim_jax.training.arm import plan_arm
 from experiments import report, results, rows, run
 from experiments.cells import FAMILIES, SCALES, Row, cell, hash_of, resolve
 from experiments.tables import TABLES, rows_of

@@ -13,7 +13,7 @@ from eim_jax.parallel.sharding import make_mesh
 from eim_jax.planning import plan, targets
 from eim_jax.planning.shapes import abstract_inputs
 from eim_jax.planning.table import sharding_table
-from eim_jax.training import arms
+from eim_jax.training import arm, assembly
 from eim_jax.training import setup as loading
 from eim_jax.training.partition import groups
 
@@ -54,10 +54,11 @@ def test_planned_arguments_are_those_that_training_passes_to_its_step(name, sequ
             caught.extend(arguments)
             raise Stopped
 
-    monkeypatch.setattr(arms, "jit_step", lambda *args: Step())
+    assemble = assembly.assemble
+    monkeypatch.setattr(stage, "assemble", lambda *args: assemble(*args)._replace(step=Step()))
     inputs = loading.load(config, tmp_path)
     with pytest.raises(Stopped):
-        arms.run_arm(inputs, "eim")
+        arm.run_arm(inputs, "eim")
     longest = caught[3].valid.shape[1]  # a plan is for texts of max_tokens, data may hold shorter ones alone
     assert longest <= config.data.max_tokens
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_tokens=longest))

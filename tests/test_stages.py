@@ -12,7 +12,10 @@ import tiny
 from close import assert_close, assert_trees_close
 
 from eim_jax.config import Losses, LossWeights, Stage
-from eim_jax.losses import objectives
+from eim_jax.losses.loss_lm import LAST_TOKENS
+from eim_jax.losses.loss_st import EMBEDDINGS
+from eim_jax.losses.objective import fields, make_objective, normalisers
+from eim_jax.losses.table import queues_of
 from eim_jax.models.batch import Batch
 from eim_jax.training import partition
 from eim_jax.training.step import make_step
@@ -36,9 +39,9 @@ def run_step(vlm, params, one, batch, train=False, key=0, losses=None):
     found = partition.groups(one, params)
     trained, frozen = partition.split(params, found)
     tx = partition.optimizer(one, found, params, 10)
-    objective = objectives.objective(vlm, one, losses or Losses())
+    objective = make_objective(vlm, one, losses or Losses())
     step = jax.jit(make_step(vlm, one, objective, tx, train))
-    queues = {k: q for k, q in tiny.queues().items() if k in objectives.queue_kinds(one)}
+    queues = {k: q for k, q in tiny.queues().items() if k in {kind.name for kind in queues_of(one)}}
     arguments = (trained, tx.init(params), frozen, batch, queues, jax.random.key(key), jnp.int32(0))
     return step(*arguments), step.lower(*arguments).compile()
 
@@ -61,8 +64,8 @@ def world():
 def test_each_loss_is_the_papers_formula_on_its_own_query(world):
     vlm, params, batch, queues = world
     tree = partition.unflatten(params)
-    objective = objectives.objective(vlm, stage(base=1.0, ie=2.0, st=3.0, lm=4.0), Losses())
-    norms = objectives.normalisers(vlm, stage(base=1.0, ie=2.0, st=3.0, lm=4.0), batch)
+    objective = make_objective(vlm, stage(base=1.0, ie=2.0, st=3.0, lm=4.0), Losses())
+    norms = normalisers(vlm, stage(base=1.0, ie=2.0, st=3.0, lm=4.0), batch)
     loss, metrics = objective(tree, batch, queues, norms, None)
 
     seen = vlm.encode_image(tree, batch.image)
@@ -133,9 +136,9 @@ def test_the_st_stage_computes_no_language_model_and_the_lm_stage_no_vision(worl
         _, compiled = run_step(vlm, params, stage(train=train, **weights), batch)
         flops[name] = compiled.cost_analysis()["flops"]
     assert flops["st"] + flops["lm"] < 0.6 * flops["all"]
-    needed = objectives.fields(stage(st=1.0), Losses())
+    needed = fields(stage(st=1.0), Losses())
     assert needed == {"index", "image", "has_image"}
-    assert objectives.fields(stage(lm=1.0), Losses()) == {"index", "tokens", "valid"}
+    assert fields(stage(lm=1.0), Losses()) == {"index", "tokens", "valid"}
 
 
 def test_frozen_weights_cost_no_gradient(world):
@@ -150,11 +153,11 @@ def test_rows_without_an_image_leave_loss_ie_and_loss_st_untouched(world):
     vlm, params, _, queues = world
     batch = tiny.batch(text_only=(0, 3))
     one = stage(ie=1.0, st=1.0)
-    objective = objectives.objective(vlm, one, Losses())
+    objective = make_objective(vlm, one, Losses())
     tree = partition.unflatten(params)
-    _, with_noise = objective(tree, batch, queues, objectives.normalisers(vlm, one, batch), None)
+    _, with_noise = objective(tree, batch, queues, normalisers(vlm, one, batch), None)
     kept = jax.tree.map(lambda x: x[jnp.asarray([1, 2, 4, 5, 6, 7])], batch)
-    _, without = objective(tree, kept, queues, objectives.normalisers(vlm, one, kept), None)
+    _, without = objective(tree, kept, queues, normalisers(vlm, one, kept), None)
     for name in ("loss/ie", "loss/st", "queue/st/rank"):
         assert float(with_noise[name]) == pytest.approx(float(without[name]), rel=1e-5)
 
@@ -173,26 +176,21 @@ def test_a_text_only_row_is_answered_as_by_the_language_model_alone(world):
 def test_lm_loss_starts_at_the_right_key_when_queue_and_query_are_the_same_model(world):
     vlm, params, batch, _ = world
     tree = partition.unflatten(params)
-    encode, _ = objectives.encoder(vlm, "hidden", Losses())
     keys = np.array(tiny.queues()["hidden"].keys)
-    own = np.asarray(encode(tree, (batch.tokens, batch.valid)))
+    own = np.asarray(LAST_TOKENS.encode(vlm, tree, (batch.tokens, batch.valid)))
     keys[np.asarray(batch.index)] = own / np.linalg.norm(own, axis=1, keepdims=True)
     queues = {"hidden": dataclasses.replace(tiny.queues()["hidden"], keys=jnp.asarray(keys))}
     one = stage(lm=1.0)
-    _, metrics = objectives.objective(vlm, one, Losses())(
-        tree, batch, queues, objectives.normalisers(vlm, one, batch), None
-    )
+    _, metrics = make_objective(vlm, one, Losses())(tree, batch, queues, normalisers(vlm, one, batch), None)
     assert float(metrics["queue/lm/similarity"]) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_embed_keys_leave_the_end_of_text_out(world):
     vlm, params, batch, _ = world
     tree = partition.unflatten(params)
-    encode, _ = objectives.encoder(vlm, "embed", Losses())
     table = np.asarray(tree["lm"]["token_embedding"]["embedding"], np.float64)
-    for row, tokens, valid in zip(
-        encode(tree, (batch.tokens, batch.valid)), np.asarray(batch.tokens), np.asarray(batch.valid), strict=True
-    ):
+    keys = EMBEDDINGS.encode(vlm, tree, (batch.tokens, batch.valid))
+    for row, tokens, valid in zip(keys, np.asarray(batch.tokens), np.asarray(batch.valid), strict=True):
         assert_close(row, table[tokens[valid][:-1]].mean(0), 1e-6, rtol=1e-5)
 
 
@@ -211,11 +209,11 @@ def gradients(vlm, params, batch, weights):
     """(losses, the gradient of their sum for every parameter) of a batch."""
     one = stage(**weights)
     tree = partition.unflatten(params)
-    queues = {k: q for k, q in tiny.queues().items() if k in objectives.queue_kinds(one)}
-    objective = objectives.objective(vlm, one, Losses())
+    queues = {k: q for k, q in tiny.queues().items() if k in {kind.name for kind in queues_of(one)}}
+    objective = make_objective(vlm, one, Losses())
 
     def loss_of(tree, batch, queues):
-        return objective(tree, batch, queues, objectives.normalisers(vlm, one, batch), None)
+        return objective(tree, batch, queues, normalisers(vlm, one, batch), None)
 
     found, metrics = jax.jit(jax.grad(loss_of, has_aux=True))(tree, batch, queues)
     return metrics, found

@@ -13,11 +13,12 @@ from transformers import AutoTokenizer
 
 from eim_jax import config as settings
 from eim_jax.commands import exporting
-from eim_jax.losses import objectives
 from eim_jax.parallel.sharding import make_mesh, shard_params
 from eim_jax.pretrained import load_lm
-from eim_jax.training import arms, partition
+from eim_jax.training import assembly, partition
 from eim_jax.training import setup as loading
+from eim_jax.training import stage as one_stage
+from eim_jax.training.arm import run_arm
 from eim_jax.training.log import read_metrics
 from eim_jax.training.monitor import NonFinite
 
@@ -38,15 +39,15 @@ def finished(config, tmp_path_factory):
     """(inputs, parameters at the start, at the end, calls of each stage's objective while it trained)."""
     inputs = loading.load(config, tmp_path_factory.mktemp("run"))
     traced = []
-    make = objectives.objective
+    make = assembly.make_objective
 
     def counting(vlm, stage, *rest):
         inner = make(vlm, stage, *rest)
         return lambda *arguments: (traced.append(stage.train), inner(*arguments))[1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objectives, "objective", counting)
-        _, end = arms.run_arm(inputs, "eim")
+        patch.setattr(assembly, "make_objective", counting)
+        _, end = run_arm(inputs, "eim")
     _, begin = loading.start(inputs, config.arm["eim"])
     return inputs, begin, end, traced
 
@@ -111,7 +112,7 @@ def test_texts_are_cut_to_the_configured_number_of_widths_and_steps_are_traced_b
         log_every=5,
     )
     inputs = loading.load(cut, tmp_path)
-    arms.run_arm(inputs, "eim")
+    run_arm(inputs, "eim")
     said = capsys.readouterr().out
     widths = {int(line.split("texts of ")[1].split()[0]) for line in said.splitlines() if "compiling lm" in line}
     assert len(widths) == 2 and max(widths) <= inputs.encoded.tokens.shape[1]
@@ -131,15 +132,15 @@ def test_texts_are_cut_to_the_configured_number_of_widths_and_steps_are_traced_b
 
 def test_a_width_beyond_the_configured_number_is_an_error(config):
     with pytest.raises(RuntimeError, match="stage lm: texts of 9 tokens are a width beyond the 2 that"):
-        arms._compile("lm", None, (), 9, 2, 2)
+        one_stage._compile("lm", None, (), 9, 2, 2)
     with pytest.raises(RuntimeError, match="a defect of eim_jax"):
-        arms._compile("st", None, (), 0, 1, 4)  # without texts there is one
+        one_stage._compile("st", None, (), 0, 1, 4)  # without texts there is one
 
 
 def test_a_second_start_restores_the_results_without_training(finished, monkeypatch):
     inputs, _, end, _ = finished
-    monkeypatch.setattr(arms, "_run_stage", None)  # training again would fail
-    _, again = arms.run_arm(inputs, "eim")
+    monkeypatch.setattr(arm, "run_stage", None)  # training again would fail
+    _, again = run_arm(inputs, "eim")
     assert all(np.array_equal(end[path], again[path]) for path in end)
 
 
@@ -159,7 +160,7 @@ def test_a_run_that_diverges_stops_naming_term_step_and_samples_and_saves_nothin
     changed = dataclasses.replace(config, stages={stage: wild}, arm={"eim": arm})
     inputs = dataclasses.replace(finished[0], config=changed, workdir=tmp_path)
     with pytest.raises(NonFinite, match=message):
-        arms.run_arm(inputs, "eim")
+        run_arm(inputs, "eim")
     assert not (tmp_path / "eim" / "checkpoints" / f"0-{stage}" / "result").exists()
 
 
@@ -168,6 +169,6 @@ def test_one_device_gives_the_eight_devices_losses(finished, config, tmp_path):
     inputs = finished[0]
     mesh = make_mesh((1, 1, 1), devices=jax.devices()[:1])
     alone = dataclasses.replace(inputs, mesh=mesh, workdir=tmp_path, towers=shard_params(inputs.towers, mesh))
-    arms.run_arm(alone, "eim")
+    run_arm(alone, "eim")
     eight, one = (read_metrics(folder / "eim" / "metrics.jsonl") for folder in (inputs.workdir, tmp_path))
     assert [line["loss"] for line in eight] == pytest.approx([line["loss"] for line in one], rel=2e-4)

@@ -12,7 +12,8 @@ from rich.text import Text
 from eim_jax.commands.trained_arms import check_identity, trained
 from eim_jax.config import Config, ConfigError
 from eim_jax.data import loader
-from eim_jax.losses import objectives
+from eim_jax.losses.kinds import ContrastiveLoss, Forward
+from eim_jax.losses.table import losses_of
 from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
 from eim_jax.training import partition, setup
@@ -40,7 +41,7 @@ def show_samples(inputs: Inputs, arm: str, vlm: VLM, params: Flat, samples: int)
     """Prints images, text with the supervised tokens coloured, and each loss's nearest queue rows."""
     config, split = inputs.config, inputs.train
     chosen = config.arm[arm].sequence
-    names = [name for name in ("ie", "st", "lm") if any(name in objectives.weights(config.stages[s]) for s in chosen)]
+    contrasts = [loss for loss in losses_of(*(config.stages[name] for name in chosen)) if loss.queue is not None]
     samples = min(samples, len(split))
     iterator = loader.batches(
         split,
@@ -53,7 +54,7 @@ def show_samples(inputs: Inputs, arm: str, vlm: VLM, params: Flat, samples: int)
     )
     batch = next(iterator)
     iterator.close()
-    nearest = {name: _nearest(inputs, vlm, params, batch, name) for name in names}
+    nearest = {loss.name: _nearest(inputs, vlm, params, batch, loss) for loss in contrasts}
     for b, row in enumerate(batch.index):
         sample = split.samples[row]
         console.rule(f"row {row}: sample {sample.id}")
@@ -66,16 +67,14 @@ def show_samples(inputs: Inputs, arm: str, vlm: VLM, params: Flat, samples: int)
         console.print(
             f"{supervised} of {int(batch.valid[b].sum())} tokens are supervised ([green], the others dim)", style="dim"
         )
-        for name in names:
-            similar, order = nearest[name]
+        for loss in contrasts:
+            similar, order = nearest[loss.name]
             own = int((similar[b] > similar[b, row]).sum()) + 1
             rows = [
                 (f"{similar[b, j]:.3f}", "own" if j == row else "", int(j), split.samples[j].response) for j in order[b]
             ]
-            kind = objectives.LOSSES[name].queue
-            title = (
-                f"loss_{name.upper()}: nearest of {len(split):,} rows of queue {kind}; its own key is number {own:,}"
-            )
+            title = f"{loss.title}: nearest of {len(split):,} rows of queue {loss.queue.name}"
+            title += f"; its own key is number {own:,}"
             print_table(title, [config.losses.similarity, "", "row", "response"], rows)
 
 
@@ -104,19 +103,19 @@ def picture(image: Image.Image, columns: int = 32) -> Text:
     return text
 
 
-def _nearest(inputs: Inputs, vlm: VLM, params: Flat, batch: Batch, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _nearest(
+    inputs: Inputs, vlm: VLM, params: Flat, batch: Batch, loss: ContrastiveLoss
+) -> tuple[np.ndarray, np.ndarray]:
     """(similarity of each sample's query to every row [b N], the NEAREST rows in order [b 3])."""
-    losses = inputs.config.losses
-    queue = inputs.queue(vlm, objectives.LOSSES[name].queue)
-    similar = _similarity(vlm, losses, name, partition.unflatten(params), batch, queue.keys)
+    queue = inputs.queue(vlm, loss.queue)
+    similar = _similarity(vlm, inputs.config.losses, loss, partition.unflatten(params), batch, queue.keys)
     similar = np.asarray(similar)[:, : queue.count]
     return similar, np.argsort(-similar, axis=1)[:, :NEAREST]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _similarity(vlm, losses, name, params, batch, keys):
-    seen = vlm.encode_image(params, batch.image)
-    query = objectives.query(vlm, losses, name, params, batch, seen, vlm.connect(params, seen)).astype(jnp.float32)
-    if losses.similarity == "cosine":
+def _similarity(vlm, settings, loss, params, batch, keys):
+    query = loss.query(Forward(vlm, settings, params, batch)).astype(jnp.float32)
+    if settings.similarity == "cosine":
         query = query / jnp.linalg.norm(query, axis=1, keepdims=True)
     return query @ keys.T.astype(jnp.float32)

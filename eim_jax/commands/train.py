@@ -12,7 +12,7 @@ from eim_jax.evaluation import scoring
 from eim_jax.evaluation.tasks import task_of
 from eim_jax.parallel import processes
 from eim_jax.training import setup
-from eim_jax.training.arms import plan_arm, run_arm
+from eim_jax.training.arm import plan_arm, run_arm
 from eim_jax.utils.console import console
 from eim_jax.utils.files import write_json
 

@@ -1,6 +1,5 @@
 """What a config may hold: ranges, choices, and the fields that must agree with each other."""
 
-import dataclasses
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +77,6 @@ def check(config: "Config", flat: dict[str, Any]) -> None:
         raise ConfigError(f"config.profile: {config.profile!r} is not first:end of some steps, such as '10:15'")
     if len(config.mesh) != 3 or list(config.mesh).count(-1) > 1 or any(n == 0 or n < -1 for n in config.mesh):
         raise ConfigError(f"config.mesh: {config.mesh} is not (data, fsdp, tensor) with at most one -1")
-    if config.losses.lm_distil and config.losses.similarity != "cosine":
-        raise ConfigError("config.losses.lm_distil needs config.losses.similarity='cosine'")
     if not config.arms or not config.decode.methods:
         raise ConfigError("config.arms and config.decode.methods need at least one entry")
     for method in config.decode.methods:
@@ -130,10 +127,10 @@ def _positive(value: Any) -> bool:
 def _check_stage(name: str, stage: "Stage"):
     where = f"config.stages.{name}"
     patterns(stage)
-    weights = dataclasses.asdict(stage.losses)
-    if not any(weights.values()):
+    weights = stage.losses.values()
+    if not any(weights):
         raise ConfigError(f"{where}.losses: every weight is 0; a stage needs at least one loss")
-    if min(weights.values()) < 0:
+    if min(weights) < 0:
         raise ConfigError(f"{where}.losses: a weight is negative")
     if not stage.train:
         raise ConfigError(f"{where}.train is empty: a stage trains at least one pattern")

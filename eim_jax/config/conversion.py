@@ -12,7 +12,8 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from eim_jax.config.checks import ConfigError, check
-from eim_jax.config.fields import Config, Data
+from eim_jax.config.fields import Config, Data, LossWeights
+from eim_jax.config.tables import LOSSES
 
 if TYPE_CHECKING:
     import ml_collections
@@ -56,24 +57,36 @@ def from_config_dict(values: Any) -> Config:
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """Returns the config as nested plain values, for run.json: the fields of `data.own` stand beside the others."""
+    """Returns the config as nested plain values, for run.json: each stage names every loss there is, with its weight.
+
+    The fields of `data.own` stand beside the others.
+    """
+    values = _nested(config)
+    for stage in values["stages"].values():
+        stage["losses"] = {**dict.fromkeys(LOSSES, 0.0), **stage["losses"]}
+    return values
+
+
+def _nested(config: Config) -> dict[str, Any]:
     values = dataclasses.asdict(config)
     own = values["data"].pop("own")
     return {**values, "data": {**values["data"], **own}}
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """Returns the fields by dotted name, {"data.max_tokens": 40, ...}."""
+    """Returns the fields, {"data.max_tokens": 40, ...}; of losses those alone that have a weight."""
     flat = {}
 
     def visit(prefix, value):
         if isinstance(value, dict):
             for key, child in value.items():
+                if isinstance(value, LossWeights) and child == 0:
+                    continue
                 visit(f"{prefix}.{key}" if prefix else key, child)
         else:
             flat[prefix] = value
 
-    visit("", as_dict(config))
+    visit("", _nested(config))
     return flat
 
 
@@ -135,6 +148,8 @@ def no_such_field(name: str, known: Collection[str]) -> str:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
+    if hint is LossWeights and isinstance(value, Mapping):
+        return LossWeights({name: _convert(float, weight, f"{where}.{name}") for name, weight in value.items()})
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return build(hint, value, where)
     plain = typing.get_origin(hint) or hint

@@ -1,7 +1,7 @@
 """Every field of a run, with its default and what it means: frozen dataclasses."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,14 +70,16 @@ class Losses:
     queue_dtype: str = "auto"  # float32 | bfloat16 | int8 (a scale a row) | auto (float32 on CPU, bfloat16 elsewhere)
 
 
-@dataclass(frozen=True)
-class LossWeights:
-    """The weight of each loss in a stage; 0 = not computed."""
+class LossWeights(dict):
+    """The weight of each loss in a stage by its name in eim_jax.losses.table; one that is 0 or absent is not computed.
 
-    base: float = 0.0
-    ie: float = 0.0
-    st: float = 0.0
-    lm: float = 0.0
+    Example:
+      >>> LossWeights(base=1, ie=0.5)
+      {'base': 1.0, 'ie': 0.5}
+    """
+
+    def __init__(self, weights: Mapping[str, float] | Iterable = (), /, **named: float):
+        super().__init__({name: float(weight) for name, weight in dict(weights, **named).items()})
 
 
 @dataclass(frozen=True)

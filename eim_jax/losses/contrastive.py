@@ -1,4 +1,4 @@
-"""The contrastive loss against a whole-data-set queue (EIM, equation of loss_IE / loss_ST / loss_LM) and loss_base.
+"""The contrastive loss against a whole-data-set queue (EIM, equations of loss_IE, loss_ST, loss_LM).
 
 For one row with scaled query u = q/tau and fixed keys k_1..k_N of which k_y is its own,
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from eim_jax.parallel.sharding import ROWS, parts_of
 
@@ -129,20 +129,6 @@ def queue_nce(
 
     aux = (total(rank == 1), total(rank), total(score * tau), total(effective))
     return NCE(total(loss), jnp.sum(weights), *lax.stop_gradient(aux))
-
-
-def response_xent(
-    logits: Float[Array, "b t V"], targets: Int[Array, "b t"], mask: Bool[Array, "b t"]
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """loss_base: next-token cross-entropy summed over the supervised positions, in nats, and their number, both f32.
-
-    Positions outside `mask` give no loss and no gradient, even where their logits are not finite; with nothing
-    supervised the answer is (0, 0).
-    """
-    logits = jnp.where(mask[..., None], logits, 0).astype(jnp.float32)
-    own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    nll = jax.nn.logsumexp(logits, axis=-1) - own
-    return jnp.sum(jnp.where(mask, nll, 0)), jnp.sum(mask, dtype=jnp.float32)
 
 
 def _check_values(keys, index, count: int, similarity: str, scale) -> None:

@@ -35,7 +35,7 @@ def head_xent(
     chunk: int = 0,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """response_xent of the logits `hidden` x `head`, in nats, and the number of supervised positions, both f32.
+    """Next-token cross-entropy of the logits `hidden` x `head`, in nats, and the number of supervised positions.
 
     `head` is [V d] (vocab_axis 0, a tied embedding) or [d V] (1); it is cast to hidden's dtype, products add up in f32,
     and its gradient is f32 at once. What is not differentiated costs nothing: a frozen head gets no gradient of its

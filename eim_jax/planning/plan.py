@@ -1,10 +1,11 @@
 """What every stage of a run would cost on hardware that need not be here: memory, arithmetic, traffic, time.
 
-Each stage's own step (step.jit_step) is compiled for the topology from shapes alone: no weight is allocated, no data
-read. Memory and collectives come from the compiled program, FLOPs from the traced one. Times are what the published
-peak rates would allow at best: the larger of arithmetic, memory traffic and collectives.
+Each stage's own step (training.assembly) is compiled for the topology from shapes alone: no weight is allocated, no
+data read. Memory and collectives come from the compiled program, FLOPs from the traced one. Times are what the
+published peak rates would allow at best: the larger of arithmetic, memory traffic and collectives.
 """
 
+import functools
 import math
 import re
 import tempfile
@@ -24,10 +25,10 @@ from eim_jax.planning.flops import work
 from eim_jax.planning.shapes import abstract_inputs, batch_shapes, queue_shapes, replicated
 from eim_jax.planning.targets import Target
 from eim_jax.training import partition
-from eim_jax.training.arms import plan_arm, resolved, state_shardings
+from eim_jax.training.arm import plan_arm, resolved
+from eim_jax.training.assembly import assemble
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs, model, shapes
-from eim_jax.training.step import jit_step
 from eim_jax.utils.console import console
 
 USABLE = 0.96  # of a chip's memory; libtpu itself allows 15.75 of a v5e's 16 GiB and 30.75 of a v4's 32
@@ -122,25 +123,16 @@ def placed(flat: Flat, mesh) -> Flat:
 
 def stage_program(inputs: Inputs, vlm: VLM, stage: Stage, params: Flat, steps: int, before=frozenset()) -> Program:
     """The step that training would compile, and its arguments' shapes; `before`: paths that earlier stages trained."""
-    config, mesh = inputs.config, inputs.mesh
-    found = partition.groups(stage, params)
-    trained, frozen = partition.split(params, found)
-    tx = partition.optimizer(stage, found, params, steps)
-    state = jax.eval_shape(tx.init, params)
-    state = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        state,
-        state_shardings(state, params, mesh),
-    )
-    queues = queue_shapes(inputs, vlm, stage)
-    step = jit_step(vlm, stage, config.losses, tx, mesh, (trained, state))
+    mesh = inputs.mesh
+    queue_of = functools.partial(queue_shapes, inputs, vlm)
+    made = assemble(vlm, stage, inputs.config.losses, params, steps, queue_of, mesh)
     key = replicated(jax.eval_shape(lambda: jax.random.key(0, impl="rbg")), mesh)
     number = replicated(jax.ShapeDtypeStruct((), jnp.int32), mesh)
     batch = batch_shapes(inputs, vlm, stage, params)
     # run_arm holds the parameters as the stage found them, and Inputs the towers as they were loaded.
-    kept = {f"found/{path}": leaf for path, leaf in trained.items()}
+    kept = {f"found/{path}": leaf for path, leaf in made.trained.items()}
     kept |= {f"towers/{path}": params[path] for path in before if path in inputs.towers}
-    return Program(step, (trained, state, frozen, batch, queues, key, number), kept)
+    return Program(made.step, (made.trained, made.opt_state, made.frozen, batch, made.queues, key, number), kept)
 
 
 def local_bytes(tree) -> int:

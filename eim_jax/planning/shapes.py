@@ -14,7 +14,8 @@ from eim_jax.config import Config, ConfigError, Stage
 from eim_jax.data import tokenize
 from eim_jax.data.datasets import data_set, load_split
 from eim_jax.data.samples import Split
-from eim_jax.losses import objectives
+from eim_jax.losses import objective
+from eim_jax.losses.kinds import QueueKind
 from eim_jax.losses.queues import Queue, compress
 from eim_jax.models.batch import Batch
 from eim_jax.models.language import FAMILIES, family_of
@@ -141,7 +142,7 @@ def _count(config: Config, samples: int) -> tuple[Split, str]:
 def batch_shapes(inputs: Inputs, vlm: VLM, stage: Stage, params: Flat) -> Batch:
     """The batch that the stage's step reads, at its longest: features where they are cached, else images."""
     b, c, t = stage.batch, vlm.visual.config, inputs.config.data.max_tokens
-    needed = objectives.fields(stage, inputs.config.losses)
+    needed = objective.fields(stage, inputs.config.losses)
     image = jax.ShapeDtypeStruct((b, c.image_size, c.image_size, 3), jnp.uint8)
     kinds = {
         "index": ((b,), jnp.int32),
@@ -160,29 +161,17 @@ def batch_shapes(inputs: Inputs, vlm: VLM, stage: Stage, params: Flat) -> Batch:
     return Batch(**{name: jax.ShapeDtypeStruct(*kinds[name], sharding=rows) for name in needed})
 
 
-def queue_shapes(inputs: Inputs, vlm: VLM, stage: Stage) -> dict[str, Queue]:
-    """The stage's queues as shapes, their rows filled up to the devices'."""
-    settings, mesh, count = inputs.config.losses, inputs.mesh, len(inputs.train)
-    dtype = jnp.dtype(settings.queue_dtype)
+def queue_shapes(inputs: Inputs, vlm: VLM, kind: QueueKind) -> Queue:
+    """The queue as shapes, its rows filled up to the devices'."""
+    mesh, count, dtype = inputs.mesh, len(inputs.train), jnp.dtype(inputs.config.losses.queue_dtype)
+    rows, held = count + -count % parts_of(mesh), queue_sharding(mesh)
 
-    def placed(leaf):
-        rows = count + -count % parts_of(mesh)
-        return jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype, sharding=queue_sharding(mesh))
+    def one_row(params, fields):
+        keys, scale = compress(kind.encode(vlm, params, fields).astype(jnp.float32), dtype)
+        return Queue(keys, jnp.zeros(1, jnp.int32), count, scale)
 
-    params = partition.unflatten(
-        {path: leaf for path, leaf in inputs.towers.items() if path.startswith(("text/", "lm/"))}
-    )
-    found = {}
-    for kind in objectives.queue_kinds(stage):
-        encode, _ = objectives.encoder(vlm, kind, settings)
-        texts = (jax.ShapeDtypeStruct((1, 2), jnp.int32), jax.ShapeDtypeStruct((1, 2), jnp.bool_))
-
-        def one_row(params, texts, encode=encode):
-            keys, scale = compress(encode(params, texts).astype(jnp.float32), dtype)
-            return Queue(keys, jnp.zeros(1, jnp.int32), count, scale)
-
-        found[kind] = jax.tree.map(placed, jax.eval_shape(one_row, params, texts))
-    return found
+    row = jax.eval_shape(one_row, partition.unflatten(inputs.towers), kind.source.row(inputs))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=held), row)
 
 
 def replicated(leaf, mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from eim_jax.evaluation.tasks.task import Item, Task
+from eim_jax.losses.table import LOSSES, symbol_of, title_of
 from eim_jax.reporting.arm_files import Arm, read_arm, read_json
 from eim_jax.reporting.categories import by_category
 from eim_jax.reporting.charts import Line, panel
@@ -19,8 +20,6 @@ from eim_jax.reporting.questions import questions
 from eim_jax.reporting.scores import BASELINE, table, verdict
 from eim_jax.utils.files import write_text
 
-LOSSES = {"base": "loss_base", "ie": "loss_IE", "st": "loss_ST", "lm": "loss_LM"}
-QUEUE_OF = {"ie": "K_t", "st": "K_e", "lm": "K_b"}
 DIAGNOSTICS = {  # key in metrics.jsonl -> title, unit, logarithmic axis, axis fixed to 0...1
     "recall1": ("recall@1 in {}", "share of queries", False, True),
     "rank": ("right key's rank in {}", "mean rank, 1 = first", True, False),
@@ -77,6 +76,7 @@ def write_report(
             has_baseline=compared,
             scores=table(scores),
             together=together(arms),
+            queues=_queues(arms),
             categories=by_category(scores),
             gallery=gallery(texts if items is None else {}, images, references),
             questions=None if items is None else questions(task, {arm.name: arm.predictions for arm in arms}, items),
@@ -109,7 +109,7 @@ def stages(arm: Arm) -> list[dict]:
     rows = []
     for stage in arm.run.get("stages", ()):
         trained, total = stage["trained_params"], stage["total_params"]
-        losses = [(LOSSES.get(name, name), weight) for name, weight in stage["losses"].items()]
+        losses = [(title_of(name), weight) for name, weight in stage["losses"].items()]
         rows.append(stage | {"losses": losses, "share": trained / max(total, 1), "frozen": total - trained})
     return rows
 
@@ -125,13 +125,13 @@ def curves(arm: Arm) -> list[dict]:
         # The sum says nothing new beside a single term.
         for key in (["loss"] if "loss" in keys and len(terms) != 1 else []) + terms:
             name = key.removeprefix("loss/")
-            title = "all losses, weighted" if key == "loss" else LOSSES.get(name, name)
+            title = "all losses, weighted" if key == "loss" else title_of(name)
             charts.append(_chart(arm.name, index, rows, key, title, "nats", _colour(name)))
         queues = dict.fromkeys(key.split("/")[1] for key in keys if key.startswith("queue/"))
         for queue in queues:
             for key, (title, unit, log, unit_range) in DIAGNOSTICS.items():
                 if f"queue/{queue}/{key}" in keys:
-                    title = title.format(QUEUE_OF.get(queue, queue))
+                    title = title.format(symbol_of(queue))
                     place = (arm.name, index, rows, f"queue/{queue}/{key}")
                     charts.append(_chart(*place, title, unit, _colour(queue), log, unit_range))
         groups.append({"stage": stage, "number": index + 1, "charts": charts})
@@ -148,10 +148,17 @@ def together(arms: Sequence[Arm]) -> list[dict]:
             label = f"{arm.name}, stage {rows[-1]['stage']}"
             last.setdefault(key.removeprefix("loss/"), []).append(_line(rows, key, label, **look))
     return [
-        {"title": LOSSES.get(name, name), "range": "", "svg": panel(lines, unit="nats", name=f"together-{name}")}
+        {"title": title_of(name), "range": "", "svg": panel(lines, unit="nats", name=f"together-{name}")}
         for name, lines in last.items()
         if len(lines) > 1
     ]
+
+
+def _queues(arms: Sequence[Arm]) -> str:
+    """Which queue is whose, of the losses that these arms name."""
+    named = {name for arm in arms for stage in arm.run.get("stages", ()) for name in stage["losses"]}
+    known = [loss for name, loss in LOSSES.items() if name in named and loss.queue is not None]
+    return "".join(f"{loss.queue.symbol} is the queue of {loss.title}; " for loss in known)
 
 
 def _colour(loss: str) -> int:

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from eim_jax.config import Config, conversion, listing, resume
 from eim_jax.data import datasets
+from eim_jax.losses import table as losses
 from eim_jax.models import adapters, connector, vision
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def check(config: Config) -> None:
       config: a run's config, structurally sound.
     """
     datasets.check(config)
+    losses.check(config)
     adapters.check(config)
     connector.check(config)
     vision.check(config)

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import optax
 
 from eim_jax.config import Stage, patterns
-from eim_jax.models.adapters import has_layer_axis
 
 FROZEN = "frozen"
 Flat = dict[str, jax.Array | jax.ShapeDtypeStruct]  # leaves, or in a plan their shapes
@@ -165,6 +164,8 @@ def optimizer(stage: Stage, stage_groups: tuple[Group, ...], paths, total_steps:
 
 def _is_matrix(where, leaf) -> bool:
     """Whether weight decay applies: two dimensions besides the layer axis of scanned blocks, prompts and adapters."""
+    from eim_jax.models.adapters import has_layer_axis  # here: the adapters bring flax, which a partition does without
+
     path = where[-1].key
     if path.endswith("/bias"):  # those of a layer's two router paths are stacked
         return False

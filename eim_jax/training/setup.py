@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from eim_jax import pretrained
@@ -17,7 +16,8 @@ from eim_jax.data import tokenize
 from eim_jax.data.datasets import load_split
 from eim_jax.data.feature_cache import cached_features
 from eim_jax.data.samples import Split
-from eim_jax.losses import objectives, queues
+from eim_jax.losses import queues
+from eim_jax.losses.kinds import QueueKind
 from eim_jax.losses.queues import Queue
 from eim_jax.models.adapters import adapter_of
 from eim_jax.models.connector import ST_KINDS, STConfig, make_st
@@ -66,46 +66,37 @@ class Inputs:
         """Where features and validation verdicts are kept."""
         return Path(self.config.data.cache) if self.config.data.cache else self.workdir / "cache"
 
-    def queue(self, vlm: VLM, kind: str) -> Queue:
+    def queue(self, vlm: VLM, kind: QueueKind) -> Queue:
         """The queue of that kind, loaded, or built from the untouched towers and saved in the workdir.
 
         Raises queues.StaleQueue when the workdir holds one of other weights, data or settings.
         """
         settings = self.config.losses
         dtype = resolve_dtype(settings.queue_dtype, self.mesh.devices.flat[0].platform)
-        encode, pooling = objectives.encoder(vlm, kind, settings)
-        tower, longest = ("clip", self.clip.text.context) if kind == "caption" else ("lm", self.config.data.max_tokens)
         manifest = queues.manifest(
-            kind,
-            weights=self.fingerprints[tower],
+            kind.name,
+            weights=self.fingerprints[kind.source.tower],
             data=self.train.fingerprint(),
-            tokenizer=f"{self.fingerprints[f'{tower}_tokenizer']}, at most {longest} tokens",
-            pooling=f"{pooling}, in {self.dtype.name}",
+            tokenizer=kind.source.described(self),
+            pooling=f"{kind.pooling}, in {self.dtype.name}",
             similarity=settings.similarity,
             dtype=dtype.name,
             count=len(self.train),
         )
-        folder = self.workdir / "queues" / kind
+        folder = self.workdir / "queues" / kind.name
         if (folder / "manifest.json").exists():
             return Queue.load(folder, manifest, self.mesh)
-        if kind == "caption":
-            captions = [sample.caption or sample.response for sample in self.train.samples]
-            tokens = tokenize.encode_clip(captions, self.clip_tokenizer, longest)
-            valid = np.ones(tokens.shape, bool)
-        else:
-            tokens, valid = self.encoded.tokens, self.encoded.valid
-        params = partition.unflatten({p: leaf for p, leaf in self.towers.items() if p.startswith(("text/", "lm/"))})
         queue = Queue.build(
-            encode,
-            params,
-            (tokens, valid),
+            functools.partial(kind.encode, vlm),
+            partition.unflatten(self.towers),
+            kind.source.fields(self),
             self.train.groups,
-            name=kind,
-            ids=[sample.id for sample in self.train.samples],
             batch=256,
-            mesh=self.mesh,
             dtype=dtype,
             similarity=settings.similarity,
+            mesh=self.mesh,
+            ids=[sample.id for sample in self.train.samples],
+            name=kind.name,
             progress=True,
         )
         queue.save(folder, manifest)

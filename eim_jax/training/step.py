@@ -1,4 +1,4 @@
-"""One update of a stage, as a pure function and jitted.
+"""One update of a stage, as a pure function.
 
 A stage differentiates with respect to its own parameters only ("gradient truncation", EIM section 3).
 """
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from eim_jax.config import Losses, Stage
-from eim_jax.losses import objectives
+from eim_jax.config import Stage
+from eim_jax.losses.objective import normalisers
 from eim_jax.models.vlm import VLM
 from eim_jax.training import partition
 
@@ -28,7 +28,7 @@ def make_step(vlm: VLM, stage: Stage, objective: Callable, tx: optax.GradientTra
         return objective(params, batch, queues, norms, key if train else None)
 
     def gradients(trained, frozen, batch, queues, key):
-        norms = objectives.normalisers(vlm, stage, batch)
+        norms = normalisers(vlm, stage, batch)
         differentiate = jax.grad(loss_of, has_aux=True)
         if stage.accumulate == 1:
             return differentiate(trained, frozen, batch, queues, norms, key)
@@ -55,15 +55,3 @@ def make_step(vlm: VLM, stage: Stage, objective: Callable, tx: optax.GradientTra
         return trained, opt_state, metrics
 
     return step
-
-
-def jit_step(vlm: VLM, stage: Stage, losses: Losses, tx, mesh, state: tuple) -> Callable:
-    """The stage's step, jitted, which donates its state = (trained, opt_state): arrays, or shapes with shardings."""
-    objective = objectives.objective(vlm, stage, losses, mesh)
-    # Parameters and moments come out as they went in; else XLA may choose another layout for the next step.
-    kept = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(
-        make_step(vlm, stage, objective, tx, vlm.dropout > 0),
-        donate_argnums=(0, 1),
-        out_shardings=(*kept, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())),
-    )

@@ -1,0 +1,74 @@
+"""What a queue's keys are made from: CLIP's texts, the LM's texts, or images.
+
+`inputs` is a run's `training.setup.Inputs`; `row` is also asked of a plan's, which hold no data.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eim_jax.config import ConfigError
+from eim_jax.data import tokenize
+from eim_jax.data.loader import eval_images
+from eim_jax.losses.kinds import KeySource
+
+
+def _clip_texts(inputs: Any) -> np.ndarray:
+    captions = [sample.caption or sample.response for sample in inputs.train.samples]
+    return tokenize.encode_clip(captions, inputs.clip_tokenizer, inputs.clip.text.context)
+
+
+CLIP_TEXTS = KeySource(
+    tower="clip",
+    fields=_clip_texts,
+    row=lambda inputs: jax.ShapeDtypeStruct((1, inputs.clip.text.context), jnp.int32),
+    described=lambda inputs: f"{inputs.fingerprints['clip_tokenizer']}, at most {inputs.clip.text.context} tokens",
+)  # the caption (where there is none, the response) as CLIP's tokens [N s], padded behind [EOS]
+
+LM_TEXTS = KeySource(
+    tower="lm",
+    fields=lambda inputs: (inputs.encoded.tokens, inputs.encoded.valid),
+    row=lambda inputs: tuple(
+        jax.ShapeDtypeStruct((1, inputs.config.data.max_tokens), dtype) for dtype in (jnp.int32, jnp.bool_)
+    ),
+    described=lambda inputs: f"{inputs.fingerprints['lm_tokenizer']}, at most {inputs.config.data.max_tokens} tokens",
+)  # instruction, response and EOS as the LM's tokens [N t], and which of them are no padding, bool [N t]
+
+
+class Crops:
+    """Each sample's image as CLIP reads it, uint8 [N h w 3], decoded when rows are asked for."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, inputs: Any):
+        self._split, self._data = inputs.train, inputs.config.data
+        without = [sample.id for sample in self._split.samples if sample.image is None]
+        if without:
+            raise ConfigError(
+                f"a queue keyed from images needs one for each sample: {len(without):,} have none, the first is "
+                f"{without[0]!r}"
+            )
+        self._images = np.array([sample.image for sample in self._split.samples], np.int32)
+        self.shape = (len(self._split), *_image(inputs))
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """The crops of these rows [... h w 3]."""
+        found, wanted = self._images[rows], self._images[rows].ravel()
+        options = {"rows": wanted.tolist(), "fit": self._data.fit, "threads": self._data.threads}
+        [(_, crops)] = eval_images(self._split, len(wanted), self.shape[1], **options)
+        return crops.reshape(*found.shape, *self.shape[1:])
+
+
+def _image(inputs: Any) -> tuple[int, int, int]:
+    size = inputs.clip.vision.image_size
+    return size, size, 3
+
+
+IMAGES = KeySource(
+    tower="clip",
+    fields=Crops,
+    row=lambda inputs: jax.ShapeDtypeStruct((1, *_image(inputs)), jnp.uint8),
+    described=lambda inputs: f"images, {inputs.config.data.fit}, {inputs.clip.vision.image_size} pixels",
+)  # the sample's image as CLIP's crop, uint8 [N h w 3]

@@ -1,0 +1,173 @@
+"""What a loss, and the queue that it contrasts with, say of themselves: the kinds' records.
+
+A loss is one object in one file, entered in `table.LOSSES`. Training, plan, log, inspection, report and experiments ask
+the object. See docs/extend/losses.md for a complete example.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from eim_jax.config import Config, Losses
+from eim_jax.losses.contrastive import Positives
+from eim_jax.losses.queues import Queue
+from eim_jax.models.batch import Batch
+from eim_jax.models.vlm import VLM
+
+DIAGNOSTICS = ("recall1", "rank", "similarity", "effective")  # fields of NCE, means of which are logged
+
+
+@dataclass(frozen=True)
+class KeySource:
+    """What of a training sample its key is made from.
+
+    Args:
+      tower: whose weights decide the keys, as a queue on disk names them: "clip" or "lm".
+      fields: (a run's inputs) -> arrays [N ...] in a dict or tuple, which `QueueKind.encode` reads in batches.
+      row: (a run's inputs) -> one row of the same as `jax.ShapeDtypeStruct`, at its longest; reads no data.
+      described: (a run's inputs) -> the words by which a queue on disk says what was read: tokeniser and longest text.
+    """
+
+    tower: str
+    fields: Callable[[Any], Any]
+    row: Callable[[Any], Any]
+    described: Callable[[Any], str]
+
+
+@dataclass(frozen=True)
+class QueueKind:
+    """A queue: a fixed key for each training sample. Losses that name the same kind share one queue.
+
+    Args:
+      name: its folder's name in the work directory, and the manifest's kind.
+      symbol: as the paper or a chart writes it, "K_t".
+      source: what of a sample is read.
+      encode: (vlm, parameters of the untouched towers, fields) -> keys [b D].
+      pooling: how a sample becomes one vector, in words; a queue on disk with other words is refused.
+    """
+
+    name: str
+    symbol: str
+    source: KeySource
+    encode: Callable[[VLM, dict, Any], Array]
+    pooling: str
+
+
+class Forward:
+    """What a batch's losses read of the model; each part is computed when first asked for, and once.
+
+    Args:
+      vlm: the arm's modules.
+      settings: the config's `losses`.
+      params: the nested tree of all parameters.
+      batch: its fields as the stage's losses need them.
+      key: of dropout; None: none.
+      mesh: over which batch and queues lie.
+    """
+
+    def __init__(
+        self, vlm: VLM, settings: Losses, params: dict, batch: Batch, key: Array | None = None, mesh: Mesh | None = None
+    ):
+        self.vlm, self.settings, self.params, self.batch, self.mesh = vlm, settings, params, batch, mesh
+        self._key = key
+
+    @functools.cached_property
+    def image_tokens(self) -> Float[Array, "b n v"]:
+        """CLIP.visual's tokens: of the batch's images, or as they were cached."""
+        cached = self.batch.features
+        if cached is not None:
+            return cached
+        return self.vlm.encode_image(self.params, self.batch.image, dropout=self.dropout(2))
+
+    @functools.cached_property
+    def connected(self) -> Float[Array, "b m d"]:
+        """The ST's output tokens."""
+        return self.vlm.connect(self.params, self.image_tokens)
+
+    def dropout(self, number: int) -> Array | None:
+        """A key of its own for one use of dropout (0 to 2 are taken: loss_base, loss_LM, CLIP); None without."""
+        return None if self._key is None else jax.random.fold_in(self._key, number)
+
+
+@runtime_checkable
+class Loss(Protocol):
+    """What every entry of `table.LOSSES` answers."""
+
+    name: str  # in configs and logs: "ie"
+    title: str  # in reports: "loss_IE"
+    queue: QueueKind | None
+    needs_image: bool
+
+    def fields(self, settings: Losses) -> frozenset[str]:
+        """The batch fields that it reads besides `index`; "image" may be served as cached "features"."""
+        ...
+
+    def normaliser(self, vlm: VLM, batch: Batch) -> Float[Array, ""]:
+        """What its sum over a batch is divided by; known before any forward pass."""
+        ...
+
+    def value(self, forward: Forward, queue: Queue | None) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Its sum over the batch in nats, and sums to log."""
+        ...
+
+    def check(self, config: Config) -> None:
+        """Raises ConfigError for settings that it cannot serve."""
+        ...
+
+
+@dataclass(frozen=True)
+class ContrastiveLoss:
+    """A loss that draws each sample's query to the sample's own key in a queue over the whole training set.
+
+    Args:
+      name: in configs (`stages.*.losses.NAME`) and logs (`loss/NAME`).
+      title: in reports.
+      queue: the keys.
+      query: (what the model computed) -> [b D].
+      needs: batch fields that `query` reads.
+      needs_image: whether a row without an image takes no part; then data of texts alone is refused.
+    """
+
+    name: str
+    title: str
+    queue: QueueKind
+    query: Callable[[Forward], Array]
+    needs: frozenset[str]
+    needs_image: bool = False
+
+    def fields(self, settings: Losses) -> frozenset[str]:
+        """The batch fields that it reads besides `index`, under these settings."""
+        return self.needs | ({"has_image"} if self.needs_image else set())
+
+    def positives(self, settings: Losses) -> Positives:
+        """Which keys count as a query's own."""
+        return settings.positives
+
+    def normaliser(self, vlm: VLM, batch: Batch) -> Float[Array, ""]:
+        """The rows that take part."""
+        rows = batch.has_image.sum() if self.needs_image else batch.index.shape[0]
+        return jnp.float32(rows)
+
+    def value(self, forward: Forward, queue: Queue | None) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """The sum of -log p(own key) over the rows that take part, in nats, and the sums of its diagnostics."""
+        settings, batch = forward.settings, forward.batch
+        found = queue.nce(
+            self.query(forward),
+            batch.index,
+            tau=settings.tau,
+            similarity=settings.similarity,
+            weights=batch.has_image.astype(jnp.float32) if self.needs_image else None,
+            positives=self.positives(settings),
+            chunk=settings.chunk,
+            mesh=forward.mesh,
+        )
+        return found.loss, {field: getattr(found, field) for field in DIAGNOSTICS}
+
+    def check(self, config: Config) -> None:
+        """Takes any settings."""

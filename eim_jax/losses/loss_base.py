@@ -1,0 +1,64 @@
+"""loss_base: next-token cross-entropy of the response."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from eim_jax.config import Config, Losses
+from eim_jax.losses.kinds import Forward
+from eim_jax.losses.next_token import head_xent
+from eim_jax.losses.queues import Queue
+from eim_jax.models.batch import Batch
+from eim_jax.models.vlm import VLM
+
+
+@dataclass(frozen=True)
+class NextTokenLoss:
+    """The language model's own loss, with the same interface as a contrastive one; it reads no queue.
+
+    Rows without an image are read as text alone, so data of texts alone is fine.
+    """
+
+    name: str
+    title: str
+    queue: None = None
+    needs_image: bool = False
+
+    def fields(self, settings: Losses) -> frozenset[str]:
+        """The batch fields that it reads besides `index`."""
+        return frozenset({"image", "has_image", "tokens", "valid", "supervised"})
+
+    def normaliser(self, vlm: VLM, batch: Batch) -> Float[Array, ""]:
+        """The supervised tokens."""
+        return _supervised(vlm, batch).sum().astype(jnp.float32)
+
+    def value(self, forward: Forward, queue: Queue | None) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """The sum of -log p(token) over the supervised tokens, in nats; nothing more to log."""
+        vlm, params, batch = forward.vlm, forward.params, forward.batch
+        hidden = vlm.lm_hidden(
+            params,
+            forward.connected,
+            batch.tokens,
+            batch.valid,
+            has_image=batch.has_image,
+            dropout=forward.dropout(0),
+        )
+        head, axis = vlm.head_weights(params)
+        supervised = _supervised(vlm, batch)
+        value, _ = head_xent(hidden, head, batch.tokens, supervised, vocab_axis=axis, mesh=forward.mesh)
+        return value, {}
+
+    def check(self, config: Config) -> None:
+        """Takes any settings."""
+
+
+def _supervised(vlm: VLM, batch: Batch) -> Bool[Array, "b t"]:
+    """The tokens that count. Without BOS, nothing stands before a text-only row's first token."""
+    if vlm.bos is not None:
+        return batch.supervised
+    first = jnp.arange(batch.tokens.shape[1])[None] == 0
+    return batch.supervised & (batch.has_image[:, None] | ~first)
+
+
+BASE = NextTokenLoss("base", "loss_base")

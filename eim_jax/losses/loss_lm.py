@@ -1,0 +1,66 @@
+"""loss_LM: the LM's vector at the text's last token against the same vector of the original LM, K_b."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from eim_jax.config import Config, ConfigError, Losses
+from eim_jax.losses.contrastive import Positives
+from eim_jax.losses.key_sources import LM_TEXTS
+from eim_jax.losses.kinds import ContrastiveLoss, Forward, QueueKind
+from eim_jax.models.vlm import VLM, last_token
+
+
+def original_last_token(vlm: VLM, params: dict, texts: Any) -> Float[Array, "b d"]:
+    """What the LM without its adapter gives at the EOS of the text alone."""
+    tokens, valid = texts
+    return _at_eos(vlm.lm_block(params, tokens, valid, original=True), tokens, valid)
+
+
+def _query(forward: Forward) -> Float[Array, "b d"]:
+    vlm, batch = forward.vlm, forward.batch
+    image = (forward.connected, batch.has_image) if forward.settings.lm_with_image else (None, None)
+    hidden = vlm.lm_block(
+        forward.params,
+        batch.tokens,
+        batch.valid,
+        visual=image[0],
+        has_image=image[1],
+        dropout=forward.dropout(1),
+    )
+    return _at_eos(hidden, batch.tokens, batch.valid)
+
+
+def _at_eos(hidden: Float[Array, "b _ d"], tokens: Array, valid: Array) -> Float[Array, "b d"]:
+    """The text's columns are the last ones; BOS, markers and visual tokens stand before them."""
+    return last_token(hidden[:, -tokens.shape[1] :], valid)
+
+
+@dataclass(frozen=True)
+class LastTokenLoss(ContrastiveLoss):
+    """loss_LM with its own two settings: `lm_with_image` and `lm_distil`."""
+
+    def fields(self, settings: Losses) -> frozenset[str]:
+        """Text alone, or with `lm_with_image` the image before it; all rows take part either way."""
+        return self.needs | ({"image", "has_image"} if settings.lm_with_image else set())
+
+    def positives(self, settings: Losses) -> Positives:
+        """With `lm_distil` the own key alone, no other key at all."""
+        return "alone" if settings.lm_distil else super().positives(settings)
+
+    def check(self, config: Config) -> None:
+        """Raises ConfigError for `lm_distil` under the dot product, which has no least loss."""
+        if config.losses.lm_distil and config.losses.similarity != "cosine":
+            raise ConfigError("config.losses.lm_distil needs config.losses.similarity='cosine'")
+
+
+LAST_TOKENS = QueueKind(
+    name="hidden",
+    symbol="K_b",
+    source=LM_TEXTS,
+    encode=original_last_token,
+    pooling="LM_block at EOS, text alone",
+)
+
+LM = LastTokenLoss(name="lm", title="loss_LM", queue=LAST_TOKENS, query=_query, needs=frozenset({"tokens", "valid"}))

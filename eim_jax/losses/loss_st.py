@@ -1,0 +1,35 @@
+"""loss_ST: the mean of the ST's output tokens against the mean LM embedding of the sample's text, K_e."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from eim_jax.losses.key_sources import LM_TEXTS
+from eim_jax.losses.kinds import ContrastiveLoss, QueueKind
+from eim_jax.models.vlm import VLM, mean_tokens
+
+
+def mean_embedding(vlm: VLM, params: dict, texts: Any) -> Float[Array, "b d"]:
+    """The mean of LM_e over instruction and response, without the EOS."""
+    tokens, valid = texts
+    text = valid & (jnp.cumsum(valid, axis=1) < valid.sum(axis=1, keepdims=True))  # all but the EOS
+    return mean_tokens(vlm.embed(params, tokens), text)
+
+
+EMBEDDINGS = QueueKind(
+    name="embed",
+    symbol="K_e",
+    source=LM_TEXTS,
+    encode=mean_embedding,
+    pooling="mean of LM_e over instruction and response, without EOS",
+)
+
+ST = ContrastiveLoss(
+    name="st",
+    title="loss_ST",
+    queue=EMBEDDINGS,
+    query=lambda forward: forward.connected.astype(jnp.float32).mean(axis=1),
+    needs=frozenset({"image"}),
+    needs_image=True,
+)

@@ -1,0 +1,57 @@
+"""A stage's objective: the weighted sum of its losses, each forward computed once and only if a loss needs it."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from eim_jax.config import Losses, Stage
+from eim_jax.losses.kinds import Forward
+from eim_jax.losses.queues import Queue
+from eim_jax.losses.table import LOSSES, losses_of, weights
+from eim_jax.models.batch import Batch
+from eim_jax.models.vlm import VLM
+
+
+def fields(stage: Stage, settings: Losses) -> frozenset[str]:
+    """The batch fields that the stage's losses read ("image" may be served as cached "features")."""
+    return frozenset({"index"}).union(*(loss.fields(settings) for loss in losses_of(stage)))
+
+
+def normalisers(vlm: VLM, stage: Stage, batch: Batch) -> dict[str, Float[Array, ""]]:
+    """What each loss's sum is divided by, over the whole batch; at least 1.
+
+    Known before any forward pass, so that micro-batches divide by the whole batch's count: accumulation is exact.
+    """
+    return {loss.name: jnp.maximum(loss.normaliser(vlm, batch), 1.0) for loss in losses_of(stage)}
+
+
+def make_objective(vlm: VLM, stage: Stage, settings: Losses, mesh: Mesh | None = None) -> Callable:
+    """The stage's loss as a pure function.
+
+    Args:
+      vlm: the arm's modules.
+      stage: whose losses are summed, each times its weight.
+      settings: the config's `losses`.
+      mesh: over which batches and queues lie.
+
+    Returns:
+      (params, batch, queues {kind: Queue}, normalisers, key of dropout or None) -> (loss f32[], metrics {name: f32[]}).
+      Loss and metrics are shares of the whole batch's means, so that they add up over micro-batches.
+    """
+    active = weights(stage)
+
+    def objective(params: dict, batch: Batch, queues: dict[str, Queue], norms: dict, key: Array | None):
+        forward = Forward(vlm, settings, params, batch, key, mesh)
+        total, metrics = jnp.float32(0.0), {}
+        for name, weight in active.items():
+            loss = LOSSES[name]
+            value, diagnostics = loss.value(forward, queues[loss.queue.name] if loss.queue else None)
+            metrics |= {f"queue/{name}/{field}": sums / norms[name] for field, sums in diagnostics.items()}
+            metrics[f"loss/{name}"] = value / norms[name]
+            total = total + weight * metrics[f"loss/{name}"]
+        metrics["loss"] = total
+        return total, metrics
+
+    return objective

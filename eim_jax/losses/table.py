@@ -1,0 +1,67 @@
+"""The losses that stages may name: `stages.*.losses.NAME` of a config is the weight of `LOSSES["NAME"]`.
+
+| loss | query | key | queue |
+|---|---|---|---|
+| base | - | - | next-token cross-entropy of the response |
+| ie | [CLS] through CLIP's frozen output layer | [EOS] feature of CLIP.text | K_t |
+| st | mean over the ST's output tokens | mean over LM_e of the sample's text | K_e |
+| lm | last-token vector out of LM_block | the same vector of the original LM | K_b |
+
+A loss of your own: `LOSSES["mine"] = ContrastiveLoss("mine", ...)`, in a script or in the config file that names it.
+"""
+
+import difflib
+
+from eim_jax.config import Config, ConfigError, Stage
+from eim_jax.config.tables import LOSSES
+from eim_jax.losses.kinds import Loss, QueueKind
+from eim_jax.losses.loss_base import BASE
+from eim_jax.losses.loss_ie import IE
+from eim_jax.losses.loss_lm import LM
+from eim_jax.losses.loss_st import ST
+
+# Their order is that of logs and charts, and of the terms in a stage's sum.
+LOSSES |= {loss.name: loss for loss in (BASE, IE, ST, LM)}
+
+__all__ = ["LOSSES", "check", "losses_of", "queues_of", "symbol_of", "title_of", "weights"]
+
+
+def weights(stage: Stage) -> dict[str, float]:
+    """The stage's losses with a weight above 0, in the table's order."""
+    return {name: stage.losses[name] for name in LOSSES if stage.losses.get(name, 0) > 0}
+
+
+def losses_of(*stages: Stage) -> list[Loss]:
+    """The losses of these stages, each once, in the table's order."""
+    return [loss for name, loss in LOSSES.items() if any(name in weights(stage) for stage in stages)]
+
+
+def queues_of(*stages: Stage) -> list[QueueKind]:
+    """The queues that the losses of these stages read, each once."""
+    return list(dict.fromkeys(loss.queue for loss in losses_of(*stages) if loss.queue is not None))
+
+
+def title_of(name: str) -> str:
+    """A loss as reports call it; by its name alone where this process does not know it."""
+    return LOSSES[name].title if name in LOSSES else name
+
+
+def symbol_of(name: str) -> str:
+    """A loss's queue as charts call it; by the loss's name where this process does not know it."""
+    queue = LOSSES[name].queue if name in LOSSES else None
+    return queue.symbol if queue is not None else name
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for a weight whose name no loss has, or settings that a loss refuses."""
+    for where, stage in config.stages.items():
+        for name in stage.losses:
+            if name not in LOSSES:
+                near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(LOSSES)}"
+                raise ConfigError(
+                    f"config.stages.{where}.losses.{name}: no such loss; {hint} A loss of your own is entered in "
+                    "eim_jax.losses.table.LOSSES before the run starts"
+                )
+    for loss in LOSSES.values():
+        loss.check(config)

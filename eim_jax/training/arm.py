@@ -1,0 +1,120 @@
+"""An arm's sequence of stages: checked before any of them runs, then trained one after the other, or resumed."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from eim_jax.config import ConfigError, Stage
+from eim_jax.data import loader
+from eim_jax.losses.table import losses_of, weights
+from eim_jax.models.vlm import VLM
+from eim_jax.parallel import processes
+from eim_jax.parallel.sharding import parts_of
+from eim_jax.parallel.signals import Signals
+from eim_jax.training import partition
+from eim_jax.training.checkpoint import StageCheckpoints
+from eim_jax.training.log import RunLog, StageInfo, Trained
+from eim_jax.training.partition import Flat
+from eim_jax.training.setup import Inputs, model, shapes, start
+from eim_jax.training.stage import run_stage
+from eim_jax.utils.console import console
+from eim_jax.utils.files import write_json
+
+
+def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
+    """Trains one arm through its sequence of stages, resuming where an earlier run stopped; writes its run.json.
+
+    A stage starts from what the previous one left, with a new optimizer.
+    """
+    config, directory = inputs.config, inputs.workdir / name
+    arm = config.arm[name]
+    plan = plan_arm(inputs, name)
+    vlm, params = start(inputs, arm)
+    checkpoints = [directory / "checkpoints" / f"{i}-{s}" for i, s in enumerate(arm.sequence)]
+    summaries = []
+    resume = _resume_point(checkpoints)
+    with RunLog.open(directory, plan, resume, enabled=processes.is_first()) as log, Signals() as signals:
+        for i, (stage_name, folder) in enumerate(zip(arm.sequence, checkpoints, strict=True)):
+            stage = resolved(config.stages[stage_name], inputs)
+            with StageCheckpoints(folder) as store:
+                if store.finished:
+                    trained, _ = partition.split(params, partition.groups(stage, params))
+                    trained, summary = store.result(trained)
+                    store.drop_steps()
+                    params = {**params, **trained}
+                    console.print(f"{name} {stage_name}: already trained, its result is restored", soft_wrap=True)
+                else:
+                    params, summary = run_stage(inputs, vlm, stage, i, plan[i], params, store, log, signals)
+            summaries.append(summary)
+            if processes.is_first():
+                total = sum(int(leaf.size) for leaf in params.values())
+                record = {"arm": name, "description": arm.description, "total_params": total, "stages": summaries}
+                write_json(directory / "run.json", record)
+    return vlm, params
+
+
+def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
+    """What an arm's stages will do, checked before any of them runs: patterns, steps, schedule, batch against devices.
+
+    Allocates nothing.
+
+    Raises:
+      PartitionError, ConfigError, ValueError: naming the stage's field.
+    """
+    config = inputs.config
+    arm = config.arm[name]
+    params = shapes(inputs, arm, model(inputs, arm))
+    plan = []
+    for stage_name in arm.sequence:
+        stage, where = resolved(config.stages[stage_name], inputs), f"config.stages.{stage_name}"
+        rows = parts_of(inputs.mesh)
+        if stage.batch // stage.accumulate % rows:
+            raise ConfigError(
+                f"{where}: a batch of {stage.batch} in {stage.accumulate} parts does not divide over {rows} devices"
+            )
+        blind = [loss.title for loss in losses_of(stage) if loss.needs_image]
+        if blind and not len(inputs.train.images):
+            raise ConfigError(f"{where}: no training sample has an image, so {blind[0]} has no rows")
+        info = stage_info(inputs, stage, stage_name, params)
+        try:
+            partition.learning_rate(stage, info.steps)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        plan.append(info)
+    return plan
+
+
+def resolved(stage: Stage, inputs: Inputs) -> Stage:
+    """The stage with its warm-up in steps."""
+    if not stage.warmup_epochs:
+        return stage
+    return replace(stage, warmup_steps=round(stage.warmup_epochs * loader.steps_per_epoch(inputs.train, stage.batch)))
+
+
+def stage_info(inputs: Inputs, stage: Stage, name: str, params: Flat | dict[str, jax.ShapeDtypeStruct]) -> StageInfo:
+    """What the stage trains and for how many steps."""
+    found = partition.groups(stage, params)
+    trained = tuple(Trained(g.pattern, len(g.paths), sum(int(params[p].size) for p in g.paths)) for g in found)
+    per_epoch = loader.steps_per_epoch(inputs.train, stage.batch)
+    steps = stage.steps or stage.epochs * per_epoch
+    return StageInfo(
+        name=name,
+        losses=weights(stage),
+        trained=trained,
+        total_params=sum(int(leaf.size) for leaf in params.values()),
+        steps=steps,
+        epochs=round(steps / per_epoch, 3),
+        batch=stage.batch,
+    )
+
+
+def _resume_point(folders: list[Path]) -> tuple[int, int] | None:
+    """(stage, first step that will run again) for the log; None when nothing was saved."""
+    for i, folder in enumerate(folders):
+        with StageCheckpoints(folder) as store:
+            if not store.finished:
+                step = store.latest_step()
+                # Records carry the number of steps done: those up to the checkpoint stay.
+                return (i, step + 1) if step is not None else ((i, 0) if i else None)
+    return (len(folders), 0)

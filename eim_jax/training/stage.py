@@ -1,0 +1,252 @@
+"""One stage of training: assembled, run step by step, finished with the proof that frozen leaves kept their bits.
+
+It holds only the queues that its losses read.
+"""
+
+import functools
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from eim_jax.config import Stage
+from eim_jax.data import loader
+from eim_jax.losses import objective
+from eim_jax.models.batch import Batch
+from eim_jax.models.vlm import VLM
+from eim_jax.parallel import processes
+from eim_jax.parallel.sharding import batch_sharding
+from eim_jax.parallel.signals import Interrupted, Signals
+from eim_jax.training import partition
+from eim_jax.training.assembly import assemble
+from eim_jax.training.checkpoint import StageCheckpoints
+from eim_jax.training.log import RunLog, StageInfo
+from eim_jax.training.monitor import Meter, check_finite
+from eim_jax.training.partition import Flat
+from eim_jax.training.profile import Profile
+from eim_jax.training.setup import Inputs, stage_features
+from eim_jax.utils.console import console
+
+
+def run_stage(
+    inputs: Inputs,
+    vlm: VLM,
+    stage: Stage,
+    index: int,
+    info: StageInfo,
+    params: Flat,
+    store: StageCheckpoints,
+    log: RunLog,
+    signals: Signals,
+) -> tuple[Flat, dict]:
+    """Trains the stage from where `store` holds it, or from its start.
+
+    Args:
+      inputs: what all arms share.
+      vlm: the arm's modules.
+      stage: its settings, the warm-up in steps.
+      index: its place in the arm's sequence; decides its random numbers.
+      info: its steps, as `arm.plan_arm` found them.
+      params: all leaves as the stage before left them; they stay whole for whoever still holds them.
+      store: its checkpoints.
+      log: the arm's.
+      signals: that may stop it.
+
+    Returns:
+      All leaves after the stage, and its summary for run.json.
+
+    Raises:
+      Interrupted: a signal asked to stop; the state is saved.
+      NonFinite: a loss or a parameter is not a number.
+    """
+    run = _StageRun(inputs, vlm, stage, index, info, params, store, log)
+    run.restore()
+    signals.stepping = True
+    run.loop(signals)
+    trained, summary = run.finish()
+    store.finish(trained, summary)
+    signals.stepping = False
+    signals.check()
+    return {**params, **trained}, summary
+
+
+class _StageRun:
+    """A stage under way: its state (`trained`, `opt_state`, `done`), its batches, its compiled programs."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        vlm: VLM,
+        stage: Stage,
+        index: int,
+        info: StageInfo,
+        params: Flat,
+        store: StageCheckpoints,
+        log: RunLog,
+    ):
+        self._prepared = time.monotonic()
+        self.inputs, self.stage, self.index, self.info, self.store, self.log = inputs, stage, index, info, store, log
+        config = inputs.config
+        trained, frozen = partition.split(params, partition.groups(stage, params))
+        # A stage donates its trained leaves' buffers; the copies keep `params` whole for whoever still holds it.
+        params = {**jax.tree.map(jnp.copy, trained), **frozen}
+        self._proof = partition.digest(frozen)
+        log.start_stage(index)
+        self.iterator = _batches(inputs, vlm, stage, index, info, params)
+        queue_of = functools.partial(inputs.queue, vlm)
+        made = assemble(vlm, stage, config.losses, params, info.steps, queue_of, inputs.mesh)
+        self.trained, self.opt_state = made.trained, made.init_state()
+        self.made = made._replace(trained={})  # a resumed stage would hold them beside those that it restores
+        self.key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), index)
+        self.done, self.seconds = 0, 0.0
+        self.programs: dict[int, Any] = {}  # one for each width of texts
+        self.meter = Meter(info, inputs.train)
+
+    def restore(self) -> None:
+        """Goes on after the newest checkpoint, if there is one."""
+        if self.store.latest_step() is not None:
+            self.done, self.trained, self.opt_state, record = self.store.restore(
+                self.trained, self.opt_state, self.iterator
+            )
+            self.seconds = record["seconds"]
+            console.print(f"resuming {self.info.name} after step {self.done} of {self.info.steps}", soft_wrap=True)
+        self.prepare_seconds = time.monotonic() - self._prepared
+
+    def loop(self, signals: Signals) -> None:
+        """Runs the steps that remain; logs, saves, and stops early where a signal asks for it."""
+        config, steps = self.inputs.config, self.info.steps
+        self._begun = time.monotonic()
+        traces = self.inputs.workdir / self.log.arm / "profile" / f"{self.index}-{self.info.name}"
+        # Closed, so that its threads end with the stage, also where that ends early.
+        with closing(self.iterator), Profile(config.profile, traces) as profile:
+            for number in range(self.done, steps):
+                profile.before(number)
+                metrics = self._update(number)
+                profile.after(number, metrics)
+                self.meter.add(metrics)
+                reached, last = number + 1, number + 1 == steps
+                if reached % config.log_every == 0 or last:
+                    self._write(number)
+                if signals.stop() and not last:
+                    self._save(reached)
+                    self.store.wait()
+                    message = f"stopped after step {reached} of {self.info.name}, saved: the same command continues"
+                    raise Interrupted(message, together=True)
+                if reached % config.checkpoint.every_steps == 0 and not last:
+                    self._save(reached)
+
+    def finish(self) -> tuple[Flat, dict]:
+        """The trained leaves and the summary; refuses numbers that are not finite and frozen leaves that changed."""
+        info = self.info
+        self.meter.check()
+        check_finite(self.trained, info.name, info.steps)
+        if partition.digest(self.made.frozen) != self._proof:
+            raise RuntimeError(
+                f"stage {info.name} changed a frozen parameter: this is a defect of eim_jax, please report it"
+            )
+        self.seconds += time.monotonic() - self._begun
+        summary = {
+            **asdict(info),
+            "trained_params": info.trained_params,
+            "seconds": self.seconds,
+            "prepare_seconds": self.prepare_seconds,
+            "examples_per_second": info.steps * self.stage.batch / self.seconds,
+            "peak_memory_bytes": max(filter(None, map(_peak_memory, self.programs.values())), default=None),
+            **self.meter.shares(),
+            "frozen_unchanged": True,
+        }
+        return self.trained, summary
+
+    def _update(self, number: int) -> dict:
+        """One step; its metrics may still be under way."""
+        with self.meter.waiting():
+            batch, placed = next(self.iterator)
+        self.meter.rows(number, batch)
+        made = self.made
+        arguments = (self.trained, self.opt_state, made.frozen, placed, made.queues, self.key, jnp.int32(number))
+        width = 0 if batch.tokens is None else batch.tokens.shape[1]
+        if width not in self.programs:  # compiled ahead of time: another shape is an error, not a silent compilation
+            with self.meter.compiling():
+                buckets = self.inputs.config.data.buckets
+                self.programs[width] = _compile(
+                    self.info.name, made.step, arguments, width, len(self.programs), buckets
+                )
+        with self.meter.stepping(), jax.profiler.StepTraceAnnotation("train", step_num=number):
+            self.trained, self.opt_state, metrics = self.programs[width](*arguments)
+        return metrics
+
+    def _write(self, number: int) -> None:
+        """Writes the means since the last record, and each group's learning rate."""
+        reached, stage = number + 1, self.stage
+        means = self.meter.read()
+        rate = float(partition.learning_rate(stage, self.info.steps)(number))
+        rates = {f"lr/{group.name}": group.factor * rate for group in self.made.groups}
+        epoch = round(reached * stage.batch / len(self.inputs.train), 4)
+        place = {"stage": self.info.name, "stage_index": self.index, "step": reached, "epoch": epoch}
+        self.log.write({**place, **means, **rates})
+
+    def _save(self, number: int) -> None:
+        self.meter.check()
+        check_finite(self.trained, self.info.name, number)
+        record = {"seconds": self.seconds + time.monotonic() - self._begun}
+        self.store.save(number, self.trained, self.opt_state, self.iterator, record)
+
+
+def _batches(inputs: Inputs, vlm: VLM, stage: Stage, index: int, info: StageInfo, params: Flat) -> Iterator:
+    """The stage's batches from its start, as NumPy arrays and as placed; cached features where they serve."""
+    config, mesh = inputs.config, inputs.mesh
+    needed = objective.fields(stage, config.losses)
+    features = stage_features(inputs, vlm, stage, params) if "image" in needed else None
+    if features is not None:
+        needed = (needed - {"image"}) | {"features"}
+    part, parts = processes.data_part(mesh)
+    return loader.batches(
+        inputs.train,
+        inputs.encoded,
+        fields=needed,
+        batch_size=stage.batch,
+        seed=config.seed * 1000 + index,
+        epochs=-(-info.steps // (len(inputs.train) // stage.batch)),
+        features=features,
+        image_size=vlm.visual.config.image_size,
+        fit=config.data.fit,
+        process_index=part,
+        process_count=parts,
+        threads=config.data.threads,
+        buckets=config.data.buckets,
+        window=config.data.length_window,
+        place=lambda batch: place_batch(batch, mesh),
+    )
+
+
+def place_batch(batch: Batch, mesh: Mesh) -> Batch:
+    """The process's rows of a batch as global arrays, rows over the mesh's data axes."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def _compile(stage: str, step: Any, arguments: tuple, width: int, before: int, most: int):
+    """The stage's step for texts of `width` tokens, of which there are at most `most`."""
+    if before == (most if width else 1):
+        raise RuntimeError(
+            f"stage {stage}: texts of {width} tokens are a width beyond the {before} that config.data.buckets allows: "
+            "this is a defect of eim_jax, please report it"
+        )
+    texts = f" for texts of {width} tokens" if width and most > 1 else ""
+    console.print(f"compiling {stage}{texts}", soft_wrap=True)
+    return step.lower(*arguments).compile()
+
+
+def _peak_memory(compiled) -> int | None:
+    """Bytes that the compiled step holds on each device: arguments + temporaries + outputs not aliased."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    held = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+    return int(held + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
