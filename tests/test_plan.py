@@ -13,8 +13,10 @@ from eim_jax.parallel.sharding import make_mesh
 from eim_jax.planning import plan, targets
 from eim_jax.planning.shapes import abstract_inputs
 from eim_jax.planning.table import sharding_table
-from eim_jax.training import arm, assembly
+from eim_jax.training import assembly
 from eim_jax.training import setup as loading
+from eim_jax.training import stage as one_stage
+from eim_jax.training.arm import plan_arm, resolved, run_arm
 from eim_jax.training.partition import groups
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -27,8 +29,8 @@ def program_of(config, arm, devices, samples=0, **kwargs):
     inputs, _ = abstract_inputs(config, make_mesh(config.mesh, devices), samples, **kwargs)
     vlm = loading.model(inputs, config.arm[arm])
     params = plan.placed(loading.shapes(inputs, config.arm[arm], vlm), inputs.mesh)
-    info = arms.plan_arm(inputs, arm)[0]
-    return inputs, plan.stage_program(inputs, vlm, arms.resolved(config.stages[info.name], inputs), params, info.steps)
+    info = plan_arm(inputs, arm)[0]
+    return inputs, plan.stage_program(inputs, vlm, resolved(config.stages[info.name], inputs), params, info.steps)
 
 
 class Stopped(Exception):
@@ -55,10 +57,10 @@ def test_planned_arguments_are_those_that_training_passes_to_its_step(name, sequ
             raise Stopped
 
     assemble = assembly.assemble
-    monkeypatch.setattr(stage, "assemble", lambda *args: assemble(*args)._replace(step=Step()))
+    monkeypatch.setattr(one_stage, "assemble", lambda *args: assemble(*args)._replace(step=Step()))
     inputs = loading.load(config, tmp_path)
     with pytest.raises(Stopped):
-        arm.run_arm(inputs, "eim")
+        run_arm(inputs, "eim")
     longest = caught[3].valid.shape[1]  # a plan is for texts of max_tokens, data may hold shorter ones alone
     assert longest <= config.data.max_tokens
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_tokens=longest))

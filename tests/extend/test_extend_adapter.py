@@ -93,7 +93,7 @@ def test_the_run_is_logged_and_scored(world):
 def test_it_is_planned(world):
     config = dataclasses.replace(world[0], mesh=(1, 1, 1))
     (found,), _ = plan.plan(config, targets.target("cpu:1"), samples=24)
-    vlm, params = setup.start(setup.load(config, world[1], data=False), config.arm["baseline"])
+    vlm, params = setup.start(setup.load(*world, data=False), config.arm["baseline"])
     st = sum(leaf.size for path, leaf in params.items() if path.startswith("st/"))
     layers, width = vlm.lm.config.layers, vlm.lm.config.width
     assert found.memory.trained == 4 * (st + layers * width + width)
@@ -131,6 +131,7 @@ def test_the_llama_computes_what_it_says(scan):
 
 
 def test_a_config_that_does_not_train_it_is_refused(monkeypatch):
+    monkeypatch.delitem(ADAPTERS, "gain", raising=False)
     with pytest.raises(ConfigError, match="'gain' is none of none, lavin, prompts"):
         config_with_gains()
     monkeypatch.setitem(ADAPTERS, "gain", SoftGain)

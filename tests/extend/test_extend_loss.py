@@ -1,0 +1,145 @@
+"""A fourth contrastive loss with a queue of its own, added from here: it trains, and is found wherever losses are."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scored_runs
+import tiny
+
+from eim_jax.commands import inspection
+from eim_jax.config import ConfigError, LossWeights
+from eim_jax.data.samples import DrawnImages, Split
+from eim_jax.losses.key_sources import IMAGES
+from eim_jax.losses.kinds import ContrastiveLoss, Forward, QueueKind
+from eim_jax.losses.objective import make_objective
+from eim_jax.losses.table import LOSSES
+from eim_jax.models.batch import Batch
+from eim_jax.parallel.sharding import make_mesh
+from eim_jax.planning import plan, targets
+from eim_jax.training import partition, setup
+from eim_jax.training.arm import plan_arm
+from eim_jax.utils.images import clip_preprocess
+
+FEATURES = QueueKind(
+    name="features",
+    symbol="K_v",
+    source=IMAGES,
+    encode=lambda vlm, params, images: vlm.encode_image(params, images).mean(axis=1),
+    pooling="mean of CLIP.visual's tokens",
+)
+
+VISION = ContrastiveLoss(
+    name="vision",
+    title="loss_V",
+    queue=FEATURES,
+    query=lambda forward: forward.connected.astype(jnp.float32).mean(axis=1)[:, : forward.image_tokens.shape[2]],
+    needs=frozenset({"image"}),
+    needs_image=True,
+)
+CHANGES = {"stages.base.losses.vision": 0.5, "log_every": 1}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(config, work directory, what the terminal was told) of a run whose stage has loss_base and the added loss."""
+    workdir = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LOSSES, "vision", VISION)
+        config = scored_runs.few_steps(**CHANGES, **{"data.eval_limit": 6})
+        scored_runs.run(config, workdir)
+        yield config, workdir
+
+
+@pytest.fixture(scope="module")
+def loaded(world):
+    """(inputs, vlm, parameters) of the run's work directory."""
+    inputs = setup.load(*world)
+    return inputs, *setup.start(inputs, world[0].arm["eim"])
+
+
+def test_its_keys_and_its_value_are_the_formula_s_in_float64(world, loaded):
+    config, (inputs, vlm, params) = world[0], loaded
+    tree, size = partition.unflatten(params), vlm.visual.config.image_size
+    rows = np.arange(6)
+    images = [inputs.train.samples[row].image for row in range(len(inputs.train))]
+    crops = np.stack([clip_preprocess(inputs.train.images[row], size) for row in dict.fromkeys(images)])
+    tokens = np.asarray(vlm.encode_image(tree, jnp.asarray(crops)), np.float64)
+    keys = tokens.mean(axis=1)[images]
+    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+    queue = inputs.queue(vlm, FEATURES)
+    np.testing.assert_allclose(np.asarray(queue.keys)[: queue.count], keys, atol=2e-6)  # of unit norm
+
+    batch = Batch(
+        index=jnp.asarray(rows, jnp.int32),
+        features=jnp.asarray(tokens[[images[row] for row in rows]], jnp.float32),
+        has_image=jnp.array([True] * 5 + [False]),  # the last row takes no part
+    )
+    stage = dataclasses.replace(config.stages["base"], losses=LossWeights(vision=0.5))
+    objective = make_objective(vlm, stage, config.losses)
+    alone = dataclasses.replace(queue, keys=jnp.asarray(keys, jnp.float32), groups=queue.groups[: len(keys)])
+    loss, metrics = objective(tree, batch, {"features": alone}, {"vision": jnp.float32(5)}, None)
+    query = np.asarray(vlm.connect(tree, batch.features), np.float64).mean(axis=1)
+    query = query[:, : keys.shape[1]]
+    scores = query / np.linalg.norm(query, axis=1, keepdims=True) @ keys.T / config.losses.tau
+    nats = np.log(np.exp(scores).sum(axis=1)) - scores[rows, rows]
+    np.testing.assert_allclose(metrics["loss/vision"], nats[:5].mean(), rtol=1e-5)
+    np.testing.assert_allclose(loss, 0.5 * nats[:5].mean(), rtol=1e-5)
+
+
+def test_it_trained_and_its_queue_is_on_disk(world):
+    workdir = world[1]
+    rows = [json.loads(line) for line in (workdir / "eim" / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        np.testing.assert_allclose(row["loss"], row["loss/base"] + 0.5 * row["loss/vision"], rtol=1e-5)
+        assert 0 <= row["queue/vision/recall1"] <= 1 <= row["queue/vision/rank"]
+    manifest = json.loads((workdir / "queues" / "features" / "manifest.json").read_text())
+    assert manifest["pooling"].startswith("mean of CLIP.visual's tokens") and manifest["count"] == 40
+
+
+def test_inspection_shows_each_sample_s_nearest_rows(world, loaded, capsys):
+    inspection.show_samples(loaded[0], "eim", *loaded[1:], 2)
+    assert capsys.readouterr().out.count("loss_V: nearest of 40 rows of queue features") == 2
+
+
+def test_a_plan_counts_its_queue(world):
+    config = dataclasses.replace(world[0], mesh=(1, 1, 1), arms=("eim",))
+    [found], _ = plan.plan(config, targets.target("cpu:1"), samples=1000)
+    assert found.memory.queue == 1000 * (96 * 4 + 4)  # float32 keys, and one group number each
+
+
+def test_the_page_and_the_experiments_name_it(world, tmp_path):
+    config, workdir = world
+    page = (workdir / "report.html").read_text()
+    assert "loss_V" in page and "recall@1 in K_v" in page
+    _, experiments = scored_runs.experiment(config, workdir, tmp_path, ("Bleu_4",))
+    assert "loss_V: recall@1" in experiments
+
+
+def test_a_name_that_no_loss_has_and_data_that_it_cannot_read_are_refused(world, loaded, monkeypatch):
+    with pytest.raises(ConfigError, match=r"config\.stages\.base\.losses\.visoin: no such loss; did you mean 'vision'"):
+        tiny.config_of("miniature", **{"stages.base.losses.visoin": 1.0})
+    inputs = loaded[0]
+    samples = tuple(dataclasses.replace(sample, image=None) for sample in inputs.train.samples)
+    train = Split("train", samples, DrawnImages([], lambda row: None, []))
+    with pytest.raises(ConfigError, match="no training sample has an image, so loss_V has no rows"):
+        plan_arm(dataclasses.replace(inputs, train=train, mesh=make_mesh((1, -1, 1))), "eim")
+
+
+def test_parts_that_no_loss_asks_for_are_not_computed(world, loaded):
+    batch = Batch(index=jnp.arange(2), features=jnp.ones((2, 3, 4)))
+    forward = Forward(loaded[1], world[0].losses, {}, batch)
+    assert forward.image_tokens is batch.features and forward.dropout(1) is None
+    assert "connected" not in vars(forward)
+
+
+def test_the_example_of_the_docs_is_the_one_here():
+    here = Path(__file__)
+    page = (here.parents[2] / "docs" / "extend" / "losses.md").read_text(encoding="utf-8")
+    first = re.search(r"```python\n(.*?)```", page, re.S).group(1)
+    parts = [part for part in first.split("\n\n") if not part.startswith(("import", "from", "LOSSES"))]
+    assert len(parts) == 2 and all(part.strip() in here.read_text(encoding="utf-8") for part in parts)
