@@ -113,7 +113,9 @@ def numbers(arguments, text_only=()):
     for kind, queue in queues.items():
         rows = np.random.default_rng(len(kind)).standard_normal(queue.keys.shape)
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-        keys[kind] = dataclasses.replace(queue, keys=rows, groups=np.arange(len(rows)))
+        keys[kind] = dataclasses.replace(
+            queue, keys=jnp.asarray(rows, jnp.float32), groups=jnp.arange(len(rows), dtype=jnp.int32)
+        )
 
     def place(value, leaf):
         return jax.device_put(np.asarray(value, leaf.dtype), leaf.sharding)
