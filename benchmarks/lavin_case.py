@@ -10,7 +10,8 @@ from eim_jax.config import LossWeights, Stage
 from eim_jax.models.adapters.lavin import Router
 from eim_jax.models.connector import STConfig, make_st
 from eim_jax.models.language.llama import Llama, LlamaConfig
-from eim_jax.models.vision.clip import GRID, CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from eim_jax.models.vision.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from eim_jax.models.vision.features import GRID
 from eim_jax.models.vlm import VLM
 
 LENGTH = 512  # slots that the LM reads

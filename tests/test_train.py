@@ -139,7 +139,7 @@ def test_a_width_beyond_the_configured_number_is_an_error(config):
 
 def test_a_second_start_restores_the_results_without_training(finished, monkeypatch):
     inputs, _, end, _ = finished
-    monkeypatch.setattr(arm, "run_stage", None)  # training again would fail
+    monkeypatch.setattr("eim_jax.training.arm.run_stage", None)  # training again would fail
     _, again = run_arm(inputs, "eim")
     assert all(np.array_equal(end[path], again[path]) for path in end)
 
