@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from step_case import Case, make_case, trains_visual
 
 from eim_jax.config import LossWeights, Stage
-from eim_jax.losses.table import weights
+from eim_jax.losses.table import losses_of
 from eim_jax.models.connector import STConfig, make_st
 from eim_jax.models.language.gpt2 import GPT2, GPT2Config
 from eim_jax.models.vision.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
@@ -91,7 +91,7 @@ def flops(case: Case) -> float:
     bound by their reading.
     """
     c, v, st, stage = case.vlm.lm.config, case.vlm.visual.config, case.vlm.st.config, case.stage
-    active = set(weights(stage))
+    active = {loss.name for loss in losses_of(stage)}
 
     def blocks(config, mlp, slots):
         weights = config.layers * (4 * config.width**2 + 2 * config.width * mlp)
