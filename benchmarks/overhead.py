@@ -9,6 +9,7 @@ python benchmarks/overhead.py --measure [--batch 8] [--rounds 3]
 """
 
 import argparse
+import functools
 import gc
 import importlib
 import statistics
