@@ -219,7 +219,7 @@ def decode_section(setting: Setting) -> Iterator[dict]:
 
 
 def _transformers(setting: Setting, c, visual, chosen: DecodeConfig):
-    """transformers' generate of exactly as many tokens."""
+    """Transformers' generate of exactly as many tokens."""
     shape = {"vocab_size": c.vocab, "n_embd": c.width, "n_layer": c.layers, "n_head": c.heads}
     config = transformers.GPT2Config(**shape, bos_token_id=None, eos_token_id=None)
     model = transformers.GPT2LMHeadModel(config).to(setting.device, getattr(torch, setting.dtype)).eval()

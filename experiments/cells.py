@@ -105,8 +105,11 @@ class Row:
     scales: tuple[str, ...] = SCALES
 
     def at(self, scale: str, budget: str = "") -> bool:
-        """Whether the row exists at this scale (the miniature has no larger language model), with this budget (in
-        "paper" stages have their own epochs: there a row that changes the shares alone would be another row)."""
+        """Whether the row exists at this scale, with this budget.
+
+        The miniature has no larger language model. In budget "paper" stages have their own epochs: there a row that
+        changes the shares alone would be another row.
+        """
         same = budget == "paper" and self.shares and not self.overrides
         return not same and scale in self.scales and scale in FAMILIES[self.family].configs
 
@@ -140,8 +143,10 @@ class Cell:
 
 
 def hash_of(config: Config, arm: str) -> str:
-    """Of every field that decides the arm's numbers; one at its default is left out, so that new fields change
-    nothing."""
+    """The hash of every field that decides the arm's numbers.
+
+    One at its default is left out, so that new fields change nothing.
+    """
     kept = deciding(config, [arm], datasets.free_on_resume())
     tests = {"data.eval_limit", *datasets.free_on_resume()}
     kept |= {k: value for k, value in flatten(config).items() if k.startswith("decode.") or k in tests}

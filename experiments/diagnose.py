@@ -54,8 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def diagnose(inputs: Inputs, arm: str, test: Split) -> list[dict]:
-    """One record for the start and each stage: "after", "perplexity", "integration", "queries" {loss: ...},
-    "cosines" {pair: ...}."""
+    """One record for the start and each stage.
+
+    Its keys: "after", "perplexity", "integration", "queries" {loss: ...}, "cosines" {pair: ...}.
+    """
     sequence = [inputs.config.stages[name] for name in inputs.config.arm[arm].sequence]
     losses = losses_of(*sequence)
     names = [loss.name for loss in losses]

@@ -72,8 +72,10 @@ def difference(
 
 
 def bootstrap(full: np.ndarray, resampled: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Replicates [B] of a mean over seeds. `full` [S]: each seed's value on all items; `resampled` [B S]: on the items
-    of replicate b. The values may be differences."""
+    """Replicates [B] of a mean over seeds; the values may be differences.
+
+    `full` [S]: each seed's value on all items; `resampled` [B S]: on the items of replicate b.
+    """
     count = len(full)
     centre = resampled.mean(axis=1)
     if count == 1:
@@ -109,8 +111,10 @@ def _replicates(cells: Sequence[Mapping[str, Any]], metric: str) -> tuple[np.nda
 
 @functools.lru_cache(maxsize=8)
 def _weights(ids: tuple) -> np.ndarray:
-    """How often each replicate draws each item [B n]: the same for every row and metric of one test set, so that
-    differences stay paired."""
+    """How often each replicate draws each item [B n].
+
+    The same for every row and metric of one test set, so that differences stay paired.
+    """
     _, scene = np.unique([_scene(item) for item in ids], return_inverse=True)
     number = scene.max() + 1
     drawn = np.random.default_rng(number).multinomial(number, np.full(number, 1 / number), size=REPLICATES)
@@ -118,8 +122,11 @@ def _weights(ids: tuple) -> np.ndarray:
 
 
 def _scene(item: object) -> str:
-    """What a test item is about: MME's questions about pictures of one name, and the miniature's two about one scene,
-    are drawn together, since what makes one hard may make the other hard."""
+    """What a test item is about.
+
+    MME's questions about pictures of one name, and the miniature's two about one scene, are drawn together, since what
+    makes one hard may make the other hard.
+    """
     words = str(item)
     if words.startswith("qa-"):
         head, _, number = words.rpartition("-")

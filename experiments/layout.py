@@ -7,8 +7,11 @@ from experiments.cells import Row
 
 @dataclass(frozen=True)
 class Table:
-    """`metrics` are keys of scores, the columns; `marks` the names of the columns of ticks before them, `ticks` the
-    rows' entries in these. The first row is what the others are compared with."""
+    """A table of the paper: its rows, the first of which the others are compared with, and its columns.
+
+    `metrics` are keys of scores, the columns; `marks` the names of the columns of ticks before them, `ticks` the rows'
+    entries in these.
+    """
 
     name: str
     title: str

@@ -38,8 +38,10 @@ def entries(table: Table, found: Found) -> list[tuple[Row, str, list[str], list[
 
 
 def effort(cells: Sequence[Mapping[str, Any]]) -> str:
-    """The steps of a row's stages, the parameters that its last stage trains, its training time (that of the fastest
-    seed, stage by stage) and how many seeds it has."""
+    """What a row took: its stages' steps, what its last stage trains, its training time and its number of seeds.
+
+    The time is that of the fastest seed, stage by stage.
+    """
     if not cells:
         return ""
     stages = cells[0]["stages"]

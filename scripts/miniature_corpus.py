@@ -137,8 +137,10 @@ class Lesson(NamedTuple):
 
 
 def drill(dice: Dice) -> Lesson:
-    """Returns a short exercise: which letter an option has, words to repeat, true sentences on a described scene; or a
-    document."""
+    """Returns a short exercise or a document.
+
+    Exercises: which letter an option has, words to repeat, true sentences on a described scene.
+    """
     form = dice.weighted((("letters", 5), ("repeat", 2), ("reading", 2), ("document", 2)))
     if form == "document":
         return Lesson((), "", text(dice))

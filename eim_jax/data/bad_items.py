@@ -61,10 +61,10 @@ def check_on_bad(on_bad: str) -> None:
 
 
 def half_character(text: str) -> str | None:
-    """Returns what to say of a text with half a character, which JSON can escape and no tokenizer takes; else None.
+    r"""Returns what to say of a text with half a character, which JSON can escape and no tokenizer takes; else None.
 
-    >>> half_character("ab\\ud83d")
-    "holds half a character, '\\\\ud83d', at 2"
+    >>> half_character("ab\ud83d")
+    "holds half a character, '\\ud83d', at 2"
     """
     try:
         text.encode()

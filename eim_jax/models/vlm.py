@@ -118,7 +118,8 @@ class VLM:
 
         Args:
           params: the whole tree.
-          tokens, valid: the text, padded on the right.
+          tokens: the text, padded on the right.
+          valid: which of them are no padding.
           visual: the ST's output; None reads text alone (loss_LM: then markers are left out too).
           has_image: False hides a row's visual tokens; None means that all rows have an image, if `visual` is given.
           original: the LM without its adapter: how K_b is built.
@@ -198,7 +199,8 @@ class VLM:
         Args:
           params: the whole tree.
           visual: the ST's output.
-          tokens, valid: the text, padded on the right.
+          tokens: the text, padded on the right.
+          valid: which of them are no padding.
           has_image: False hides a row's visual tokens; None means that all rows have an image.
           dropout: a key; None outside training.
         """

@@ -23,8 +23,10 @@ from eim_jax.training.step import make_step
 
 
 class Assembly(NamedTuple):
-    """A stage's parts. `step` takes (trained, opt_state, frozen, batch, queues, key, step number) and gives the new
-    (trained, opt_state, metrics); it donates the first two.
+    """A stage's parts.
+
+    `step` takes (trained, opt_state, frozen, batch, queues, key, step number) and gives the new (trained, opt_state,
+    metrics); it donates the first two.
     """
 
     groups: tuple[Group, ...]

@@ -66,7 +66,7 @@ def load_instruct(
     cache: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> Instructions:
-    """Returns the rows of all sources, one after the other, as one split (its order is the files'), and a report.
+    r"""Returns the rows of all sources, one after the other, as one split (its order is the files'), and a report.
 
     A source is a file, or (file, share) with 0 < share <= 1: that share of its rows, drawn by `seed`; a smaller share
     is a part of a larger one. Rows never repeat: a copy would be its own negative in the queues. A file is a JSON list
@@ -78,7 +78,7 @@ def load_instruct(
     COCO_train2014_000000000009.jpg. Samples of one image share its row. Every image used is decoded
     once (see image_checks.py; `cache` remembers the verdict).
 
-    Every (human, gpt) pair and every instance is one sample, "Instruction: {instruction} {input}\\nResponse:" and the
+    Every (human, gpt) pair and every instance is one sample, "Instruction: {instruction} {input}\nResponse:" and the
     answer as it stands; "<image>" markers go. LaVIN asks each question of a conversation alone; `multi_turn` puts the
     turns before it in front. Sample ids are "{file stem}/{row's id}/{turn}"; a row without an id has its place in the
     file, counted from 0, a later row with the same id "{id}#{place}", a second file of the same stem "{stem}#2".

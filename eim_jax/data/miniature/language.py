@@ -61,8 +61,10 @@ def groups(scene: Scene) -> list[Group]:
 
 
 def relation(a: Group, b: Group) -> str | None:
-    """Returns "left", "right", "above" or "below" if every thing of `a` stands so to every thing of `b` in a shared row
-    (column), else None: diagonal neighbours have no relation."""
+    """Returns how `a` stands to `b`: "left", "right", "above", "below", or None.
+
+    Every thing of `a` stands so to every thing of `b` in a shared row (column); diagonal neighbours have no relation.
+    """
     rows, columns = ([{getattr(t, axis) for t in g.things} for g in (a, b)] for axis in ("row", "column"))
     if rows[0] & rows[1]:
         if max(columns[0]) < min(columns[1]):
