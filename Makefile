@@ -57,6 +57,7 @@ topology: .venv/test$(EXTRAS)
 lint: .venv/test$(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 # Strictly: a dead link or a name that is not there fails. Nothing is fetched.
 docs: .venv/docs

@@ -128,10 +128,10 @@ def build(kind: type[Built], values: Mapping[str, Any], where: str) -> Built:
     Raises:
       ConfigError: a name is no field, or a value has another type than its field.
     """
-    hints = typing.get_type_hints(kind)
-    known = [f.name for f in dataclasses.fields(kind)]
+    hints, own = typing.get_type_hints(kind), issubclass(kind, Data)  # what Data does not know is a data set's own
+    known = [f.name for f in dataclasses.fields(typing.cast(Any, kind))]
     for name in values:
-        if name not in known and kind is not Data:  # what Data does not know is a data set's own
+        if name not in known and not own:
             raise ConfigError(f"{where}.{name}: {no_such_field(name, known)}")
     converted = {name: _convert(hints.get(name, Any), value, f"{where}.{name}") for name, value in values.items()}
     return kind(**converted)
@@ -163,7 +163,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if plain is Any:
         return value
-    kinds = typing.get_args(hint) if plain in (typing.Union, types.UnionType) else (plain,)
+    kinds: Any = typing.get_args(hint) if plain in (typing.Union, types.UnionType) else (plain,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise ConfigError(f"{where}: {value!r} is not a {' or '.join(kind.__name__ for kind in kinds)}")
     return value

@@ -10,12 +10,13 @@ gradient: K is read once, the residual for the backward pass is [b, D], and noth
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -122,7 +123,7 @@ def queue_nce(
     q = _unit(q) if similarity == "cosine" else q
     how = _How(count, rows, positives, mesh, on_cpu)
     groups = groups if grouped else None
-    loss, (rank, score, effective) = _rowwise(how, q / tau, keys, index, groups, scale)
+    loss, (rank, score, effective) = cast(Any, _rowwise(how, q / tau, keys, index, groups, scale))
 
     def total(x):
         return jnp.sum(jnp.where(counted, weights * x, 0))
@@ -138,7 +139,7 @@ def _check_values(keys, index, count: int, similarity: str, scale) -> None:
     """
 
     def at_hand(array) -> bool:
-        if isinstance(array, jax.core.Tracer):
+        if isinstance(array, Tracer):
             return False
         return not isinstance(array, jax.Array) or array.is_fully_addressable
 
@@ -261,7 +262,7 @@ def _one_pass(how: _How, u, keys, index, groups, scale):
             return weighted_sum(e if by is None else e * by, block)
 
         rivals = scores >= tie[:, None]
-        if groups is not None:
+        if groups is not None and group is not None:
             same = (lax.dynamic_slice_in_dim(groups, start, how.chunk)[None, :] == group[:, None]) & fresh
             sibling = same & ((first + place)[None, :] != index[:, None])
             rivals &= ~sibling

@@ -7,7 +7,7 @@ the object. See docs/extend/losses.md for a complete example.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from eim_jax.config import Config, Losses
-from eim_jax.losses.contrastive import Positives
+from eim_jax.losses.contrastive import Positives, Similarity
 from eim_jax.losses.queues import Queue
 from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
@@ -83,7 +83,7 @@ class Forward:
         cached = self.batch.features
         if cached is not None:
             return cached
-        return self.vlm.encode_image(self.params, self.batch.image, dropout=self.dropout(2))
+        return self.vlm.encode_image(self.params, self.batch.read("image"), dropout=self.dropout(2))
 
     @functools.cached_property
     def connected(self) -> Float[Array, "b m d"]:
@@ -147,22 +147,23 @@ class ContrastiveLoss:
 
     def positives(self, settings: Losses) -> Positives:
         """Which keys count as a query's own."""
-        return settings.positives
+        return cast(Positives, settings.positives)
 
     def normaliser(self, vlm: VLM, batch: Batch) -> Float[Array, ""]:
         """The rows that take part."""
-        rows = batch.has_image.sum() if self.needs_image else batch.index.shape[0]
+        rows = batch.read("has_image").sum() if self.needs_image else batch.index.shape[0]
         return jnp.float32(rows)
 
     def value(self, forward: Forward, queue: Queue | None) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """The sum of -log p(own key) over the rows that take part, in nats, and the sums of its diagnostics."""
         settings, batch = forward.settings, forward.batch
+        assert queue is not None, f"{self.title} is given its queue {self.queue.name!r}"
         found = queue.nce(
             self.query(forward),
             batch.index,
             tau=settings.tau,
-            similarity=settings.similarity,
-            weights=batch.has_image.astype(jnp.float32) if self.needs_image else None,
+            similarity=cast(Similarity, settings.similarity),
+            weights=batch.read("has_image").astype(jnp.float32) if self.needs_image else None,
             positives=self.positives(settings),
             chunk=settings.chunk,
             mesh=forward.mesh,

@@ -39,14 +39,14 @@ class NextTokenLoss:
         hidden = vlm.lm_hidden(
             params,
             forward.connected,
-            batch.tokens,
-            batch.valid,
+            batch.read("tokens"),
+            batch.read("valid"),
             has_image=batch.has_image,
             dropout=forward.dropout(0),
         )
         head, axis = vlm.head_weights(params)
         supervised = _supervised(vlm, batch)
-        value, _ = head_xent(hidden, head, batch.tokens, supervised, vocab_axis=axis, mesh=forward.mesh)
+        value, _ = head_xent(hidden, head, batch.read("tokens"), supervised, vocab_axis=axis, mesh=forward.mesh)
         return value, {}
 
     def check(self, config: Config) -> None:
@@ -55,10 +55,11 @@ class NextTokenLoss:
 
 def _supervised(vlm: VLM, batch: Batch) -> Bool[Array, "b t"]:
     """The tokens that count. Without BOS, nothing stands before a text-only row's first token."""
+    supervised = batch.read("supervised")
     if vlm.bos is not None:
-        return batch.supervised
-    first = jnp.arange(batch.tokens.shape[1])[None] == 0
-    return batch.supervised & (batch.has_image[:, None] | ~first)
+        return supervised
+    first = jnp.arange(supervised.shape[1])[None] == 0
+    return supervised & (batch.read("has_image")[:, None] | ~first)
 
 
 BASE = NextTokenLoss("base", "loss_base")

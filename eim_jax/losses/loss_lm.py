@@ -20,16 +20,17 @@ def original_last_token(vlm: VLM, params: dict, texts: Any) -> Float[Array, "b d
 
 def _query(forward: Forward) -> Float[Array, "b d"]:
     vlm, batch = forward.vlm, forward.batch
+    tokens, valid = batch.read("tokens"), batch.read("valid")
     image = (forward.connected, batch.has_image) if forward.settings.lm_with_image else (None, None)
     hidden = vlm.lm_block(
         forward.params,
-        batch.tokens,
-        batch.valid,
+        tokens,
+        valid,
         visual=image[0],
         has_image=image[1],
         dropout=forward.dropout(1),
     )
-    return _at_eos(hidden, batch.tokens, batch.valid)
+    return _at_eos(hidden, tokens, valid)
 
 
 def _at_eos(hidden: Float[Array, "b _ d"], tokens: Array, valid: Array) -> Float[Array, "b d"]:

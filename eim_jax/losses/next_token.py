@@ -10,7 +10,7 @@ visits the supervised positions only: prompts and padding cost nothing once they
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def head_xent(
     padding[vocab_axis] = (0, columns * parts - vocab)
     head = jnp.pad(head, padding) if columns * parts > vocab else head
     targets, mask = jnp.asarray(targets), jnp.asarray(mask)
-    total = _total(_How(vocab, vocab_axis, number, mesh), hidden, head, targets, mask)
+    total = cast(Any, _total(_How(vocab, vocab_axis, number, mesh), hidden, head, targets, mask))
     return total, jnp.sum(mask, dtype=jnp.float32)
 
 
@@ -144,9 +144,9 @@ def _sweep(how: _How, wanted: tuple[bool, bool], split: str | None, hidden, head
             to_head += dot(*pair, (((0,), (0,)), ((), ())))
         return total, to_hidden, to_head
 
-    many = sharded and how.mesh.shape["tensor"] > 1
+    many = how.mesh is not None and how.mesh.shape["tensor"] > 1
     total = jnp.float32(0)
-    to_hidden = jnp.zeros((len(padded), width), jnp.float32 if many else dtype) if wanted[0] else None
+    to_hidden: Any = jnp.zeros((len(padded), width), jnp.float32 if many else dtype) if wanted[0] else None
     to_head = jnp.zeros(kernel.shape, jnp.float32) if wanted[1] else None
     if sharded:
         total = lax.pcast(total, ROWS, to="varying")

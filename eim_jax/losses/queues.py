@@ -323,7 +323,11 @@ def _as_keys(vectors: jax.Array, row: jax.Array, count: int, similarity: str) ->
 def _take(field: Any, rows: np.ndarray, sharding: Sharding) -> jax.Array:
     """The field's rows [devices, rows a device, ...]; each process asks for those of its own devices."""
     shape = (*rows.shape, *field.shape[1:])
-    return jax.make_array_from_callback(shape, sharding, lambda index: np.asarray(field[rows[index[:2]]]))
+
+    def part(index: Any) -> np.ndarray:
+        return np.asarray(field[rows[index[:2]]])
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _put(array: np.ndarray, sharding: Sharding) -> jax.Array:
@@ -352,7 +356,7 @@ def _place_rows(rows: np.ndarray | StoredRows, total: int, mesh: Mesh | None, fi
     """Places `rows`, filled up to `total`, reading on each process only what its devices hold."""
     shape, dtype = (total, *rows.shape[1:]), jax.dtypes.canonicalize_dtype(rows.dtype)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(total)
         out = np.full((stop - start, *shape[1:]), fill, dtype)
         real = rows[start : min(stop, len(rows))]

@@ -4,7 +4,7 @@ b batch | n visual tokens ([CLS] + patches) | v CLIP width | j joint CLIP width 
 t text tokens | V vocabulary | N queue rows (training samples)
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -22,3 +22,14 @@ class Batch(NamedTuple):
     image: UInt8[Array, "b h w 3"] | None = None  # resized and cropped as CLIP does; normalised on the device
     features: Float[Array, "b n v"] | None = None  # cached `see` of a frozen CLIP
     has_image: Bool[Array, "b"] | None = None  # False: a text-only row, masked out of loss_IE and loss_ST
+
+    def read(self, field: str) -> Any:
+        """Returns a field that has to be there.
+
+        Raises:
+          ValueError: it is None: the stage's losses do not say that they need it.
+        """
+        value = getattr(self, field)
+        if value is None:
+            raise ValueError(f"the batch holds no {field!r}: the loss that reads it has to name it in its `needs`")
+        return value

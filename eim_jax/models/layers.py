@@ -7,7 +7,7 @@ ways in which any tower can be computed: scan or not, what the backward pass rec
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +97,7 @@ def check_attention(name: str) -> None:
         raise ValueError(f"attention {name!r} is not one of {ATTENTIONS}")
 
 
-def flash(q, k, v, mask, implementation: str) -> Float[Array, "b t h e"]:
+def flash(q, k, v, mask, implementation: Any) -> Float[Array, "b t h e"]:
     """Returns jax.nn.dot_product_attention of q [b t h e], already scaled, over k, v [b s kv e], in v's dtype.
 
     mask [#b 1 t s], True where a query may see a key, or None. A row that may see nothing is never read.
@@ -143,7 +143,7 @@ class Attention(nn.Module):
             _, k_prompt, v_prompt = (jnp.broadcast_to(a, (x.shape[0], *a.shape[1:])) for a in self._heads(prompt))
             k, v = jnp.concatenate([k, k_prompt], 1), jnp.concatenate([v, v_prompt], 1)
         if kv is not None:
-            at = (0, start, 0, 0)
+            at: Any = (0, start, 0, 0)
             k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), at)
             v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), at)
             kv = (k, v)
@@ -264,7 +264,7 @@ def stack(block: type[nn.Module], config, layers: int, *, scan: bool, remat: str
         block,
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=axes,
+        in_axes=cast(Any, axes),
         length=layers,
     )
     return scanned(config)
@@ -309,7 +309,7 @@ def first_tokens(
     leaves: dict | None = None,
 ) -> Float[Array, "layers b d"]:
     """Returns token 0 of every block's output; the arguments are run_blocks'."""
-    return _run(blocks, x, None, train, None, prompts, leaves, None, watch=True)[2]
+    return cast(Any, _run(blocks, x, None, train, None, prompts, leaves, None, watch=True)[2])
 
 
 def _run(blocks, x, mask, train, start, prompts, leaves, kv, watch):

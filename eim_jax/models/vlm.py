@@ -14,7 +14,7 @@ What the LM reads (`lm_input`) depends on its family, which says whether texts s
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -82,7 +82,7 @@ class VLM:
         config = self.visual.config
         pixels = normalise(images, config.mean, config.std)
         options = {"train": True, "rngs": {"dropout": dropout}} if dropout is not None and config.adapter else {}
-        tokens = self.visual.apply({"params": params["visual"]}, pixels, self.features, method="tokens", **options)
+        tokens = _apply(self.visual, {"params": params["visual"]}, pixels, self.features, method="tokens", **options)
         return by_row(tokens, self.mesh)
 
     def pooled(self, params: dict, seen: Float[Array, "b n v"]) -> Float[Array, "b j"]:
@@ -91,18 +91,18 @@ class VLM:
         CLIP: [CLS] through the frozen output layer.
         """
         variables = {"params": params["visual"]}
-        vector = self.visual.apply(variables, seen, self.features, method="pooled")
-        return self.visual.apply(variables, vector, method="project")
+        vector = _apply(self.visual, variables, seen, self.features, method="pooled")
+        return _apply(self.visual, variables, vector, method="project")
 
     def connect(self, params: dict, seen: Float[Array, "b n v"]) -> Float[Array, "b m d"]:
         """Returns the ST's output tokens, in the LM's embedding space, from `encode_image`'s tokens."""
         if self.output_layer:
-            seen = self.visual.apply({"params": params["visual"]}, seen, method="project")
-        return by_row(self.st.apply({"params": params["st"]}, seen), self.mesh)
+            seen = _apply(self.visual, {"params": params["visual"]}, seen, method="project")
+        return by_row(_apply(self.st, {"params": params["st"]}, seen), self.mesh)
 
     def embed(self, params: dict, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Returns LM_e, the LM's input embeddings."""
-        return by_row(self.lm.apply({"params": params["lm"]}, tokens, method="embed"), self.mesh)
+        return by_row(_apply(self.lm, {"params": params["lm"]}, tokens, method="embed"), self.mesh)
 
     def lm_input(
         self,
@@ -144,7 +144,7 @@ class VLM:
         before = sum(part.shape[1] for part in texts)
         embeds = self.embed(params, jnp.concatenate([*texts, tokens], axis=1))
         valid = jnp.concatenate([*flags, valid], axis=1)
-        if inserted:
+        if inserted and visual is not None:
             shown = jnp.broadcast_to(pictured[:, None], visual.shape[:2])
             embeds = jnp.concatenate([embeds[:, :before], visual.astype(embeds.dtype), embeds[:, before:]], axis=1)
             valid = jnp.concatenate([valid[:, :before], shown, valid[:, before:]], axis=1)
@@ -152,12 +152,13 @@ class VLM:
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0) + first
         steer = None
         if adapter is not None:
-            steer = self.lm.apply({"params": params["lm"]}, visual, pictured, method="steer")
+            steer = _apply(self.lm, {"params": params["lm"]}, visual, pictured, method="steer")
         return LMInput(embeds, valid, positions, steer)
 
     def run_lm(self, params: dict, read: LMInput, dropout: Array | None = None) -> Float[Array, "b s d"]:
         """Returns LM_block's output for what `lm_input` gave; `dropout` is a key, None = deterministic."""
-        hidden, _ = self.lm.apply(
+        hidden, _ = _apply(
+            self.lm,
             {"params": params["lm"]},
             read.embeds,
             valid=read.valid,
@@ -230,15 +231,20 @@ class VLM:
 
     def head_weights(self, params: dict) -> tuple[Float[Array, "_ _"], int]:
         """Returns the weights that turn `lm_hidden` into logits, and which of their axes counts the vocabulary."""
-        return self.lm.apply({"params": params["lm"]}, method="head_weights")
+        return _apply(self.lm, {"params": params["lm"]}, method="head_weights")
 
     def logits(self, params: dict, hidden: Float[Array, "b t d"]) -> Float[Array, "b t V"]:
         """Returns next-token logits in float32."""
-        return self.lm.apply({"params": params["lm"]}, hidden, method="logits")
+        return _apply(self.lm, {"params": params["lm"]}, hidden, method="logits")
 
     def caption_feature(self, params: dict, tokens: Int[Array, "b s"]) -> Float[Array, "b j"]:
         """Returns the text tower's features of captions, in its own tokenizer's ids: rows of K_t."""
-        return self.text.apply({"params": params["text"]}, tokens, method="encode")
+        return _apply(self.text, {"params": params["text"]}, tokens, method="encode")
+
+
+def _apply(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+    """What a module's method returns, without collections that it may have changed: there are none."""
+    return module.apply(*arguments, **options)
 
 
 def mean_tokens(values: Float[Array, "b t d"], mask: Bool[Array, "b t"]) -> Float[Array, "b d"]:

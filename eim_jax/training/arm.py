@@ -74,7 +74,7 @@ def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
                 f"{where}: a batch of {stage.batch} in {stage.accumulate} parts does not divide over {rows} devices"
             )
         blind = [loss.title for loss in losses_of(stage) if loss.needs_image]
-        if blind and not len(inputs.train.images):
+        if blind and not len(inputs.samples.images):
             raise ConfigError(f"{where}: no training sample has an image, so {blind[0]} has no rows")
         info = stage_info(inputs, stage, stage_name, params)
         try:
@@ -89,14 +89,14 @@ def resolved(stage: Stage, inputs: Inputs) -> Stage:
     """The stage with its warm-up in steps."""
     if not stage.warmup_epochs:
         return stage
-    return replace(stage, warmup_steps=round(stage.warmup_epochs * loader.steps_per_epoch(inputs.train, stage.batch)))
+    return replace(stage, warmup_steps=round(stage.warmup_epochs * loader.steps_per_epoch(inputs.samples, stage.batch)))
 
 
 def stage_info(inputs: Inputs, stage: Stage, name: str, params: Flat | dict[str, jax.ShapeDtypeStruct]) -> StageInfo:
     """What the stage trains and for how many steps."""
     found = partition.groups(stage, params)
     trained = tuple(Trained(g.pattern, len(g.paths), sum(int(params[p].size) for p in g.paths)) for g in found)
-    per_epoch = loader.steps_per_epoch(inputs.train, stage.batch)
+    per_epoch = loader.steps_per_epoch(inputs.samples, stage.batch)
     steps = stage.steps or stage.epochs * per_epoch
     return StageInfo(
         name=name,

@@ -67,6 +67,7 @@ class StageCheckpoints:
         """
         manager = self._manager()
         step = manager.latest_step()
+        assert step is not None, "restore() is called where latest_step() gives one"
         like = {"trained": _dotted(trained), "optimizer": _numbered(opt_state)}
         restored = manager.restore(
             step,

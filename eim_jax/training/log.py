@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import RenderableType
@@ -194,7 +195,7 @@ class RunLog:
             )
             self._bar.start()
 
-    def write(self, record: Mapping[str, object]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record (flushed), its scalars at the cumulative step, and shows it; nan and inf become null."""
         if not self._enabled:
             return
@@ -210,8 +211,7 @@ class RunLog:
                 self._board.add_scalar(key, value, self._cumulative(index, step))
         total, text = self._stages[index].steps, format_record(record)
         now = time.monotonic()
-        self._pace = self._pace or (now, step)
-        since, first = self._pace
+        since, first = self._pace = self._pace or (now, step)
         eta = duration((now - since) / (step - first) * max(total - step, 0)) if step > first else "-"
         if self._bar:
             self._bar.line = Text(f"  {text}", style="dim", overflow="ellipsis", no_wrap=True)
@@ -247,7 +247,7 @@ class RunLog:
         return self._offsets[index] + step if index < len(self._stages) else sum(s.steps for s in self._stages) + step
 
 
-def _plain(value: object) -> object:
+def _plain(value: Any) -> Any:
     """A Python number from a NumPy or JAX scalar."""
     return value.item() if hasattr(value, "item") else value
 

@@ -4,6 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,7 @@ def _shares(spent: dict[str, float]) -> dict[str, float]:
 
 
 @jax.jit
-def _all_finite(flat: Flat) -> dict[str, jax.Array]:
+def _all_finite(flat: dict[str, Any]) -> dict[str, jax.Array]:
     return {path: jnp.isfinite(leaf).all() for path, leaf in flat.items()}
 
 

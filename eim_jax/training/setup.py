@@ -5,6 +5,7 @@ import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from eim_jax.data.datasets import load_split
 from eim_jax.data.feature_cache import cached_features
 from eim_jax.data.samples import Split
 from eim_jax.losses import queues
+from eim_jax.losses.contrastive import Similarity
 from eim_jax.losses.kinds import QueueKind
 from eim_jax.losses.queues import Queue
 from eim_jax.models.adapters import adapter_of
@@ -50,8 +52,8 @@ class Inputs:
     clip: pretrained.CLIP
     lm: pretrained.LM
     towers: Flat
-    lm_tokenizer: object
-    clip_tokenizer: object
+    lm_tokenizer: Any
+    clip_tokenizer: Any
     train: Split | None
     encoded: tokenize.Encoded | None
     fingerprints: dict[str, str]
@@ -66,6 +68,13 @@ class Inputs:
         """Where features and validation verdicts are kept."""
         return Path(self.config.data.cache) if self.config.data.cache else self.workdir / "cache"
 
+    @property
+    def samples(self) -> Split:
+        """The training split; ConfigError where the run was loaded without its data."""
+        if self.train is None:
+            raise ConfigError("the training data were not loaded: load(config, workdir) with data=True reads them")
+        return self.train
+
     def queue(self, vlm: VLM, kind: QueueKind) -> Queue:
         """The queue of that kind, loaded, or built from the untouched towers and saved in the workdir.
 
@@ -76,12 +85,12 @@ class Inputs:
         manifest = queues.manifest(
             kind.name,
             weights=self.fingerprints[kind.source.tower],
-            data=self.train.fingerprint(),
+            data=self.samples.fingerprint(),
             tokenizer=kind.source.described(self),
             pooling=f"{kind.pooling}, in {self.dtype.name}",
             similarity=settings.similarity,
             dtype=dtype.name,
-            count=len(self.train),
+            count=len(self.samples),
         )
         folder = self.workdir / "queues" / kind.name
         if (folder / "manifest.json").exists():
@@ -90,12 +99,12 @@ class Inputs:
             functools.partial(kind.encode, vlm),
             partition.unflatten(self.towers),
             kind.source.fields(self),
-            self.train.groups,
+            self.samples.groups,
             batch=256,
             dtype=dtype,
-            similarity=settings.similarity,
+            similarity=cast(Similarity, settings.similarity),
             mesh=self.mesh,
-            ids=[sample.id for sample in self.train.samples],
+            ids=[sample.id for sample in self.samples.samples],
             name=kind.name,
             progress=True,
         )
@@ -124,6 +133,7 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     if data:
         with processes.first_alone("training data"):
             train = load_split(config, "train", workdir)
+        assert train is not None, "every data set has training samples"
         encoded = tokenize.encode_split(train, lm_tokenizer, config.data.max_tokens, eos=config.data.eos)
         console.print(f"{len(train):,} training samples ({len(train.images):,} images)", soft_wrap=True)
     towers = partition.flatten({**clip.params, "lm": lm.params})
@@ -252,21 +262,22 @@ def start(inputs: Inputs, arm: Arm) -> tuple[VLM, Flat]:
     vlm = model(inputs, arm)
     draw, key = functools.partial(fresh, vlm), jax.random.key(inputs.config.seed)
     where = param_shardings(jax.eval_shape(draw, key), inputs.mesh)
-    params = {**inputs.towers, **jax.jit(draw, out_shardings=where)(key)}
+    params: Flat = {**inputs.towers, **jax.jit(draw, out_shardings=where)(key)}
     held = _held(inputs, arm, params)
-    return vlm, shard_params({path: leaf.astype(held[path]) for path, leaf in params.items()}, inputs.mesh)
+    leaves = {path: cast(jax.Array, leaf).astype(held[path]) for path, leaf in params.items()}
+    return vlm, {**shard_params(leaves, inputs.mesh)}
 
 
 def reads_features(inputs: Inputs, stage: Stage, params: Flat) -> bool:
     """Whether the stage reads CLIP's features from the cache: it leaves CLIP.visual alone, and the cache is on."""
     trained = [path for group in partition.groups(stage, params) for path in group.paths]
     trains_visual = any(path.startswith("visual/") for path in trained)
-    return not trains_visual and inputs.config.data.cache_features and len(inputs.train.images) > 0
+    return not trains_visual and inputs.config.data.cache_features and len(inputs.samples.images) > 0
 
 
 def stage_features(inputs: Inputs, vlm: VLM, stage: Stage, params: Flat):
     """Cached features [images n v] where the stage leaves CLIP.visual alone, else None (images are decoded)."""
-    return features_of(inputs, vlm, inputs.train, params) if reads_features(inputs, stage, params) else None
+    return features_of(inputs, vlm, inputs.samples, params) if reads_features(inputs, stage, params) else None
 
 
 def features_of(inputs: Inputs, vlm: VLM, split: Split, params: Flat):

@@ -5,7 +5,6 @@ It holds only the queues that its losses read.
 
 import functools
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 from typing import Any
@@ -106,7 +105,7 @@ class _StageRun:
         self.key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), index)
         self.done, self.seconds = 0, 0.0
         self.programs: dict[int, Any] = {}  # one for each width of texts
-        self.meter = Meter(info, inputs.train)
+        self.meter = Meter(info, inputs.samples)
 
     def restore(self) -> None:
         """Goes on after the newest checkpoint, if there is one."""
@@ -185,9 +184,9 @@ class _StageRun:
         """Writes the means since the last record, and each group's learning rate."""
         reached, stage = number + 1, self.stage
         means = self.meter.read()
-        rate = float(partition.learning_rate(stage, self.info.steps)(number))
+        rate = float(jnp.asarray(partition.learning_rate(stage, self.info.steps)(number)))
         rates = {f"lr/{group.name}": group.factor * rate for group in self.made.groups}
-        epoch = round(reached * stage.batch / len(self.inputs.train), 4)
+        epoch = round(reached * stage.batch / len(self.inputs.samples), 4)
         place = {"stage": self.info.name, "stage_index": self.index, "step": reached, "epoch": epoch}
         self.log.write({**place, **means, **rates})
 
@@ -198,7 +197,7 @@ class _StageRun:
         self.store.save(number, self.trained, self.opt_state, self.iterator, record)
 
 
-def _batches(inputs: Inputs, vlm: VLM, stage: Stage, index: int, info: StageInfo, params: Flat) -> Iterator:
+def _batches(inputs: Inputs, vlm: VLM, stage: Stage, index: int, info: StageInfo, params: Flat) -> Any:
     """The stage's batches from its start, as NumPy arrays and as placed; cached features where they serve."""
     config, mesh = inputs.config, inputs.mesh
     needed = objective.fields(stage, config.losses)
@@ -207,12 +206,12 @@ def _batches(inputs: Inputs, vlm: VLM, stage: Stage, index: int, info: StageInfo
         needed = (needed - {"image"}) | {"features"}
     part, parts = processes.data_part(mesh)
     return loader.batches(
-        inputs.train,
+        inputs.samples,
         inputs.encoded,
         fields=needed,
         batch_size=stage.batch,
         seed=config.seed * 1000 + index,
-        epochs=-(-info.steps // (len(inputs.train) // stage.batch)),
+        epochs=-(-info.steps // (len(inputs.samples) // stage.batch)),
         features=features,
         image_size=vlm.visual.config.image_size,
         fit=config.data.fit,

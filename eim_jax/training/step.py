@@ -4,6 +4,7 @@ A stage differentiates with respect to its own parameters only ("gradient trunca
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,7 @@ def make_step(vlm: VLM, stage: Stage, objective: Callable, tx: optax.GradientTra
         # optax sees the whole tree, frozen leaves with zero gradients that no state depends on. Their updates are
         # dropped here and not added: adding 0.0 would turn a frozen -0.0 into 0.0.
         zeros = {path: jnp.zeros_like(leaf) for path, leaf in frozen.items()}
+        updates: Any
         updates, opt_state = tx.update({**grads, **zeros}, opt_state, {**trained, **frozen})
         trained = optax.apply_updates(trained, {path: updates[path] for path in trained})
         return trained, opt_state, metrics

@@ -34,7 +34,9 @@ def check(config: Config) -> None:
             able = " or ".join(repr(n) for n, k in ADAPTERS.items() if k is not None and k.adapts_vision)
             raise ConfigError(f"config.arm.{name}.visual_adapter needs config.arm.{name}.adapter={able}")
         trained = [p for stage in arm.sequence for p, _ in patterns(config.stages[stage])]
-        added = [] if kind is None else [(f"adapter={arm.adapter!r}", "lm")]
+        if kind is None:
+            continue
+        added = [(f"adapter={arm.adapter!r}", "lm")]
         added += [("visual_adapter=True", "visual")] if arm.visual_adapter else []
         for what, tower in added:
             if not any(re.fullmatch(p, f"{tower}/adapter/{kind.trained_leaf}") for p in trained):

@@ -132,7 +132,7 @@ class GPT2(nn.Module):
         x = self.drop(x, deterministic=not train)
 
         mask, flags = visible(cache, valid, b, t)
-        if cache is None:
+        if cache is None or flags is None:  # without a cache there are no flags
             x, _ = run_blocks(self.blocks, x, mask=mask, train=train)
             return self.ln_f(x), None
         x, kv = run_blocks(self.blocks, x, mask=mask, train=train, start=cache.length, kv=cache.kv)

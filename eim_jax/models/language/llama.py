@@ -89,7 +89,7 @@ class Llama(nn.Module):
             steer=steer,
             kv=kv,
         )
-        return self.norm_f(x), None if cache is None else Cache(kv, flags, cache.length + t)
+        return self.norm_f(x), None if cache is None or flags is None else Cache(kv, flags, cache.length + t)
 
     def steer(self, visual: Float[Array, "b K d"] | None, has_image: Bool[Array, "b"] | None) -> Steering:
         """Returns what the adapter needs for rows with these visual tokens (None: no row has an image).
@@ -109,11 +109,12 @@ class Llama(nn.Module):
         """Returns what the key and value maps of the l topmost layers make of x, each of its own part, without RoPE."""
         c, first = self.config, self.config.layers - x.shape[0]
         if c.scan:
-            block, blocks = LlamaBlock(c, parent=None), self.variables["params"]["blocks"]
-            top = jax.tree.map(lambda leaf: leaf[first:], blocks)
-            project = jax.vmap(lambda leaf, x: block.apply({"params": leaf}, x, method="keys_values"))
+            block, stack = LlamaBlock(c, parent=None), self.variables["params"]["blocks"]
+            top = jax.tree.map(lambda leaf: leaf[first:], stack)
+            project: Any = jax.vmap(lambda leaf, x: block.apply({"params": leaf}, x, method="keys_values"))
             return project(top, x)
-        pairs = [block.keys_values(part) for block, part in zip(self.blocks[first:], x, strict=True)]
+        blocks: Any = self.blocks
+        pairs = [block.keys_values(part) for block, part in zip(blocks[first:], x, strict=True)]
         keys, values = zip(*pairs, strict=True)
         return jnp.stack(keys), jnp.stack(values)
 
@@ -149,16 +150,18 @@ class Llama(nn.Module):
         """
         c = self.config
         turn = rotation(positions, c.head_width, c.rope_theta)
-        first = 0 if leaves is None else c.layers - c.adapter.depth(c.layers)  # the lowest layer with an adapter
+        # The lowest layer with an adapter.
+        first = 0 if leaves is None or c.adapter is None else c.layers - c.adapter.depth(c.layers)
+        blocks: Any = self.blocks
         if c.scan:
             if first:  # every layer of a scan has the same arguments: those below get zeros
                 leaves, steer = jax.tree.map(
                     lambda part: jnp.pad(part, [(first, 0)] + [(0, 0)] * (part.ndim - 1)), (leaves, steer)
                 )
-            x, (kv, reports) = self.blocks(x, turn, mask, train, start, leaves, steer, kv)
+            x, (kv, reports) = blocks(x, turn, mask, train, start, leaves, steer, kv)
             return x, kv, reports
         slots, reports = [], []
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(blocks):
             leaf = row = None
             if i >= first:
                 leaf, row = (jax.tree.map(lambda part, i=i: part[i - first], tree) for tree in (leaves, steer))
