@@ -63,6 +63,6 @@ def train(config: Config, workdir: Path, record: dict) -> None:
         record |= {"finished": finished, "seconds": round(spent + time.monotonic() - begun, 1)}
         write_json(workdir / "run.json", record)
     if test is None:
-        console.print(f"nothing to score ({data_set(config.data).unscored}): trained alone", soft_wrap=True)
+        console.print(f"trained, not scored: {data_set(config.data).unscored}", soft_wrap=True)
     else:
         report_scores(workdir, test, config.data.eval_limit, table)
