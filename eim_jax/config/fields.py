@@ -78,7 +78,7 @@ class LossWeights(dict):
       {'base': 1.0, 'ie': 0.5}
     """
 
-    def __init__(self, weights: Mapping[str, float] | Iterable = (), /, **named: float):
+    def __init__(self, weights: Mapping[str, int | float] | Iterable = (), /, **named: int | float):
         super().__init__({name: float(weight) for name, weight in dict(weights, **named).items()})
 
 

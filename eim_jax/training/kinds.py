@@ -52,10 +52,13 @@ def differences(old: Config, new: Config) -> list[str]:
 
 
 def field_groups() -> list[listing.Group]:
-    """Lists every field of a run: those of `Config`, then for each data set those that it alone reads."""
+    """Lists every field of a run: those of `Config`, the weight of each loss, and what each data set alone reads."""
     found = []
     for group in listing.groups(Config):  # `own` is where the data sets' fields are kept, itself no field of a run
         found.append(group._replace(fields=tuple(field for field in group.fields if field.path != "data.own")))
+    at = "stages.*.losses"
+    weights = tuple(listing.Field(f"{at}.{name}", "float", 0.0, loss.title) for name, loss in losses.LOSSES.items())
+    found.append(listing.Group(at, "The weight of each loss in a stage; one of weight 0 is not computed.", weights))
     for name, kind in datasets.DATASETS.items():
         for group in listing.groups(kind.config, "data"):
             found.append(group._replace(said=f"data.kind={name!r}: {group.said}"))

@@ -16,7 +16,7 @@ Measure = Callable[[Mapping[str, str], Mapping[str, Sequence[str]]], Rows]
 def ratio(sums: Float[np.ndarray, "*batch 2"]) -> Value:
     """Returns a mean from the sums of rows (value, count); nan where nothing was counted.
 
-    >>> float(ratio(np.array([3, 4])))
+    >>> float(ratio(np.array([3.0, 4.0])))
     0.75
     """
     with np.errstate(invalid="ignore"):
