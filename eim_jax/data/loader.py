@@ -76,14 +76,7 @@ def batches(
       ValueError: an argument cannot be meant; while iterating, an image cannot be read: its id and file are named.
     """
     steps_per_epoch(split, batch_size)
-    if epochs is not None and epochs < 1:
-        raise ValueError(f"epochs is {epochs}: give at least 1, or None for no end")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index is {process_index}, but there are {process_count} processes")
-    if batch_size % process_count:
-        raise ValueError(f"a batch of {batch_size} does not divide over {process_count} processes: choose a multiple")
-    if buckets < 1 or window < 1:
-        raise ValueError(f"buckets is {buckets} and window {window}: give at least 1")
+    _check_numbers(batch_size, epochs, process_index, process_count, buckets, window)
     load = _Loader.make(split, encoded, frozenset(fields), features, image_size, fit)
     part = batch_size // process_count
     own = slice(process_index * part, (process_index + 1) * part)
@@ -104,6 +97,17 @@ def batches(
         pairs = loaded.map(lambda batch: (batch, place(batch)))
         loaded = grain.experimental.ThreadPrefetchIterDataset(pairs, prefetch_buffer_size=_PLACED)
     return iter(loaded)
+
+
+def _check_numbers(batch_size, epochs, process_index, process_count, buckets, window) -> None:
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"epochs is {epochs}: give at least 1, or None for no end")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index is {process_index}, but there are {process_count} processes")
+    if batch_size % process_count:
+        raise ValueError(f"a batch of {batch_size} does not divide over {process_count} processes: choose a multiple")
+    if buckets < 1 or window < 1:
+        raise ValueError(f"buckets is {buckets} and window {window}: give at least 1")
 
 
 def eval_images(

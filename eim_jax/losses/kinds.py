@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from eim_jax.config import Config, Losses
-from eim_jax.losses.contrastive import Positives, Similarity
+from eim_jax.losses.contrastive import Similarity
+from eim_jax.losses.online_softmax import Positives
 from eim_jax.losses.queues import Queue
 from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM

@@ -6,9 +6,9 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from eim_jax.config import Config, ConfigError, Losses
-from eim_jax.losses.contrastive import Positives
 from eim_jax.losses.key_sources import LM_TEXTS
 from eim_jax.losses.kinds import ContrastiveLoss, Forward, QueueKind
+from eim_jax.losses.online_softmax import Positives
 from eim_jax.models.vlm import VLM, last_token
 
 

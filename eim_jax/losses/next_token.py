@@ -116,7 +116,7 @@ def _sweep(how: _How, wanted: tuple[bool, bool], split: str | None, hidden, head
     hidden, targets, mask = hidden.reshape(rows, width), targets.reshape(rows), mask.reshape(rows)
     dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
 
-    # Supervised positions first: chunks that hold none are not computed.
+    # Supervised positions are moved to the front, so that the loop can end where they do.
     order = jnp.argsort(~mask, stable=True).astype(jnp.int32)
     padded = jnp.pad(order, (0, how.number * chunk - rows))
     supervised = jnp.sum(mask, dtype=jnp.int32)
@@ -128,14 +128,9 @@ def _sweep(how: _How, wanted: tuple[bool, bool], split: str | None, hidden, head
         h = jnp.where(live, hidden[place], 0)
         logits = dot(h, kernel, (((1,), (1 - axis,)), ((), ())))
         logits = jnp.where(column < how.vocab, logits, OUTSIDE)
-        own = targets[place][:, None] == column
-        top = jnp.max(logits, axis=1, keepdims=True)
-        top = lax.pmax(top, "tensor") if sharded else top
-        e = jnp.exp(logits - top)
-        sums = jnp.sum(e, axis=1, keepdims=True), jnp.sum(jnp.where(own, logits, 0), axis=1, keepdims=True)
-        all_e, score = lax.psum(sums, "tensor") if sharded else sums
-        total += jnp.sum(jnp.where(live, top + jnp.log(all_e) - score, 0))
-        slope = jnp.where(live, e / all_e - own, 0).astype(dtype)
+        loss, slope = _loss_and_slope(logits, targets[place][:, None] == column, sharded)
+        total += jnp.sum(jnp.where(live, loss, 0))
+        slope = jnp.where(live, slope, 0).astype(dtype)
         if wanted[0]:
             part = dot(slope, kernel, (((1,), (axis,)), ((), ()))).astype(to_hidden.dtype)
             to_hidden = lax.dynamic_update_slice_in_dim(to_hidden, part, i * chunk, axis=0)
@@ -144,24 +139,41 @@ def _sweep(how: _How, wanted: tuple[bool, bool], split: str | None, hidden, head
             to_head += dot(*pair, (((0,), (0,)), ((), ())))
         return total, to_hidden, to_head
 
-    many = how.mesh is not None and how.mesh.shape["tensor"] > 1
-    total = jnp.float32(0)
-    to_hidden: Any = jnp.zeros((len(padded), width), jnp.float32 if many else dtype) if wanted[0] else None
-    to_head = jnp.zeros(kernel.shape, jnp.float32) if wanted[1] else None
-    if sharded:
-        total = lax.pcast(total, ROWS, to="varying")
-        to_hidden, to_head = lax.pcast((to_hidden, to_head), (*ROWS, "tensor"), to="varying")
-    carry = (total, to_hidden, to_head)
+    carry = _empty(how, wanted, dtype, (len(padded), width), kernel.shape)
     if how.number == 1:
         total, to_hidden, to_head = step(0, carry)
     else:
         total, to_hidden, to_head = lax.fori_loop(0, -(-supervised // chunk), step, carry)
 
-    if wanted[0]:
+    if wanted[0]:  # summed over the vocabulary's parts, and every position back in its place
         to_hidden = lax.psum(to_hidden, "tensor") if sharded else to_hidden
         to_hidden = to_hidden[jnp.argsort(order)].reshape(b, t, width).astype(dtype)
-    if wanted[1] and sharded:
+    if wanted[1] and sharded:  # summed over the devices that held other rows, each keeping its part of the width
         if split:
             to_head = lax.psum_scatter(to_head, split, scatter_dimension=1 - axis, tiled=True)
         to_head = lax.psum(to_head, "data" if split else ROWS)
     return lax.psum(total, ROWS) if sharded else total, to_hidden, to_head
+
+
+def _loss_and_slope(logits, own, sharded: bool):
+    """A chunk's loss [c 1] and p_v - [v = y] [c columns]; the softmax is over the columns of all "tensor" devices."""
+    top = jnp.max(logits, axis=1, keepdims=True)
+    top = lax.pmax(top, "tensor") if sharded else top
+    e = jnp.exp(logits - top)
+    sums = jnp.sum(e, axis=1, keepdims=True), jnp.sum(jnp.where(own, logits, 0), axis=1, keepdims=True)
+    all_e, score = lax.psum(sums, "tensor") if sharded else sums
+    return top + jnp.log(all_e) - score, e / all_e - own
+
+
+def _empty(how: _How, wanted: tuple[bool, bool], dtype, positions: tuple[int, int], head: tuple[int, ...]):
+    """What the loop starts from: loss 0, and zeros for the gradients that are wanted."""
+    parts = (
+        how.mesh is not None and how.mesh.shape["tensor"] > 1
+    )  # whose gradients are summed: kept in float32 till then
+    total = jnp.float32(0)
+    to_hidden: Any = jnp.zeros(positions, jnp.float32 if parts else dtype) if wanted[0] else None
+    to_head = jnp.zeros(head, jnp.float32) if wanted[1] else None
+    if how.mesh is not None:
+        total = lax.pcast(total, ROWS, to="varying")
+        to_hidden, to_head = lax.pcast((to_hidden, to_head), (*ROWS, "tensor"), to="varying")
+    return total, to_hidden, to_head

@@ -14,7 +14,8 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float, Int
 
-from eim_jax.losses.contrastive import NCE, Positives, Similarity, queue_nce
+from eim_jax.losses.contrastive import NCE, Similarity, queue_nce
+from eim_jax.losses.online_softmax import Positives
 from eim_jax.losses.queue_files import StaleQueue, StoredRows, manifest, open_rows, write_rows
 from eim_jax.parallel.sharding import parts_of, queue_sharding
 
@@ -149,12 +150,8 @@ class Queue:
           >>> queue.count, queue.keys.shape
           (4, (4, 3))
         """
-        label, leaves = f"queue {name!r}" if name else "the queue", jax.tree.leaves(fields)
-        if not leaves or not all(leaf.shape for leaf in leaves):
-            raise ValueError(f"{label}: fields are arrays with one row a sample")
-        count = leaves[0].shape[0]
-        lengths = {f"field {i}": leaf for i, leaf in enumerate(leaves)}
-        _check_lengths(label, count, {**lengths, "groups": groups, "ids": ids})
+        label = f"queue {name!r}" if name else "the queue"
+        count = _common_length(label, fields, groups, ids)
         encoded = _encode_all(encode, params, fields, count, batch, dtype, similarity, mesh)
         pending = keys = None
         with _progress(f"queue {name}".strip(), count) if progress else nullcontext(lambda _: None) as advance:
@@ -364,6 +361,17 @@ def _place_rows(rows: np.ndarray | StoredRows, total: int, mesh: Mesh | None, fi
         return out
 
     return jax.make_array_from_callback(shape, _sharding(mesh), part)
+
+
+def _common_length(label: str, fields: Any, groups: Any, ids: Any) -> int:
+    """Returns how many samples there are; raises ValueError naming what has another number of entries."""
+    leaves = jax.tree.leaves(fields)
+    if not leaves or not all(leaf.shape for leaf in leaves):
+        raise ValueError(f"{label}: fields are arrays with one row a sample")
+    count = leaves[0].shape[0]
+    lengths = {f"field {i}": leaf for i, leaf in enumerate(leaves)}
+    _check_lengths(label, count, {**lengths, "groups": groups, "ids": ids})
+    return count
 
 
 def _check_lengths(label: str, count: int, others: dict[str, Any]) -> None:

@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from eim_jax.config import Config, ConfigError
-from eim_jax.models.layers import ACTIVATIONS, BlockConfig, layer_norm, make_blocks, run_blocks
+from eim_jax.models.layers import ACTIVATIONS, BlockConfig, layer_norm
 from eim_jax.models.linear import Dense
+from eim_jax.models.stacks import make_blocks, run_blocks
 
 # torch.nn.Linear's own initialisation, U(+-1/sqrt(fan_in)), from which ClipCap's mappers start.
 LINEAR_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

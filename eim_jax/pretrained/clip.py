@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 from safetensors.numpy import load_file, save_file
 
-from eim_jax.models.layers import Form
+from eim_jax.models.stacks import Form
 from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.parallel.processes import fetch
 from eim_jax.pretrained import reader
@@ -45,7 +45,7 @@ def clip_config(path: str | pathlib.Path, **form: Unpack[Form]) -> tuple[Any, An
 
     Args:
       path: anything `resolve` takes.
-      **form: how they are computed (`layers.Form`).
+      **form: how they are computed (`stacks.Form`).
 
     Raises:
       WeightsError: a missing file or an unsupported field, by name.
@@ -85,7 +85,7 @@ def load_clip(
       path: anything `resolve` takes.
       param_dtype: of the leaves, or our path -> each leaf's.
       shardings: our path ("visual/blocks_0/attn/qkv/kernel") -> where the leaf goes; the default device if None.
-      **form: how they are computed (`layers.Form`).
+      **form: how they are computed (`stacks.Form`).
 
     Raises:
       WeightsError: a missing file, a wrong or missing key or shape, an unsupported configuration.

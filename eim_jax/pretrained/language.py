@@ -17,8 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
 from eim_jax.models.language import FAMILIES, Family, family_of
-from eim_jax.models.layers import Form
 from eim_jax.models.quant import quantise
+from eim_jax.models.stacks import Form
 from eim_jax.pretrained import reader
 from eim_jax.pretrained.hub import resolve
 from eim_jax.pretrained.reader import WeightsError
@@ -39,7 +39,7 @@ def lm_config(path: str | pathlib.Path, *, quant: str = "none", **form: Unpack[F
     Args:
       path: anything `resolve` takes.
       quant: "nf4" holds the linear layers in 4 bits, where the family can.
-      **form: how it is computed (`layers.Form`).
+      **form: how it is computed (`stacks.Form`).
 
     Raises:
       WeightsError: a missing file, another model, or an unsupported field, by name.
@@ -92,7 +92,7 @@ def load_lm(
       param_dtype: of the leaves, or our path -> each leaf's.
       quant: "nf4" holds the linear layers in 4 bits, where the family can.
       shardings: our path ("lm/...") -> where the leaf goes; the default device if None.
-      **form: how it is computed (`layers.Form`).
+      **form: how it is computed (`stacks.Form`).
 
     Raises:
       WeightsError: a missing file, a wrong or missing key or shape, a head that differs from the embedding it is tied

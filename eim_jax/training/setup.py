@@ -24,8 +24,8 @@ from eim_jax.losses.queues import Queue
 from eim_jax.models.adapters import adapter_of
 from eim_jax.models.connector import ST_KINDS, STConfig, make_st
 from eim_jax.models.language import family_of
-from eim_jax.models.layers import Form
 from eim_jax.models.quant import NF4_SCALES
+from eim_jax.models.stacks import Form
 from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes

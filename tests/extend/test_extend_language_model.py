@@ -18,7 +18,8 @@ from eim_jax.commands import exporting, trained_arms
 from eim_jax.models.hugging_face import Row, dense_rows, norm_rows, our_fields, their_fields
 from eim_jax.models.kv_cache import Cache, visible
 from eim_jax.models.language import FAMILIES, Family
-from eim_jax.models.layers import BlockConfig, layer_norm, make_blocks, run_blocks
+from eim_jax.models.layers import BlockConfig, layer_norm
+from eim_jax.models.stacks import make_blocks, run_blocks
 from eim_jax.planning import plan, targets
 from eim_jax.pretrained import LM, WeightsError, export_lm, lm_config, load_lm, resolve
 from eim_jax.training import partition, setup

@@ -97,18 +97,8 @@ def load_instruct(
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"no image folder {folder}")
 
-    placed: list[_Placed] = []
-    bad: list[BadItem] = []
     files = sources_of(sources)
-    for number, (path, share, stem) in enumerate(files):
-        records = read_rows(path)
-        ids = row_ids(stem, [record for _, record in records])
-        for place in taken_rows(len(records), share, seed, number):
-            where, record = records[place]
-            try:
-                placed.append(_Placed(ids[place], where, stem, take_apart(record)))
-            except BadRowError as problem:
-                bad.append(BadItem("row", ids[place], where, str(problem)))
+    placed, bad = _read_all(files, seed)
     unread = len(bad)
 
     file_of = _files(placed, folder)
@@ -126,6 +116,22 @@ def load_instruct(
     if bad:
         console.print(f"{name}: {report}", soft_wrap=True, markup=False)
     return Instructions(split, report)
+
+
+def _read_all(files, seed: int) -> tuple[list[_Placed], list[BadItem]]:
+    """Reads the drawn rows of each file: those in a known form, and the bad ones."""
+    placed: list[_Placed] = []
+    bad: list[BadItem] = []
+    for number, (path, share, stem) in enumerate(files):
+        records = read_rows(path)
+        ids = row_ids(stem, [record for _, record in records])
+        for place in taken_rows(len(records), share, seed, number):
+            where, record = records[place]
+            try:
+                placed.append(_Placed(ids[place], where, stem, take_apart(record)))
+            except BadRowError as problem:
+                bad.append(BadItem("row", ids[place], where, str(problem)))
+    return placed, bad
 
 
 def _files(placed: Sequence[_Placed], folder: pathlib.Path | None) -> dict[str, str]:

@@ -18,7 +18,7 @@ class DecoderConfig(Protocol):
     """The shape of a decoder LM: a frozen dataclass of its family with at least these fields or properties.
 
     `model_type` names the family in `FAMILIES`. `scan`, `remat`, `attention` and `dtype` say how it is computed
-    (`layers.Form`); `dropout` is its rate in training, 0.0 where the family has none; `adapter` is None in a family
+    (`stacks.Form`); `dropout` is its rate in training, 0.0 where the family has none; `adapter` is None in a family
     that takes none.
     """
 

@@ -23,7 +23,8 @@ from eim_jax.models.hugging_face import (
 )
 from eim_jax.models.kv_cache import Cache, visible
 from eim_jax.models.language.family import Family
-from eim_jax.models.layers import ACTIVATIONS, BlockConfig, layer_norm, make_blocks, run_blocks
+from eim_jax.models.layers import ACTIVATIONS, BlockConfig, layer_norm
+from eim_jax.models.stacks import make_blocks, run_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,7 @@ class GPT2Config:
       dropout: rate on embeddings, attention weights and both residual branches.
       mlp: hidden width of the blocks' MLPs; 0 for 4 x width.
       scan: stack the blocks' parameters and scan over them.
-      remat: "none", "full" or "dots" (layers.REMAT_POLICIES).
+      remat: "none", "full" or "dots" (stacks.REMAT_POLICIES).
       attention: a name in layers.ATTENTIONS.
     """
 

@@ -10,8 +10,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from eim_jax.models.adapters.adapter import Adapter
-from eim_jax.models.layers import check_attention, flash, stack
+from eim_jax.models.layers import check_attention, flash
 from eim_jax.models.quant import QDense
+from eim_jax.models.stacks import stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class LlamaConfig:
       quant: "none", or "nf4" for the blocks' linear layers.
       qkv_bias: biases of the query, key and value maps, which LLaMA lacks and a folded adapter needs.
       scan: stack the blocks' parameters and scan over them.
-      remat: "none", "full" or "dots" (layers.REMAT_POLICIES).
+      remat: "none", "full" or "dots" (stacks.REMAT_POLICIES).
       attention: a name in layers.ATTENTIONS, for all but the decoding of one token and an adapter's own softmax.
       model_type: the family whose files hold it (models/language.FAMILIES).
     """
@@ -190,7 +191,7 @@ class LlamaBlock(nn.Module):
 
 
 def make_blocks(c: LlamaConfig):
-    """A list of blocks, or one scanned block, as layers.make_blocks."""
+    """A list of blocks, or one scanned block, as stacks.make_blocks."""
     every = nn.broadcast
     axes = (every, every, every, every, 0, 0, 0)
     # Argument 4 of __call__ (self is 0) is the Python bool `train`.

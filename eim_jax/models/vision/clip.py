@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int
 
 from eim_jax.models.adapters.adapter import Adapter
 from eim_jax.models.adapters.prompts import DeepPrompts
-from eim_jax.models.layers import BlockConfig, causal_mask, first_tokens, layer_norm, make_blocks, run_blocks
+from eim_jax.models.layers import BlockConfig, causal_mask, layer_norm
+from eim_jax.models.stacks import first_tokens, make_blocks, run_blocks
 from eim_jax.models.vision.features import FEATURES, select
 from eim_jax.utils.images import CLIP_MEAN, CLIP_STD
 
@@ -29,7 +30,7 @@ class CLIPVisionConfig:
       adapter: an adapter's object (models/adapters) on every block's attention input, which sees each image alone.
       mean, std: the channel statistics by which images in [0, 1] are normalised before `tokens`.
       scan: stack the blocks' parameters and scan over them.
-      remat: "none", "full" or "dots" (layers.REMAT_POLICIES).
+      remat: "none", "full" or "dots" (stacks.REMAT_POLICIES).
       attention: a name in layers.ATTENTIONS.
       model_type: the family whose files hold it (models/vision.VISION_TOWERS).
     """

@@ -17,7 +17,7 @@ class VisionTower(Protocol):
     Attributes:
       config: a frozen dataclass with `model_type` (its family's), `image_size`, `width` (v), `joint` (j, the width of
         the space shared with the text tower), `layers`, `mean` and `std` (by which images in [0, 1] are normalised),
-        `adapter`, `prompts`, `prompt_hidden`, and the fields of `layers.Form`.
+        `adapter`, `prompts`, `prompt_hidden`, and the fields of `stacks.Form`.
       has_cls: whether the first of all its tokens is a summary of the image that no patch belongs to.
       features: the choices of visual tokens that `tokens` can give, values of config.arm.*.features.
     """
@@ -47,7 +47,7 @@ class TextTower(Protocol):
 
     Attributes:
       config: a frozen dataclass with `vocab`, `context` (the longest text, in tokens of its own tokenizer, which
-        puts in the special tokens that `encode` looks for), `joint`, and the fields of `layers.Form`.
+        puts in the special tokens that `encode` looks for), `joint`, and the fields of `stacks.Form`.
     """
 
     config: Any
