@@ -123,7 +123,7 @@ def once(inputs, vlm, config, arm: str) -> float:
     chosen = [config.stages[name] for name in config.arm[arm].sequence]
     total, c = 0.0, vlm.visual.config
     for kind in queues_of(*chosen):
-        encode = functools.partial(kind.encode, vlm)
+        encode = functools.partial(kind.keys, vlm)
         total += work(jax.make_jaxpr(encode)(params, kind.source.row(inputs))).flops * len(inputs.train)
     if any(
         "image" in objective.fields(stage, config.losses) and reads_features(inputs, stage, flat) for stage in chosen

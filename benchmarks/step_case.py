@@ -66,7 +66,7 @@ def _queue(vlm: VLM, params: dict, samples: int, text: int, kind: QueueKind) -> 
     row = kind.source.row(_Sizes(clip, Config(data=Data(max_tokens=text))))
 
     def make(params, row):
-        width = kind.encode(vlm, params, row).shape[1]
+        width = kind.keys(vlm, params, row).shape[1]
         return Queue(jnp.zeros((samples, width), vlm.lm.config.dtype), jnp.zeros(samples, jnp.int32), samples)
 
     return jax.eval_shape(make, partition.unflatten(params), row)

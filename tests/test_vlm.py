@@ -137,7 +137,7 @@ def test_the_original_lm_is_the_one_without_adapters(kind):
     vlm, params, tokens, valid, *_ = build(kind)
     plain = build("plain")[0]
     bare = {**params, "lm": {name: leaf for name, leaf in params["lm"].items() if name != "adapter"}}
-    found = vlm.lm_block(bare, tokens, valid, original=True)
+    found = vlm.untouched().lm_block(bare, tokens, valid)
     np.testing.assert_array_equal(found, plain.lm_block(bare, tokens, valid))
     assert np.abs(np.asarray(found - vlm.lm_block(params, tokens, valid))).max() > 1e-3
 

@@ -49,7 +49,7 @@ class QueueKind:
       name: its folder's name in the work directory, and the manifest's kind.
       symbol: as the paper or a chart writes it, "K_t".
       source: what of a sample is read.
-      encode: (vlm, parameters of the untouched towers, fields) -> keys [b D].
+      encode: (the untouched towers, their parameters, fields) -> [b D]; `keys` calls it.
       pooling: how a sample becomes one vector, in words; a queue on disk with other words is refused.
     """
 
@@ -58,6 +58,16 @@ class QueueKind:
     source: KeySource
     encode: Callable[[VLM, dict, Any], Array]
     pooling: str
+
+    def keys(self, vlm: VLM, params: dict, fields: Any) -> Float[Array, "b D"]:
+        """The keys of a batch of samples, not normalised, by the towers as they were before any arm changed them.
+
+        Args:
+          vlm: an arm's modules.
+          params: the untouched towers' parameters.
+          fields: of these samples, as `source` gives them.
+        """
+        return self.encode(vlm.untouched(), params, fields)
 
 
 class Forward:

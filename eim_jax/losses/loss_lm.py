@@ -13,9 +13,9 @@ from eim_jax.models.vlm import VLM, last_token
 
 
 def original_last_token(vlm: VLM, params: dict, texts: Any) -> Float[Array, "b d"]:
-    """What the LM without its adapter gives at the EOS of the text alone."""
+    """What the LM gives at the EOS of the text alone."""
     tokens, valid = texts
-    return _at_eos(vlm.lm_block(params, tokens, valid, original=True), tokens, valid)
+    return _at_eos(vlm.lm_block(params, tokens, valid), tokens, valid)
 
 
 def _query(forward: Forward) -> Float[Array, "b d"]:

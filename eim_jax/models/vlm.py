@@ -13,7 +13,7 @@ What the LM reads (`lm_input`) depends on its family, which says whether texts s
 | LLaMA with LLaMA-Adapter's prompts | BOS, text; the visual tokens are added to the prompts | BOS, text |
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -69,6 +69,22 @@ class VLM:
         adapters = (self.visual.config.adapter, self.lm.config.adapter)
         return max(self.lm.config.dropout, *(a.dropout_rate for a in adapters if a is not None), 0.0)
 
+    def untouched(self) -> "VLM":
+        """Returns the pretrained towers without this arm's prompts and adapters, and every visual token of theirs.
+
+        Queues are made with them, so that a key is the same in every arm.
+        """
+        vision, lm = self.visual.config, self.lm.config
+        return replace(
+            self,
+            visual=self.visual.clone(config=replace(vision, prompts=0, prompt_hidden=0, adapter=None)),
+            lm=self.lm if lm.adapter is None else self.lm.clone(config=replace(lm, adapter=None)),
+            features="full",
+            output_layer=False,
+            with_image=(),
+            without_image=(),
+        )
+
     def encode_image(
         self, params: dict, images: UInt8[Array, "b h w 3"], dropout: Array | None = None
     ) -> Float[Array, "b n v"]:
@@ -112,7 +128,6 @@ class VLM:
         *,
         visual: Float[Array, "b m d"] | None = None,
         has_image: Bool[Array, "b"] | None = None,
-        original: bool = False,
     ) -> LMInput:
         """Returns what the LM reads for these texts (its last t slots) and images; see the module's table.
 
@@ -122,9 +137,8 @@ class VLM:
           valid: which of them are no padding.
           visual: the ST's output; None reads text alone (loss_LM: then markers are left out too).
           has_image: False hides a row's visual tokens; None means that all rows have an image, if `visual` is given.
-          original: the LM without its adapter: how K_b is built.
         """
-        b, adapter = tokens.shape[0], None if original else self.lm.config.adapter
+        b, adapter = tokens.shape[0], self.lm.config.adapter
         texts, flags = [], []  # token ids before the text, [b k] each
 
         def say(ids, shown):
@@ -178,11 +192,10 @@ class VLM:
         *,
         visual: Float[Array, "b m d"] | None = None,
         has_image: Bool[Array, "b"] | None = None,
-        original: bool = False,
         dropout: Array | None = None,
     ) -> Float[Array, "b _ d"]:
         """Returns LM_block's output; the text's are the last t columns, the arguments are those of `lm_input`."""
-        found = self.lm_input(params, tokens, valid, visual=visual, has_image=has_image, original=original)
+        found = self.lm_input(params, tokens, valid, visual=visual, has_image=has_image)
         return self.run_lm(params, found, dropout)
 
     def token_logits(

@@ -167,7 +167,7 @@ def queue_shapes(inputs: Inputs, vlm: VLM, kind: QueueKind) -> Queue:
     rows, held = count + -count % parts_of(mesh), queue_sharding(mesh)
 
     def one_row(params, fields):
-        keys, scale = compress(kind.encode(vlm, params, fields).astype(jnp.float32), dtype)
+        keys, scale = compress(kind.keys(vlm, params, fields).astype(jnp.float32), dtype)
         return Queue(keys, jnp.zeros(1, jnp.int32), count, scale)
 
     row = jax.eval_shape(one_row, partition.unflatten(inputs.towers), kind.source.row(inputs))

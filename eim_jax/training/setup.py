@@ -96,7 +96,7 @@ class Inputs:
         if (folder / "manifest.json").exists():
             return Queue.load(folder, manifest, self.mesh)
         queue = Queue.build(
-            functools.partial(kind.encode, vlm),
+            functools.partial(kind.keys, vlm),
             partition.unflatten(self.towers),
             kind.source.fields(self),
             self.samples.groups,

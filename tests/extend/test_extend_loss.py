@@ -58,7 +58,8 @@ def test_its_keys_and_its_value_are_the_formula_s_in_float64(world, loaded):
     images = [inputs.train.samples[row].image for row in range(len(inputs.train))]
     crops = np.stack([clip_preprocess(inputs.train.images[row], size) for row in dict.fromkeys(images)])
     tokens = np.asarray(vlm.encode_image(tree, jnp.asarray(crops)), np.float64)
-    keys = tokens.mean(axis=1)[images]
+    every = dataclasses.replace(vlm, features="full").encode_image(tree, jnp.asarray(crops))
+    keys = np.asarray(every, np.float64).mean(axis=1)[images]
     keys /= np.linalg.norm(keys, axis=1, keepdims=True)
     queue = inputs.queue(vlm, FEATURES)
     np.testing.assert_allclose(np.asarray(queue.keys)[: queue.count], keys, atol=2e-6)  # of unit norm
@@ -78,6 +79,15 @@ def test_its_keys_and_its_value_are_the_formula_s_in_float64(world, loaded):
     nats = np.log(np.exp(scores).sum(axis=1)) - scores[rows, rows]
     np.testing.assert_allclose(metrics["loss/vision"], nats[:5].mean(), rtol=1e-5)
     np.testing.assert_allclose(loss, 0.5 * nats[:5].mean(), rtol=1e-5)
+
+
+def test_a_key_is_the_same_whatever_an_arm_puts_into_the_tower(world, loaded, tmp_path):
+    inputs = loaded[0]
+    arm = dataclasses.replace(world[0].arm["eim"], prompts=2, prompt_hidden=8, features="cls", output_layer=True)
+    vlm, params = setup.start(inputs, arm)
+    assert any(path.startswith("visual/prompt") for path in params)
+    queue, other = inputs.queue(loaded[1], FEATURES), dataclasses.replace(inputs, workdir=tmp_path)
+    np.testing.assert_array_equal(other.queue(vlm, FEATURES).keys, queue.keys)
 
 
 def test_it_trained_and_its_queue_is_on_disk(world):
