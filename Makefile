@@ -27,8 +27,10 @@ demo: .venv/run$(EXTRAS)
 	@echo "$$ $(DEMO)"
 	@$(DEMO)
 
-# Most of the time goes to compiling programs that run for milliseconds: LLVM's costly passes are left out here.
-QUICK := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+# Most of the time goes to compiling programs that run for milliseconds: LLVM's costly passes are left out here, and
+# the fusion emitters, whose code takes three times as long to compile. `make isa` and `make parity` keep the latter.
+BRIEF := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
+QUICK := $(BRIEF) --xla_cpu_use_fusion_emitters=false
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/parity
 
 test: .venv/test$(EXTRAS)
@@ -42,7 +44,7 @@ exhaustive: .venv/test$(EXTRAS)
 ISA ?= AVX2
 NUMERIC := $(addprefix tests/test_,$(addsuffix .py,decode xent dense connector fold))
 isa: .venv/test$(EXTRAS)
-	XLA_FLAGS="$(QUICK) --xla_cpu_max_isa=$(ISA)" $(BIN)/python -m pytest -n 2 --dist loadfile $(NUMERIC)
+	XLA_FLAGS="$(BRIEF) --xla_cpu_max_isa=$(ISA)" $(BIN)/python -m pytest -n 2 --dist loadfile $(NUMERIC)
 
 # The live comparison with PyTorch and transformers, full-size towers included.
 parity: .venv/parity$(EXTRAS)

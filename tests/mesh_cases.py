@@ -19,7 +19,11 @@ from eim_jax.pretrained import hub
 from eim_jax.training import setup as loading
 
 # Quick to compile; how a program is partitioned does not depend on it.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
 SMALL = {  # changes to the miniature towers' config.json; 3 CLIP heads and 745 GPT-2 words divide over no mesh
     "clip": {
         "vision_config": {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4},
