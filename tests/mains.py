@@ -21,11 +21,13 @@ _context.set_forkserver_preload(
 )
 
 
-def _become(flags, environment, output):
-    """What `python -m eim_jax.main FLAGS >output 2>&1` does, imports aside."""
+def _become(flags, environment, output, stdin):
+    """What `python -m eim_jax.main FLAGS <stdin >output 2>&1` does, imports aside."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    os.dup2(os.open(stdin, os.O_RDONLY), 0)
+    sys.stdin = os.fdopen(0, closefd=False)  # the server's own is closed
     os.chdir(ROOT)
     os.environ.update(environment)
     sys.argv = ["eim_jax/main.py", *flags]
@@ -38,12 +40,13 @@ def _become(flags, environment, output):
 
 
 class Main:
-    """A process of `python -m eim_jax.main FLAGS` on CPU devices, its output in a file."""
+    """A process of `python -m eim_jax.main FLAGS` on CPU devices, its input from a file, its output in one."""
 
-    def __init__(self, flags, output, **environment):
+    def __init__(self, flags, output, stdin=os.devnull, **environment):
         os.environ["JAX_PLATFORMS"] = "cpu"  # JAX reads it at its import, which is in the server
         self.output = pathlib.Path(output)
-        self._process = _context.Process(target=_become, args=([str(f) for f in flags], environment, str(output)))
+        arguments = ([str(flag) for flag in flags], environment, str(output), str(stdin))
+        self._process = _context.Process(target=_become, args=arguments)
         self._process.start()
 
     def said(self) -> str:
