@@ -20,7 +20,7 @@ from eim_jax import __version__
 from eim_jax import config as settings
 from eim_jax.commands.help import MODES, fields, general, presets
 from eim_jax.parallel import processes
-from eim_jax.utils.console import console, duration
+from eim_jax.utils.console import console, duration, shown
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes; plan and prepare need none.")
 _MODE = flags.DEFINE_enum("mode", "train", tuple(MODES), "What to do.")
@@ -278,6 +278,8 @@ def cli() -> None:
         try:
             main(argv)
             processes.finish()
+        except app.UsageError as error:
+            raise app.UsageError(shown(str(error))) from None
         except (ValueError, OSError, FloatingPointError) as error:
             if _TRACEBACK.value:
                 _fail(traceback.format_exc())
@@ -300,13 +302,18 @@ def cli() -> None:
                 _fail(traceback.format_exc())
             raise
 
-    app.run(run_main, flags_parser=_parse)
+    try:
+        app.run(run_main, flags_parser=_parse)
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            sys.exit(shown(stop.code))
+        raise
 
 
 def _fail(message: str | int) -> None:
     """Exits with an error; one of several processes at once, without waiting for others that wait for it."""
     if jax.distributed.is_initialized():
-        print(processes.named(str(message)), file=sys.stderr)
+        print(shown(processes.named(str(message))), file=sys.stderr)
         processes.leave(1)
     sys.exit(message)
 

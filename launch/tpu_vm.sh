@@ -20,10 +20,11 @@ on_all_hosts() {
 # Ten starts at most, so that a mistake in the command does not come back for ever.
 for start in 1 2 3 4 5 6 7 8 9 10; do
   echo "start $start"
-  if on_all_hosts "cd eim_jax && .venv/bin/python -m eim_jax.main $arguments"; then
+  if on_all_hosts "cd eim_jax && echo \$\$ >started.pid && exec .venv/bin/python -m eim_jax.main $arguments"; then
     exit 0
   fi
-  # Processes that wait for a lost one end by themselves; whatever is left would hold the chips.
-  on_all_hosts "pkill -9 -f eim_jax.main || true"
+  # Processes that wait for a lost one end by themselves; one that is left would hold the chips. Only the one started
+  # above is ended, and only while its number still belongs to it.
+  on_all_hosts 'cd eim_jax && pid=$(cat started.pid) && grep -q eim_jax "/proc/$pid/cmdline" && kill -9 "$pid" || true'
 done
 exit 1

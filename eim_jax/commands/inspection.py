@@ -19,7 +19,7 @@ from eim_jax.models.vlm import VLM
 from eim_jax.training import partition, setup
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
-from eim_jax.utils.console import console, print_table
+from eim_jax.utils.console import console, print_table, shown
 
 NEAREST = 3
 
@@ -86,6 +86,7 @@ def tokens(inputs: Inputs, batch: Batch, b: int) -> Text:
             word = inputs.lm_tokenizer.decode([int(token)])
             word = word.strip() or repr(word)
             # The brackets say it where there are no colours.
+            word = shown(word)
             line.append(f"[{word}]" if supervised else word, style="bold green" if supervised else "dim")
             line.append(" ")
     return line

@@ -6,6 +6,7 @@ files are written by process 0 alone, except checkpoints and queues, of which ea
 
 import itertools
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -34,7 +35,8 @@ def initialize(
     """Joins the run's processes; alone, without a launcher and without flags, does nothing.
 
     SLURM, Open MPI, Kubernetes Jobs and JobSets, and TPU pods are recognised by `jax.distributed.initialize`. Elsewhere
-    give all three: `coordinator` = host:port of process 0, their number, and this one's place. A process that is lost
+    give all three: `coordinator` = host:port of process 0, their number, and this one's place. Process 0 then listens
+    at that address alone. A process that is lost
     (killed, its host gone) ends all others within `heartbeat` seconds. Raises ConfigError for flags that are
     incomplete, and where a launcher is seen but its processes cannot be told.
     """
@@ -50,7 +52,13 @@ def initialize(
     # Signals (parallel/signals.py) handles SIGTERM itself: JAX's service would take it over for good.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        jax.distributed.initialize(coordinator or None, num_processes, process_id, heartbeat_timeout_seconds=heartbeat)
+        jax.distributed.initialize(
+            coordinator or None,
+            num_processes,
+            process_id,
+            coordinator_bind_address=_bind_address(coordinator),
+            heartbeat_timeout_seconds=heartbeat,
+        )
     except (ValueError, TypeError) as error:
         raise ConfigError(
             f"the processes of this run could not be told from {launcher or 'the flags'} ({error}): give "
@@ -64,6 +72,22 @@ def initialize(
 
     console.quiet = not is_first()  # one process speaks for all; errors and warnings come from each
     console.print(f"{jax.process_count()} processes, {jax.device_count()} devices", soft_wrap=True)
+
+
+def _bind_address(coordinator: str) -> str | None:
+    """Where process 0 listens: at the address given; None, on all of the host's, where that would shut others out."""
+    host, _, port = coordinator.rpartition(":")
+    if not host:
+        return None
+    try:
+        address = socket.gethostbyname(host.strip("[]"))
+        with socket.socket() as own:
+            own.bind((address, 0))
+    except OSError:  # another host's address, one behind a router, or IPv6 alone
+        return None
+    # Debian's /etc/hosts gives the host's own name a loopback address, which no other host can reach.
+    named = address.startswith("127.") and host not in ("localhost", address)
+    return None if named else f"{address}:{port}"
 
 
 def detected(environment=os.environ) -> str:

@@ -14,11 +14,30 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_INTERVAL = 10.0  # seconds between the lines of a wait when nobody watches a terminal
 
+# Written as \\x1b and so on: what a caption, a file name or a message holds must not steer the reader's terminal.
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
+def shown(text: str) -> str:
+    r"""Returns the text with its control characters written out.
+
+    >>> shown("a \x1b[31mred\x1b[0m cat")
+    'a \\x1b[31mred\\x1b[0m cat'
+    """
+    return text.translate(_CONTROL)
+
+
+class _Console(Console):
+    def render_str(self, text: str, **options) -> Text:
+        return super().render_str(shown(text), **options)
+
+
 # Markup is off: path patterns such as visual/[^/]+ would be read as styles. A pipe has no width of its own.
-console = Console(
+console = _Console(
     markup=False, highlight=False, emoji=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
 )
 
