@@ -11,7 +11,7 @@ from close import assert_close, size_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eim_jax.losses import contrastive
+from eim_jax.losses import online_softmax
 from eim_jax.losses.contrastive import NCE, queue_nce
 from eim_jax.losses.queues import compress
 from eim_jax.parallel.sharding import batch_sharding, make_mesh, queue_sharding
@@ -288,8 +288,8 @@ def test_padding_is_invisible(positives, pad):
 @pytest.mark.parametrize("positives", MODES)
 def test_bfloat16_keys_give_the_loss_of_the_rounded_keys(positives, on_cpu, monkeypatch):
     """Both forms of the products: f32 chunks on CPU, and pairs of bf16 halves for matrix units."""
-    products = contrastive._products
-    monkeypatch.setattr(contrastive, "_products", lambda u, dtype, _: products(u, dtype, on_cpu))
+    products = online_softmax._products
+    monkeypatch.setattr(online_softmax, "_products", lambda u, dtype, _: products(u, dtype, on_cpu))
     data = problem(d=16)
     data["keys"] = np.asarray(jnp.asarray(data["keys"]).astype(jnp.bfloat16).astype(jnp.float32))
     got = run(**data, positives=positives, dtype=jnp.bfloat16, chunk=6)
@@ -302,8 +302,8 @@ def test_bfloat16_keys_give_the_loss_of_the_rounded_keys(positives, on_cpu, monk
 def test_int8_keys_give_the_loss_of_the_keys_that_the_codes_stand_for(positives, on_cpu, shape, monkeypatch):
     data = problem(b=8, n=24)
     codes, scale = compress(jnp.asarray(data.pop("keys")), "int8")
-    products = contrastive._products
-    monkeypatch.setattr(contrastive, "_products", lambda u, dtype, _: products(u, dtype, on_cpu))
+    products = online_softmax._products
+    monkeypatch.setattr(online_softmax, "_products", lambda u, dtype, _: products(u, dtype, on_cpu))
     mesh = make_mesh(shape) if shape else None
     got = run(keys=codes, **data, dtype=jnp.int8, scale=scale, positives=positives, chunk=4, mesh=mesh)
     wanted = oracle(keys=np.asarray(codes, float) * np.asarray(scale, float)[:, None], **data, positives=positives)
