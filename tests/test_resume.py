@@ -15,6 +15,7 @@ from eim_jax.training.log import read_metrics
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STAGES = ("0-st", "1-lm", "2-ie")
 STEPS = 8
+TIMES = {"examples_per_second", "data_wait", "device", "host"}
 
 
 def command(workdir, *more):
@@ -29,7 +30,7 @@ def command(workdir, *more):
         "towers.dropout": 0.1,
         "towers.scan": True,  # compiles in half the time
         "checkpoint.every_steps": 2,
-        "log_every": 1,
+        "log_every": 3,  # saved every two steps: a run continues within a record's steps
     }
     for name in ("st", "lm", "ie"):
         fields |= {f"stages.{name}.steps": STEPS, f"stages.{name}.warmup_steps": 2, f"stages.{name}.batch": 20}
@@ -99,13 +100,15 @@ def test_runs_killed_in_every_stage_and_in_mid_save_end_bit_identical(tmp_path):
         assert all(path.startswith(tuple(t + "." for t in towers)) for path in stored)
     different = [path for path in want if not np.array_equal(want[path], got[path])]
     assert not different
-    # Every step stands once in the log, with the losses of the uninterrupted run.
-    losses = [
-        [(r["stage_index"], r["step"], r["loss"]) for r in read_metrics(w / "eim" / "metrics.jsonl")]
-        for w in (whole, broken)
+    # Every record stands once in the log, with all that the uninterrupted run's says but the time it took.
+    records = [
+        [{key: value for key, value in row.items() if key not in TIMES} for row in read_metrics(file)]
+        for file in (whole / "eim" / "metrics.jsonl", broken / "eim" / "metrics.jsonl")
     ]
-    assert losses[0] == losses[1]
-    assert [step[:2] for step in losses[0]] == [(i, s + 1) for i in range(3) for s in range(STEPS)]
+    assert records[0] == records[1] and all("loss" in row for row in records[0])
+    assert [(row["stage_index"], row["step"]) for row in records[0]] == [(i, s) for i in range(3) for s in (3, 6, 8)]
+    shares = [json.loads((w / "eim" / "run.json").read_text())["stages"][2]["padding"] for w in (whole, broken)]
+    assert shares[0] == shares[1]
 
     # The finished workdir refuses another run's config, by field, and accepts other decoding.
     refused = start(broken, "--config.stages.ie.lr=0.5")

@@ -33,6 +33,7 @@ class Meter:
         self._latest: tuple[int, np.ndarray] = (0, np.zeros(0, np.int32))
         self._spent: dict[str, float] = defaultdict(float)  # since the last read: seconds by kind, tokens
         self._total: dict[str, float] = defaultdict(float)  # in the stage
+        self._restored = 0  # of the pending steps, those that were done before this process began
         self._start = time.monotonic()
         self._calls_compute = jax.default_backend() == "cpu"
 
@@ -91,6 +92,22 @@ class Meter:
                 )
         return fetched
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON: a run that continues then logs what it would have logged; as `check`."""
+        steps = [{name: float(value) for name, value in metrics.items()} for metrics in self.check()]
+        padding = {kind: self._spent[kind] for kind in ("tokens", "padded")}
+        return {"steps": steps, "padding": padding, "total": dict(self._total)}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Goes on from a checkpoint's `state`; None: one written before there was any."""
+        if state is None:
+            return
+        nobody = np.zeros(0, np.int32)  # these steps were checked before they were saved
+        self._pending = [(0, nobody, {k: np.float32(v) for k, v in metrics.items()}) for metrics in state["steps"]]
+        self._restored = len(self._pending)
+        self._spent.update(state["padding"])
+        self._total.update(state["total"])
+
     def read(self) -> dict[str, float]:
         """The means since the last read, examples/s and the shares; raises as `check`."""
         fetched = self.check()
@@ -98,11 +115,12 @@ class Meter:
         self._spent["elapsed"] = now - self._start
         means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
         ordered = {"loss": means.pop("loss"), **means}
-        ordered["examples_per_second"] = len(fetched) * self._info.batch / max(self._spent["elapsed"], 1e-9)
+        timed = len(fetched) - self._restored
+        ordered["examples_per_second"] = timed * self._info.batch / max(self._spent["elapsed"], 1e-9)
         ordered |= _shares(self._spent)
         for kind, amount in self._spent.items():
             self._total[kind] += amount
-        self._pending, self._start = [], now
+        self._pending, self._start, self._restored = [], now, 0
         self._spent.clear()
         return ordered
 

@@ -114,6 +114,7 @@ class _StageRun:
                 self.trained, self.opt_state, self.iterator
             )
             self.seconds = record["seconds"]
+            self.meter.restore(record.get("meter"))
             console.print(f"resuming {self.info.name} after step {self.done} of {self.info.steps}", soft_wrap=True)
         self.prepare_seconds = time.monotonic() - self._prepared
 
@@ -191,9 +192,8 @@ class _StageRun:
         self.log.write({**place, **means, **rates})
 
     def _save(self, number: int) -> None:
-        self.meter.check()
+        record = {"meter": self.meter.state(), "seconds": self.seconds + time.monotonic() - self._begun}
         check_finite(self.trained, self.info.name, number)
-        record = {"seconds": self.seconds + time.monotonic() - self._begun}
         self.store.save(number, self.trained, self.opt_state, self.iterator, record)
 
 
