@@ -110,13 +110,20 @@ def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def read_json(path: pathlib.Path) -> dict:
-    """Returns a JSON file's content, or raises a WeightsError that names the file."""
+    """Returns the object in a JSON file.
+
+    Raises:
+      WeightsError: the file is missing, no JSON, or holds another thing than an object; the message names it.
+    """
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise WeightsError(f"{path} is missing; a checkpoint needs it beside its safetensors") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
         raise WeightsError(f"{path} is not JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds {content!r:.40}, not an object ({{...}}); download it again")
+    return content
 
 
 def check_keys(directory: pathlib.Path, tensors: Tensors, leaves: dict[str, Leaf], shapes: dict, ignored: str) -> None:
