@@ -26,6 +26,7 @@ from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.parallel.processes import fetch
 from eim_jax.pretrained import reader
 from eim_jax.pretrained.hub import resolve
+from eim_jax.pretrained.image_processor import image_processor
 from eim_jax.pretrained.reader import WeightsError
 
 PROMPT_FILE = "prompt.safetensors"
@@ -56,9 +57,10 @@ def clip_config(path: str | pathlib.Path, **form: Unpack[Form]) -> tuple[Any, An
     """
     directory = resolve(path)
     family, theirs = reader.of_table(directory, VISION_TOWERS, "the pair of image and text towers")
-    preprocessor = directory / "preprocessor_config.json"
+    pictures = image_processor(directory)
+    statistics = {"image_mean": pictures.mean, "image_std": pictures.std} if pictures.file else {}
     with reader.naming(directory):
-        v, t = family.read(theirs, reader.read_json(preprocessor) if preprocessor.is_file() else {})
+        v, t = family.read(theirs, statistics)
     v, t = dataclasses.replace(v, **form), dataclasses.replace(t, **form)
     prompt = _read_prompt(directory)
     if prompt:

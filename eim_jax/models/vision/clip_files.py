@@ -37,7 +37,7 @@ def read_config(theirs: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> t
 
     Args:
       theirs: config.json's content.
-      preprocessor: preprocessor_config.json's, whose channel statistics count; {} where there is none.
+      preprocessor: the channel statistics, image_mean and image_std; {} where the folder states none.
 
     Raises:
       WeightsError: it states what this CLIP cannot do.
