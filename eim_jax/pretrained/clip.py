@@ -24,7 +24,7 @@ from safetensors.numpy import load_file, save_file
 from eim_jax.models.stacks import Form
 from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.parallel.processes import fetch
-from eim_jax.pretrained import reader
+from eim_jax.pretrained import reader, tokenizer
 from eim_jax.pretrained.hub import resolve
 from eim_jax.pretrained.image_processor import image_processor
 from eim_jax.pretrained.reader import WeightsError
@@ -61,6 +61,13 @@ def clip_config(path: str | pathlib.Path, **form: Unpack[Form]) -> tuple[Any, An
     statistics = {"image_mean": pictures.mean, "image_std": pictures.std} if pictures.file else {}
     with reader.naming(directory):
         v, t = family.read(theirs, statistics)
+    if family.eos and (end := tokenizer.eos_id(directory)) is not None:
+        if end >= t.vocab:
+            raise WeightsError(
+                f"{directory}: its tokenizer's EOS is {end}, but config.json's text_config.vocab_size is {t.vocab}: "
+                "the tokenizer files are another model's"
+            )
+        t = dataclasses.replace(t, **{family.eos: end})
     v, t = dataclasses.replace(v, **form), dataclasses.replace(t, **form)
     prompt = _read_prompt(directory)
     if prompt:
