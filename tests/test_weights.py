@@ -167,7 +167,6 @@ def test_missing_and_broken_files_are_named_with_a_remedy(tmp_path):
         ("model_type", "mamba"),
         ("tie_word_embeddings", False),
         ("scale_attn_by_inverse_layer_idx", True),
-        ("attn_pdrop", 0.3),
         ("activation_function", "swish"),
     ],
 )

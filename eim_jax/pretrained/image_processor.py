@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from eim_jax.models.hugging_face import WeightsError
-from eim_jax.pretrained.reader import read_json
+from eim_jax.pretrained.json_files import read_json
 from eim_jax.utils.images import CLIP_MEAN, CLIP_STD
 
 _BICUBIC = 3  # PIL's number

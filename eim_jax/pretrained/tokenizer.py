@@ -7,8 +7,9 @@ import pathlib
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from eim_jax.models.hugging_face import WeightsError
 from eim_jax.pretrained.hub import resolve
-from eim_jax.pretrained.reader import WeightsError, read_json
+from eim_jax.pretrained.json_files import read_json
 
 # What may stand in tokenizer_config.json and special_tokens_map.json and decides ids.
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")

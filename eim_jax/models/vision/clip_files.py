@@ -44,24 +44,36 @@ def read_config(theirs: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> t
       WeightsError: it states what this CLIP cannot do.
     """
     vision, text = _tower(theirs, "vision_config"), _tower(theirs, "text_config")
-    joint = theirs.get("projection_dim", 512)
+    joint = our_fields(theirs, {"projection_dim": "joint"}, CLIPVisionConfig).get("joint", 512)
     for name, tower in (("vision_config", vision), ("text_config", text)):
+        if tower.get("num_channels", 3) != 3:
+            raise WeightsError(f"{name}.num_channels {tower['num_channels']!r} is not supported, only 3")
         if tower.get("hidden_act", "quick_gelu") not in ("quick_gelu", "gelu"):
             raise WeightsError(f"{name}.hidden_act {tower['hidden_act']!r} is neither 'quick_gelu' nor 'gelu'")
-    t = CLIPTextConfig(**our_fields(text, TEXT_FIELDS), joint=joint)
+    t = CLIPTextConfig(**our_fields(text, TEXT_FIELDS, CLIPTextConfig, "text_config."), joint=joint)
     if t.eos_id == LARGEST_ID:
         t = dataclasses.replace(t, eos_id=None)
     elif t.eos_id is None or not 0 <= t.eos_id < t.vocab:
         raise WeightsError(f"text_config.eos_token_id {t.eos_id} is not in the vocabulary")
     statistics = our_fields(preprocessor, {"image_mean": "mean", "image_std": "std"})
-    statistics = {name: tuple(values) for name, values in statistics.items()}
-    return CLIPVisionConfig(**our_fields(vision, VISION_FIELDS), joint=joint, **statistics), t
+    fields = our_fields(vision, VISION_FIELDS, CLIPVisionConfig, "vision_config.")
+    fields |= {name: tuple(values) for name, values in statistics.items()}
+    v = CLIPVisionConfig(**fields, joint=joint)
+    for name, tower in (("vision_config", v), ("text_config", t)):
+        if tower.width % tower.heads:
+            raise WeightsError(
+                f"{name}.hidden_size {tower.width} is not a multiple of num_attention_heads {tower.heads}"
+            )
+    return v, t
 
 
 def _tower(theirs: Mapping[str, Any], field: str) -> Mapping[str, Any]:
     """A tower's part of config.json. An older file's `..._dict` beside it wins as a whole, as in transformers."""
     older = theirs.get(f"{field}_dict")
-    return (theirs.get(field) or {}) if older is None else older
+    part = (theirs.get(field) or {}) if older is None else older
+    if not isinstance(part, Mapping):
+        raise WeightsError(f"{field}{'' if older is None else '_dict'} is {part!r:.60}, not an object")
+    return part
 
 
 def write_config(v: CLIPVisionConfig, t: CLIPTextConfig, logit_scale: float) -> dict[str, Any]:
