@@ -17,7 +17,7 @@ from pairs import machine
 
 from eim_jax.models.quant import BLOCK, NF4, dequantise, quantise, quantised_shapes
 from eim_jax.pretrained.hub import resolve
-from eim_jax.pretrained.reader import Tensors
+from eim_jax.pretrained.weight_files import Tensors
 
 LINEAR = r".*layers\.\d+\..*_proj\.weight"  # torch.nn.Linear, [out in]
 CONV1D = r"h\.\d+\..*c_\w+\.weight"  # GPT-2's, [in out]

@@ -125,6 +125,21 @@ def test_only_the_first_eos_counts_and_later_tokens_change_nothing():
     assert_close(hidden[:, 2] @ kernel, feature, 1e-5)
 
 
+def test_old_configs_pool_at_the_largest_id_and_others_need_their_eos_in_every_row():
+    config = CLIPTextConfig(vocab=20, context=9, width=12, layers=1, heads=2, mlp=24, joint=8, eos_id=15)
+    rows = jnp.array([[3, 4, 15, 1], [3, 18, 4, 1]])
+    params = jax.jit(CLIPText(config).init)(jax.random.key(0), rows)["params"]
+    by_eos = CLIPText(config)
+    with pytest.raises(ValueError, match=r"row 1 of the texts has no EOS token \(id 15\)"):
+        by_eos.apply({"params": params}, rows)
+    jitted = apply(by_eos, params, rows)  # nothing can be raised there: queues name the sample of a key that is NaN
+    assert np.isfinite(jitted[0]).all() and np.isnan(jitted[1]).all()
+    largest = CLIPText(dataclasses.replace(config, eos_id=None))
+    hidden = apply(largest, params, rows, "hidden")
+    expected = np.stack([hidden[0, 2], hidden[1, 1]]) @ params["projection"]["kernel"]
+    assert_close(apply(largest, params, rows), expected, 1e-5)
+
+
 def test_wrong_sizes_are_errors_that_say_the_right_ones():
     with pytest.raises(ValueError, match="16 x 16"):
         apply(CLIPVision(TINY), random_params(TINY), jnp.zeros((1, 24, 24, 3)))

@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from eim_jax.data.samples import Split
-from eim_jax.pretrained.hub import resolve
+from eim_jax.pretrained.tokenizer import load_tokenizer as load_tokenizer
 from eim_jax.utils.console import console, progress
 
 _CHUNK = 8192  # texts given to the tokenizer at once
@@ -25,31 +24,6 @@ class Encoded(NamedTuple):
     valid: Bool[np.ndarray, "N t"]  # a real token, not padding
     supervised: Bool[np.ndarray, "N t"]  # response (+ EOS)
     truncated: int = 0  # samples that were longer than max_tokens
-
-
-def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a tower.
-
-    Args:
-      path: a local folder, "miniature/...", or a hub id.
-
-    Returns:
-      The tokenizer, as transformers gives it.
-
-    Raises:
-      ValueError: there is none; the message names the path and the files that a folder needs.
-    """
-    place = resolve(path)
-    alone = (place / "tokenizer.model").is_file() and not list(place.glob("tokenizer*.json"))
-    try:
-        if alone:  # AutoTokenizer would read the pieces, but without SentencePiece's leading space: other ids, no error
-            return LlamaTokenizer.from_pretrained(place)
-        return AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer in {path}: {error}. A folder needs tokenizer.json, tokenizer.model, or vocab.json with "
-            "merges.txt."
-        ) from error
 
 
 def encode_split(split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int, eos: bool) -> Encoded:

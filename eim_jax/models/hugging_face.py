@@ -5,10 +5,15 @@ each of our leaves, with the keys of the safetensors file that make it and the `
 ours and back. Reading and writing the files themselves is the business of `eim_jax.pretrained`.
 """
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+
+# What a size of ours is at most, so that a slip in a file does not fill the memory; sizes that are not here: 2**24.
+LARGEST = {"layers": 10_000, "heads": 2**16, "kv_heads": 2**16, "image_size": 2**14, "context": 2**31 - 1}
 
 
 class WeightsError(ValueError):
@@ -52,14 +57,47 @@ def dense_rows(ours: str, theirs: str, layout: Layout = TRANSPOSE) -> list[Row]:
     return [Row(f"{ours}/kernel", (f"{theirs}.weight",), layout), Row(f"{ours}/bias", (f"{theirs}.bias",))]
 
 
-def our_fields(theirs: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+def our_fields(
+    theirs: Mapping[str, Any], fields: Mapping[str, str], shape: type | None = None, part: str = ""
+) -> dict[str, Any]:
     """Returns our configuration's fields from theirs.
 
     Args:
       theirs: the content of a config.json, or a part of it.
       fields: their name -> ours. A field that is absent or null is left out, so that our default holds.
+      shape: our configuration, a dataclass with a default for each field: a value must be of its default's type, and
+        a number in the range that a model can have.
+      part: the part's name with a point behind it ("text_config."), for messages.
+
+    Raises:
+      WeightsError: a value of another type, or outside its range; the message names the field.
     """
-    return {ours: theirs[field] for field, ours in fields.items() if theirs.get(field) is not None}
+    found = {ours: theirs[field] for field, ours in fields.items() if theirs.get(field) is not None}
+    if shape is None:
+        return found
+    defaults = {field.name: field.default for field in dataclasses.fields(shape)}
+    for field, ours in fields.items():
+        if ours in found:
+            found[ours] = _checked(f"{part}{field}", found[ours], type(defaults[ours]), ours)
+    return found
+
+
+def _checked(field: str, value: Any, kind: type, ours: str) -> Any:
+    """A field's value, if it is of its kind and in its range."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        least, most = (0 if ours == "eos_id" else 1), LARGEST.get(ours, 2**24)
+        if not number or value != math.floor(value) or not least <= value <= most:
+            raise WeightsError(f"{field} is {value!r:.60}, not a whole number from {least} to {most:,}")
+        return int(value)
+    if kind is float:
+        low, high = (0, 1) if ours == "dropout" else (0, math.inf)
+        if not number or not (low < value < high or (ours == "dropout" and value == 0)):
+            raise WeightsError(f"{field} is {value!r:.60}, not a number {'in [0, 1)' if high == 1 else 'above 0'}")
+        return float(value)
+    if not isinstance(value, kind):
+        raise WeightsError(f"{field} is {value!r:.60}, not {'true or false' if kind is bool else 'a text'}")
+    return value
 
 
 def their_fields(ours: Any, fields: Mapping[str, str]) -> dict[str, Any]:

@@ -19,14 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from eim_jax.models.hugging_face import WeightsError
 from eim_jax.models.stacks import Form
 from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.parallel.processes import fetch
-from eim_jax.pretrained import reader
+from eim_jax.pretrained import json_files, reader, tokenizer, weight_files
 from eim_jax.pretrained.hub import resolve
-from eim_jax.pretrained.reader import WeightsError
+from eim_jax.pretrained.image_processor import image_processor
 
 PROMPT_FILE = "prompt.safetensors"
 
@@ -55,10 +57,19 @@ def clip_config(path: str | pathlib.Path, **form: Unpack[Form]) -> tuple[Any, An
     (32, 32)
     """
     directory = resolve(path)
-    family, theirs = reader.of_table(directory, VISION_TOWERS, "the pair of image and text towers")
-    preprocessor = directory / "preprocessor_config.json"
-    with reader.naming(directory):
-        v, t = family.read(theirs, reader.read_json(preprocessor) if preprocessor.is_file() else {})
+    family, theirs = json_files.of_table(directory, VISION_TOWERS, "the pair of image and text towers")
+    pictures = image_processor(directory)
+    statistics = {"image_mean": pictures.mean, "image_std": pictures.std} if pictures.file else {}
+    with json_files.naming(directory):
+        v, t = family.read(theirs, statistics)
+    weight_files.check_depth(directory, {"visual": v.layers, "text": t.layers})
+    if family.eos and (end := tokenizer.eos_id(directory)) is not None:
+        if end >= t.vocab:
+            raise WeightsError(
+                f"{directory}: its tokenizer's EOS is {end}, but config.json's text_config.vocab_size is {t.vocab}: "
+                "the tokenizer files are another model's"
+            )
+        t = dataclasses.replace(t, **{family.eos: end})
     v, t = dataclasses.replace(v, **form), dataclasses.replace(t, **form)
     prompt = _read_prompt(directory)
     if prompt:
@@ -69,7 +80,14 @@ def clip_config(path: str | pathlib.Path, **form: Unpack[Form]) -> tuple[Any, An
 
 def _read_prompt(directory: pathlib.Path) -> dict[str, np.ndarray]:
     path = directory / PROMPT_FILE
-    return load_file(path) if path.is_file() else {}
+    try:
+        found = load_file(path) if path.is_file() else {}
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read ({error}); export it again") from error
+    shapes = {key: array.shape for key, array in found.items()}
+    if shapes and (len(shapes.get("tokens", ())) != 3 or len(shapes.get("up/bias", (1, 1))) != 2):
+        raise WeightsError(f"{path} holds {shapes}, not prompts; export it again")
+    return found
 
 
 def load_clip(
@@ -96,10 +114,12 @@ def load_clip(
     leaves = reader.leaves_of(family.rows, {"visual": vision.layers, "text": text.layers}, vision.scan)
     shapes = clip_shapes(vision, text)
     with contextlib.ExitStack() as stack:
-        tensors = reader.Tensors(directory, stack)
-        reader.check_keys(directory, tensors, leaves, shapes, f"{family.ignored}|logit_scale")
+        tensors = weight_files.Tensors(directory, stack)
+        if "logit_scale" in tensors and math.prod(tensors.shape("logit_scale")) != 1:
+            raise WeightsError(f"{directory}: key 'logit_scale' has shape {tensors.shape('logit_scale')}, not ()")
+        weight_files.check_keys(directory, tensors, leaves, shapes, f"{family.ignored}|logit_scale")
         flat = reader.read_leaves(tensors, leaves, dtype=param_dtype, shardings=shardings)
-        scale = {"logit_scale": float(tensors.read("logit_scale"))} if "logit_scale" in tensors else {}
+        scale = {"logit_scale": tensors.read("logit_scale").item()} if "logit_scale" in tensors else {}
     prompt = {f"visual/prompt/{k}": x for k, x in _read_prompt(directory).items()}
     expected = {k: s.shape for k, s in shapes.items() if k.startswith("visual/prompt/")}
     if (found := {k: x.shape for k, x in prompt.items()}) != expected:
@@ -162,11 +182,11 @@ def fingerprint(source: str | pathlib.Path | dict) -> str:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
     directory = resolve(source)
-    config = reader.read_json(directory / "config.json")
+    config = json_files.read_json(directory / "config.json")
     meaning = {k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")}
     digest.update(json.dumps(meaning, sort_keys=True).encode())
     prompt = directory / PROMPT_FILE
-    for path in [*reader.weight_files(directory), *([prompt] if prompt.is_file() else [])]:
+    for path in [*weight_files.weight_files(directory), *([prompt] if prompt.is_file() else [])]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -6,7 +6,7 @@ import re
 
 import huggingface_hub
 
-from eim_jax.pretrained.reader import WeightsError
+from eim_jax.models.hugging_face import WeightsError
 from eim_jax.utils.console import console
 
 BUILTIN = {"miniature/clip": "clip", "miniature/gpt2": "gpt2", "miniature/llama": "llama"}

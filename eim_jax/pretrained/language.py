@@ -16,12 +16,12 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import DTypeLike
 
+from eim_jax.models.hugging_face import WeightsError
 from eim_jax.models.language import FAMILIES, Family, family_of
 from eim_jax.models.quant import quantise
 from eim_jax.models.stacks import Form
-from eim_jax.pretrained import reader
+from eim_jax.pretrained import json_files, reader, weight_files
 from eim_jax.pretrained.hub import resolve
-from eim_jax.pretrained.reader import WeightsError
 
 EMBEDDING, HEAD_KEY = "lm/token_embedding/embedding", "lm_head.weight"
 
@@ -56,9 +56,10 @@ def _lm_config(directory: pathlib.Path, quant: str, form: Form) -> tuple[Family,
             f"{directory} holds Meta's own files (consolidated.*.pth), which are not read: convert them once with "
             "transformers' convert_llama_weights_to_hf.py"
         )
-    family, theirs = reader.of_table(directory, FAMILIES, "the language model")
-    with reader.naming(directory):
+    family, theirs = json_files.of_table(directory, FAMILIES, "the language model")
+    with json_files.naming(directory):
         ours = dataclasses.replace(family.read(theirs), **form)
+    weight_files.check_depth(directory, {"lm": ours.layers})
     return family, with_quant(ours, quant, str(directory))
 
 
@@ -104,8 +105,8 @@ def load_lm(
     whole = lm_shapes(dataclasses.replace(config, quant="none") if quant != "none" else config)
     tied = all(HEAD_KEY not in keys for leaf in leaves.values() for keys in leaf.keys)
     with contextlib.ExitStack() as stack:
-        tensors = reader.Tensors(directory, stack, family.prefix)
-        reader.check_keys(
+        tensors = weight_files.Tensors(directory, stack, family.prefix)
+        weight_files.check_keys(
             directory, tensors, leaves, whole, rf"{family.ignored}|{re.escape(HEAD_KEY)}" if tied else family.ignored
         )
         if tied and HEAD_KEY in tensors:

@@ -5,21 +5,19 @@ Every key and every shape is checked before an array is read; leaf by leaf is pl
 twice.
 """
 
-import contextlib
 import json
 import pathlib
-import re
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from eim_jax.models.hugging_face import Layout, Row, WeightsError
+from eim_jax.pretrained.weight_files import Tensors
 
 
 class Leaf(NamedTuple):
@@ -50,93 +48,6 @@ def leaves_of(rows: tuple[Row, ...], layers: Mapping[str, int], scan: bool) -> d
             for i, k in enumerate(keys):
                 leaves[row.ours.replace("{i}", str(i))] = Leaf([k], row.layout, stacked=False)
     return leaves
-
-
-class Tensors:
-    """Their keys, read from one model.safetensors or from the shards that an index names.
-
-    `prefix` may stand before any key of the file; here the keys are without it.
-    """
-
-    def __init__(self, directory: pathlib.Path, stack: contextlib.ExitStack, prefix: str = ""):
-        self._where, self._name = {}, {}
-        for path in weight_files(directory):
-            try:
-                file = stack.enter_context(safe_open(path, "numpy"))
-            except (OSError, SafetensorError) as error:
-                raise WeightsError(f"{path} cannot be read ({error}); download it again") from error
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                name = key.removeprefix(prefix)
-                if name in self._where:
-                    raise WeightsError(f"{path}: key {key!r} is there a second time, in another file or spelling")
-                self._where[name], self._name[name] = file, key
-
-    def __iter__(self) -> Iterator[str]:  # noqa: D105
-        return iter(self._where)
-
-    def __contains__(self, key: str) -> bool:  # noqa: D105
-        return key in self._where
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Returns a tensor's shape without reading it."""
-        return tuple(self._where[key].get_slice(self._name[key]).get_shape())
-
-    def read(self, key: str) -> np.ndarray:
-        """Returns a tensor."""
-        return self._where[key].get_tensor(self._name[key])
-
-
-def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    """Returns a checkpoint's safetensors files: all shards of an index, or the single file.
-
-    Raises:
-      WeightsError: there are none, or not all; the message says what to do.
-    """
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.is_file():
-        files = [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-        missing = [f.name for f in files if not f.is_file()]
-        if missing:
-            raise WeightsError(
-                f"{directory}: {index.name} names {', '.join(missing)}, which are missing; download them"
-            )
-        return files
-    if single.is_file():
-        return [single]
-    hint = "give a directory that transformers' save_pretrained wrote"
-    if list(directory.glob("pytorch_model*.bin")):
-        hint = "pytorch_model.bin is not read; load it in transformers once and save_pretrained it"
-    raise WeightsError(f"{directory} holds neither {single.name} nor {index.name}; {hint}")
-
-
-def read_json(path: pathlib.Path) -> dict:
-    """Returns a JSON file's content, or raises a WeightsError that names the file."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise WeightsError(f"{path} is missing; a checkpoint needs it beside its safetensors") from None
-    except json.JSONDecodeError as error:
-        raise WeightsError(f"{path} is not JSON ({error}); download it again") from error
-
-
-def check_keys(directory: pathlib.Path, tensors: Tensors, leaves: dict[str, Leaf], shapes: dict, ignored: str) -> None:
-    """Raises WeightsError unless the keys are exactly the table's and every shape is the configuration's."""
-    problems, known = [], set()
-    for path, leaf in leaves.items():
-        shape = shapes[path].shape[1:] if leaf.stacked else shapes[path].shape
-        # np.empty touches no memory, and every layout only views it
-        theirs = [a.shape for a in leaf.layout.save(np.empty(shape, np.int8))]
-        for keys in leaf.keys:
-            known.update(keys)
-            for key, expected in zip(keys, theirs, strict=True):
-                if key not in tensors:
-                    problems.append(f"key {key!r} (our {path}) is missing")
-                elif tensors.shape(key) != expected:
-                    problems.append(f"key {key!r} (our {path}) has shape {tensors.shape(key)}, not {expected}")
-    problems += [f"key {k!r} is unexpected" for k in tensors if k not in known and not re.fullmatch(ignored, k)]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise WeightsError(f"{directory}: {shown}. Check that config.json and the safetensors are of the same model.")
 
 
 def place(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
@@ -191,34 +102,6 @@ def write_leaves(flat: dict[str, jax.Array], leaves: dict[str, Leaf]) -> dict[st
             theirs = leaf.layout.save(layer)
             tensors |= {k: np.ascontiguousarray(x) for k, x in zip(keys, theirs, strict=True)}
     return tensors
-
-
-def of_table(directory: pathlib.Path, table: Mapping[str, Any], role: str) -> tuple[Any, dict]:
-    """Returns the entry of a table of kinds that a checkpoint is of, and its config.json.
-
-    Args:
-      directory: the checkpoint's.
-      table: model_type -> what reads it.
-      role: what the checkpoint is wanted for, for the message.
-
-    Raises:
-      WeightsError: config.json is missing, or its model_type is not in the table.
-    """
-    config = read_json(directory / "config.json")
-    name = config.get("model_type")
-    if name not in table:
-        known = " or ".join(map(repr, table))
-        raise WeightsError(f"{directory}/config.json: model_type is {name!r}; {role} is a {known}")
-    return table[name], config
-
-
-@contextlib.contextmanager
-def naming(directory: pathlib.Path) -> Iterator[None]:
-    """Puts the name of a checkpoint's config.json before the WeightsErrors that are raised inside."""
-    try:
-        yield
-    except WeightsError as error:
-        raise WeightsError(f"{directory}/config.json: {error}") from error
 
 
 def write(directory: str | pathlib.Path, config: dict, tensors: dict[str, np.ndarray]) -> pathlib.Path:

@@ -117,7 +117,10 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     mesh = make_mesh(config.mesh)
     dtype = resolve_dtype(config.towers.dtype, mesh.devices.flat[0].platform)
     form = resolve_form(config, dtype, mesh.devices.flat[0].platform)
-    shapes = pretrained.clip_shapes(*pretrained.clip_config(config.towers.clip, **form))
+    pair = pretrained.clip_config(config.towers.clip, **form)
+    pictures = pretrained.image_processor(pretrained.resolve(config.towers.clip))
+    pictures.check(pair[0].image_size, config.data.fit)
+    shapes = pretrained.clip_shapes(*pair)
     shapes |= pretrained.lm_shapes(pretrained.lm_config(config.towers.lm, quant=config.towers.quant, **form))
     place = param_shardings(shapes, mesh).__getitem__  # each leaf goes from the file to its own devices
     lean = {path: jnp.float32 if _ever_trained(config, path) else dtype for path in shapes}
@@ -142,6 +145,7 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
         f"device(s), {dtype.name}",
         soft_wrap=True,
     )
+    console.print(f"pictures are normalised by {_statistics(config, pictures)}", soft_wrap=True)
     fingerprints = {
         "clip": pretrained.fingerprint(clip_dir),
         "lm": pretrained.fingerprint(lm_dir),
@@ -157,6 +161,13 @@ def _ever_trained(config: Config, path: str) -> bool:
     """Whether some stage of some arm trains the leaf: then it is loaded in float32, else in the compute dtype."""
     reached = {stage for name in config.arms for stage in config.arm[name].sequence}
     return any(re.fullmatch(pattern, path) for name in reached for pattern, _ in patterns(config.stages[name]))
+
+
+def _statistics(config: Config, pictures: pretrained.ImageProcessor) -> str:
+    """Which statistics are used, for the log."""
+    if config.towers.image_stats == "imagenet":
+        return f"ImageNet's statistics (config.towers.image_stats), instead of {pictures.describe()}"
+    return pictures.describe()
 
 
 def tower_settings(config: Config, vision, lm):

@@ -164,7 +164,7 @@ FIELDS = {
     "n_embd": "width",
     "n_layer": "layers",
     "n_head": "heads",
-    "resid_pdrop": "dropout",
+    "resid_pdrop": "dropout",  # this one for all three; a run's is config.towers.dropout
     "n_inner": "mlp",
     "activation_function": "activation",
     "layer_norm_epsilon": "eps",
@@ -198,10 +198,9 @@ def read_config(theirs: Mapping[str, Any]) -> GPT2Config:
       WeightsError: it states what this GPT-2 cannot do.
     """
     check_fixed(theirs, FIXED)
-    dropouts = {k: theirs.get(k, 0.1) for k in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-    if len(set(dropouts.values())) > 1:
-        raise WeightsError(f"{dropouts} differ; this GPT-2 has one dropout rate, set them equal")
-    ours = GPT2Config(**our_fields(theirs, FIELDS))
+    ours = GPT2Config(**our_fields(theirs, FIELDS, GPT2Config))
+    if ours.width % ours.heads:
+        raise WeightsError(f"n_embd {ours.width} is not a multiple of n_head {ours.heads}")
     if ours.activation not in ACTIVATIONS:
         raise WeightsError(f"activation_function {ours.activation!r} is not one of {sorted(ACTIVATIONS)}")
     return ours

@@ -233,6 +233,8 @@ def read_config(theirs: Mapping[str, Any]) -> LlamaConfig:
       WeightsError: it states what this LLaMA cannot do.
     """
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # transformers 5, transformers 4
+    if not isinstance(rope, Mapping):
+        raise WeightsError(f"rope_parameters or rope_scaling is {rope!r:.60}, not an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise WeightsError(f"rope_type {kind!r} is not supported, only 'default'")
@@ -242,7 +244,7 @@ def read_config(theirs: Mapping[str, Any]) -> LlamaConfig:
     check_fixed(theirs, FIXED)
     theirs = {**theirs, "rope_theta": rope.get("rope_theta", theirs.get("rope_theta"))}
     try:
-        ours = LlamaConfig(**our_fields(theirs, FIELDS))
+        ours = LlamaConfig(**our_fields(theirs, FIELDS, LlamaConfig))
     except ValueError as error:
         raise WeightsError(str(error)) from error
     if theirs.get("head_dim") not in (None, ours.head_width):

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.core import Tracer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -68,7 +69,12 @@ class CLIPVisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """Shape of a CLIP text tower; the defaults are ViT-B/32's. `eos_id` marks the position that is pooled."""
+    """Shape of a CLIP text tower; the defaults are ViT-B/32's.
+
+    Attributes:
+      eos_id: the token whose first position is pooled; None pools each row at its largest id, as transformers does for
+        OpenAI's configs, whose eos_token_id 2 is not their [EOS].
+    """
 
     vocab: int = 49408
     context: int = 77
@@ -79,7 +85,7 @@ class CLIPTextConfig:
     joint: int = 512
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     eps: float = 1e-5
-    eos_id: int = 49407
+    eos_id: int | None = 49407
     scan: bool = False
     remat: str = "none"
     attention: str = "softmax"
@@ -223,8 +229,20 @@ class CLIPText(nn.Module):
     def encode(self, tokens: Int[Array, "b s"]) -> Float[Array, "b j"]:
         """Returns the projected feature of each row's first [EOS], CLIP's text feature (not normalised).
 
-        A row without [EOS] is pooled at position 0, as in transformers.
+        Under jit, where no value can be looked at, the feature of a row without [EOS] is NaN.
+
+        Raises:
+          ValueError: a row has no [EOS], so that nothing says which position is the text's.
         """
-        eos = jnp.argmax(tokens == self.config.eos_id, axis=1)
-        pooled = jnp.take_along_axis(self.hidden(tokens), eos[:, None, None], axis=1)[:, 0]
-        return self.projection(pooled)
+        eos = self.config.eos_id
+        if eos is None:
+            return self._project_at(tokens, jnp.argmax(tokens, axis=1))
+        ends = tokens == eos
+        has_end = ends.any(axis=1)
+        if not isinstance(has_end, Tracer) and not self.is_initializing() and not has_end.all():
+            row = int(jnp.argmin(has_end))
+            raise ValueError(f"row {row} of the texts has no EOS token (id {eos}): end it with one")
+        return jnp.where(has_end[:, None], self._project_at(tokens, jnp.argmax(ends, axis=1)), jnp.nan)
+
+    def _project_at(self, tokens, place):
+        return self.projection(jnp.take_along_axis(self.hidden(tokens), place[:, None, None], axis=1)[:, 0])

@@ -29,6 +29,7 @@ TOWER_FIELDS = {
     "layer_norm_eps": "eps",
 }
 VISION_FIELDS = {**TOWER_FIELDS, "image_size": "image_size", "patch_size": "patch_size"}
+LARGEST_ID = 2  # the eos_token_id of OpenAI's configs, for which transformers pools at the largest id of a text
 TEXT_FIELDS = {**TOWER_FIELDS, "vocab_size": "vocab", "max_position_embeddings": "context", "eos_token_id": "eos_id"}
 
 
@@ -37,25 +38,42 @@ def read_config(theirs: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> t
 
     Args:
       theirs: config.json's content.
-      preprocessor: preprocessor_config.json's, whose channel statistics count; {} where there is none.
+      preprocessor: the channel statistics, image_mean and image_std; {} where the folder states none.
 
     Raises:
       WeightsError: it states what this CLIP cannot do.
     """
-    vision, text = theirs.get("vision_config") or {}, theirs.get("text_config") or {}
-    joint = theirs.get("projection_dim", 512)
+    vision, text = _tower(theirs, "vision_config"), _tower(theirs, "text_config")
+    joint = our_fields(theirs, {"projection_dim": "joint"}, CLIPVisionConfig).get("joint", 512)
     for name, tower in (("vision_config", vision), ("text_config", text)):
+        if tower.get("num_channels", 3) != 3:
+            raise WeightsError(f"{name}.num_channels {tower['num_channels']!r} is not supported, only 3")
         if tower.get("hidden_act", "quick_gelu") not in ("quick_gelu", "gelu"):
             raise WeightsError(f"{name}.hidden_act {tower['hidden_act']!r} is neither 'quick_gelu' nor 'gelu'")
-    t = CLIPTextConfig(**our_fields(text, TEXT_FIELDS), joint=joint)
-    if t.eos_id == 2:
-        # OpenAI's configs give 2, which is not their [EOS]; transformers then pools at the largest id, which is.
-        t = dataclasses.replace(t, eos_id=t.vocab - 1)
-    if not 0 <= t.eos_id < t.vocab:
+    t = CLIPTextConfig(**our_fields(text, TEXT_FIELDS, CLIPTextConfig, "text_config."), joint=joint)
+    if t.eos_id == LARGEST_ID:
+        t = dataclasses.replace(t, eos_id=None)
+    elif t.eos_id is None or not 0 <= t.eos_id < t.vocab:
         raise WeightsError(f"text_config.eos_token_id {t.eos_id} is not in the vocabulary")
     statistics = our_fields(preprocessor, {"image_mean": "mean", "image_std": "std"})
-    statistics = {name: tuple(values) for name, values in statistics.items()}
-    return CLIPVisionConfig(**our_fields(vision, VISION_FIELDS), joint=joint, **statistics), t
+    fields = our_fields(vision, VISION_FIELDS, CLIPVisionConfig, "vision_config.")
+    fields |= {name: tuple(values) for name, values in statistics.items()}
+    v = CLIPVisionConfig(**fields, joint=joint)
+    for name, tower in (("vision_config", v), ("text_config", t)):
+        if tower.width % tower.heads:
+            raise WeightsError(
+                f"{name}.hidden_size {tower.width} is not a multiple of num_attention_heads {tower.heads}"
+            )
+    return v, t
+
+
+def _tower(theirs: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    """A tower's part of config.json. An older file's `..._dict` beside it wins as a whole, as in transformers."""
+    older = theirs.get(f"{field}_dict")
+    part = (theirs.get(field) or {}) if older is None else older
+    if not isinstance(part, Mapping):
+        raise WeightsError(f"{field}{'' if older is None else '_dict'} is {part!r:.60}, not an object")
+    return part
 
 
 def write_config(v: CLIPVisionConfig, t: CLIPTextConfig, logit_scale: float) -> dict[str, Any]:
@@ -64,8 +82,11 @@ def write_config(v: CLIPVisionConfig, t: CLIPTextConfig, logit_scale: float) -> 
     Raises:
       WeightsError: the text tower's eos_id is 2, which the format reserves.
     """
-    if t.eos_id == 2:
+    if t.eos_id == LARGEST_ID:
         raise WeightsError("eos_id 2 cannot be exported: Hugging Face's CLIP reads it as 'the largest id in the text'")
+    special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": LARGEST_ID}  # as in OpenAI's
+    if t.eos_id is not None:
+        special = {"bos_token_id": t.eos_id - 1, "pad_token_id": t.eos_id}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -79,8 +100,7 @@ def write_config(v: CLIPVisionConfig, t: CLIPTextConfig, logit_scale: float) -> 
         },
         "text_config": {
             **their_fields(t, TEXT_FIELDS),
-            "bos_token_id": t.eos_id - 1,
-            "pad_token_id": t.eos_id,
+            **special,
             "model_type": "clip_text_model",
             "projection_dim": t.joint,
         },
@@ -141,6 +161,7 @@ CLIP_FAMILY = VisionFamily(
     write=write_config,
     write_preprocessor=write_preprocessor,
     rows=ROWS,
+    eos="eos_id",
     ignored=r"(vision|text)_model\.embeddings\.position_ids",  # 0, 1, 2, ...
     published={
         "openai/clip-vit-base-patch32": (CLIPVisionConfig(), CLIPTextConfig()),

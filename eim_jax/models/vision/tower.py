@@ -66,11 +66,14 @@ class VisionFamily:
       features: the choices of visual tokens that its towers can give.
       build: vision shape -> module (a VisionTower, whose `init` takes pixels [b h w 3]).
       build_text: text shape -> module (a TextTower, whose `init` takes tokens [b s]).
-      read: (config.json, preprocessor_config.json or {}) -> the two shapes. Raises WeightsError for a field that is not
-        supported; the caller puts the file's name in front.
+      read: (config.json, {"image_mean": ..., "image_std": ...} as pretrained/image_processor.py reads them, or {} where
+        the folder has no such file) -> the two shapes. Raises WeightsError for a field that is not supported; the
+        caller puts the file's name in front.
       write: (vision shape, text shape, logit_scale) -> config.json's content, as transformers reads it.
       write_preprocessor: vision shape -> preprocessor_config.json's content.
       rows: the key table: leaves are "visual/..." and "text/...", blocks "visual/blocks_{i}/...".
+      eos: the text shape's field for the id of [EOS], which is the tokenizer's where the folder has one; "" for a text
+        tower that looks for none.
       ignored: a regular expression over keys of the file that hold no parameter.
       published: hub ids -> the two shapes, for `--mode=plan` where config.json is not at hand.
     """
@@ -83,5 +86,6 @@ class VisionFamily:
     write: Callable[[Any, Any, float], dict[str, Any]]
     write_preprocessor: Callable[[Any], dict[str, Any]]
     rows: tuple[Row, ...]
+    eos: str = ""
     ignored: str = r"(?!)"
     published: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)

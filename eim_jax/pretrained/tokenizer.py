@@ -1,0 +1,133 @@
+"""A tower's tokenizer from its folder: where tokenizer.json exists, the ids are that file's."""
+
+import functools
+import os
+import pathlib
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from eim_jax.models.hugging_face import WeightsError
+from eim_jax.pretrained.hub import resolve
+from eim_jax.pretrained.json_files import read_json
+
+# What may stand in tokenizer_config.json and special_tokens_map.json and decides ids.
+SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+# tokenizer.json's parts, which the format fixes.
+_PARTS = {
+    "model": dict,
+    "added_tokens": list,
+    "normalizer": (dict, type(None)),
+    "pre_tokenizer": (dict, type(None)),
+    "post_processor": (dict, type(None)),
+    "decoder": (dict, type(None)),
+}
+_JSON_NAMES = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a tower.
+
+    Args:
+      path: a local folder, "miniature/...", or a hub id.
+
+    Returns:
+      The tokenizer, as transformers gives it; where there is a tokenizer.json, with that file's normalizer,
+      pre-tokenizer, model and added tokens.
+
+    Raises:
+      ValueError: there is none, or one of its files is broken; the message names the file, or the path and the files
+        that a folder needs.
+    """
+    place = resolve(path)
+    _check_files(place)
+    alone = (place / "tokenizer.model").is_file() and not list(place.glob("tokenizer*.json"))
+    try:
+        if alone:  # AutoTokenizer would read the pieces, but without SentencePiece's leading space: other ids, no error
+            return LlamaTokenizer.from_pretrained(place)
+        named = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for files that it does not understand
+        raise ValueError(
+            f"no tokenizer in {path}: {error or type(error).__name__}. A folder needs tokenizer.json, tokenizer.model, "
+            "or vocab.json with merges.txt."
+        ) from error
+    return _as_the_file_says(named, place / "tokenizer.json")
+
+
+def _as_the_file_says(named: PreTrainedTokenizerBase, file: pathlib.Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a tokenizer.json, with the special tokens and settings of the class that the folder names.
+
+    transformers builds GPT2Tokenizer, CLIPTokenizer, LlamaTokenizer and others from the file's vocabulary with a
+    normalizer and a splitter of its own: a file that splits otherwise (SmolLM's, digit by digit) would get other ids.
+    """
+    if not file.is_file():
+        return named
+    try:
+        own = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers has no kind of its own for a file that it cannot read
+        raise WeightsError(f"{file} is not a tokenizer that the tokenizers library reads ({error})") from error
+    own.no_truncation()
+    own.no_padding()
+    settings = ("model_max_length", "clean_up_tokenization_spaces", "padding_side", "truncation_side", "chat_template")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=own,
+        name_or_path=named.name_or_path,
+        **({"extra_special_tokens": extra} if (extra := list(named.extra_special_tokens)) else {}),
+        **{name: getattr(named, name) for name in SPECIAL if getattr(named, name) is not None},
+        **{name: getattr(named, name) for name in settings if getattr(named, name, None) is not None},
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _eos_id(place: pathlib.Path, state: tuple) -> int | None:
+    return load_tokenizer(place).eos_token_id
+
+
+def eos_id(directory: pathlib.Path) -> int | None:
+    """Returns the id that a folder's tokenizer ends a text with; None where there is no tokenizer, or no such token."""
+    files = [f for name in ("tokenizer*", "special_tokens_map.json", "vocab.json") for f in directory.glob(name)]
+    if not any(f.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for f in files):
+        return None
+    return _eos_id(directory, tuple((f.name, f.stat().st_mtime_ns, f.stat().st_size) for f in sorted(files)))
+
+
+def _check_files(place: pathlib.Path) -> None:
+    """Raises WeightsError for a JSON file of the tokenizer with a field of a type that the format does not have."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if not (place / name).is_file():
+            continue
+        content = read_json(place / name)
+        for field in SPECIAL:
+            token = content.get(field)
+            if not (token is None or isinstance(token, str) or _has_content(token)):
+                raise WeightsError(
+                    f"{place / name}: {field} is {token!r:.80}, not a text or an object with a text as its content"
+                )
+        for field, kind in (("tokenizer_class", str), ("added_tokens_decoder", dict)):
+            _check_type(place / name, content, field, (kind, type(None)))
+        for key, token in (content.get("added_tokens_decoder") or {}).items():
+            if not (key.isdecimal() and _has_content(token)):
+                raise WeightsError(
+                    f"{place / name}: added_tokens_decoder.{key} is {token!r:.80}; an id with an object "
+                    "that has a text as its content is needed"
+                )
+    if (place / "tokenizer.json").is_file():
+        content = read_json(place / "tokenizer.json")
+        for field, kinds in _PARTS.items():
+            if field == "model" or field in content:
+                _check_type(place / "tokenizer.json", content, field, kinds)
+    if (place / "vocab.json").is_file():
+        for piece, number in read_json(place / "vocab.json").items():
+            if type(number) is not int or number < 0:
+                raise WeightsError(f"{place / 'vocab.json'}: {piece!r} is {number!r:.80}, not an id (0, 1, ...)")
+
+
+def _has_content(token: object) -> bool:
+    return isinstance(token, dict) and isinstance(token.get("content"), str)
+
+
+def _check_type(file: pathlib.Path, content: dict, field: str, kinds) -> None:
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    if not isinstance(content.get(field), kinds):
+        wanted = " or ".join(_JSON_NAMES[kind] for kind in kinds)
+        raise WeightsError(f"{file}: {field} is {content.get(field)!r:.80}, not {wanted}")

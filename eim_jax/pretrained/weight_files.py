@@ -1,0 +1,217 @@
+"""The safetensors files of a Hugging Face directory: which are read, what may stand in them, and what is none of them.
+
+Only headers are read before every key, shape and dtype is known to be right.
+"""
+
+import contextlib
+import functools
+import math
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from eim_jax.models.hugging_face import WeightsError
+from eim_jax.pretrained.json_files import WHOLE, check_adapter, read_json
+from eim_jax.utils.console import console
+
+DTYPES = ("F32", "F16", "BF16")  # safetensors' names of what is read
+_CODES = r".*\.(qweight|qzeros|g_idx|weight_packed|absmax|quant_map)"  # what GPTQ, AWQ and others store beside
+_DEEP = 512  # layers from which on the files are asked before anything is made for each
+_MANY = 2**28  # elements from which on no array is made to say a shape
+
+
+class Tensors:
+    """Their keys, read from one model.safetensors or from the shards that an index names.
+
+    `prefix` may stand before any key of the file; here the keys are without it.
+    """
+
+    def __init__(self, directory: pathlib.Path, stack: contextlib.ExitStack, prefix: str = ""):
+        self._where, self._name, self._path = {}, {}, {}
+        for path in weight_files(directory):
+            try:
+                file = stack.enter_context(safe_open(path, "numpy"))
+            except (OSError, SafetensorError) as error:
+                raise WeightsError(f"{path} cannot be read ({error}); download it again") from error
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                name = key.removeprefix(prefix)
+                if name in self._where:
+                    raise WeightsError(f"{path}: key {key!r} is there a second time, in another file or spelling")
+                self._where[name], self._name[name], self._path[name] = file, key, path
+
+    def __iter__(self) -> Iterator[str]:  # noqa: D105
+        return iter(self._where)
+
+    def __contains__(self, key: str) -> bool:  # noqa: D105
+        return key in self._where
+
+    def __len__(self) -> int:  # noqa: D105
+        return len(self._where)
+
+    def path(self, key: str) -> pathlib.Path:
+        """Returns the file that holds a tensor."""
+        return self._path[key]
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Returns a tensor's shape without reading it."""
+        return tuple(self._where[key].get_slice(self._name[key]).get_shape())
+
+    def dtype(self, key: str) -> str:
+        """Returns safetensors' name of a tensor's dtype without reading it."""
+        return self._where[key].get_slice(self._name[key]).get_dtype()
+
+    def read(self, key: str) -> np.ndarray:
+        """Returns a tensor.
+
+        Raises:
+          WeightsError: it holds NaN or infinity.
+        """
+        array = self._where[key].get_tensor(self._name[key])
+        if not _finite(array):
+            raise WeightsError(
+                f"{self._path[key]}: key {self._name[key]!r} holds NaN or infinity; the file is damaged or its "
+                "training went wrong: download it again, or take an earlier checkpoint"
+            )
+        return array
+
+
+def _finite(array: np.ndarray) -> bool:
+    if array.dtype.itemsize != 2:  # min and max carry a NaN along, and need no second array
+        return bool(array.size == 0 or (np.isfinite(array.min()) and np.isfinite(array.max())))
+    exponent = np.uint16(0x7C00 if array.dtype == np.float16 else 0x7F80)  # all ones in NaN and infinity alone
+    return not ((array.view(np.uint16) & exponent) == exponent).any()
+
+
+def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Returns a checkpoint's safetensors files: the single file, or all shards of an index, as transformers chooses.
+
+    Raises:
+      WeightsError: there are none, or not all; the message says what to do.
+    """
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if single.is_file():
+        if index.is_file():
+            _note_both(single, index.name)
+        return [single]
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise WeightsError(f"{index}: weight_map is {names!r:.60}, not an object of key -> file name")
+        for key, name in names.items():
+            if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+                raise WeightsError(f"{index}: weight_map.{key} is {name!r:.60}, not the name of a file beside it")
+        files = [directory / name for name in sorted(set(names.values()))]
+        missing = [f.name for f in files if not f.is_file()]
+        if missing:
+            raise WeightsError(
+                f"{directory}: {index.name} names {', '.join(missing)}, which are missing; download them"
+            )
+        return files
+    check_adapter(directory)
+    hint = "give a directory that transformers' save_pretrained wrote"
+    if list(directory.glob("pytorch_model*.bin")):
+        hint = "pytorch_model.bin is not read; load it in transformers once and save_pretrained it"
+    raise WeightsError(f"{directory} holds neither {single.name} nor {index.name}; {hint}")
+
+
+@functools.cache
+def _note_both(single: pathlib.Path, index: str) -> None:
+    """Said once: which of two copies of the weights is read."""
+    console.print(f"{single} is read, as transformers does; {index} beside it is not", soft_wrap=True)
+
+
+def check_depth(directory: pathlib.Path, layers: Mapping[str, int]) -> None:
+    """Raises WeightsError for more layers than the files have tensors, before anything is made for each layer.
+
+    Args:
+      directory: the checkpoint's; one without weights (a plan needs none) is let through.
+      layers: tower -> its number of blocks.
+    """
+    if max(layers.values()) <= _DEEP or not any(directory.glob("model.safetensors*")):
+        return
+    with contextlib.ExitStack() as stack:
+        count = len(Tensors(directory, stack))
+    for tower, depth in layers.items():
+        if depth > count:
+            raise WeightsError(
+                f"{directory}/config.json gives the tower {tower!r} {depth:,} layers, but the safetensors hold "
+                f"{count:,} tensors in all. Check that they are of the same model."
+            )
+
+
+def check_keys(directory: pathlib.Path, tensors: Tensors, leaves: Mapping, shapes: dict, ignored: str) -> None:
+    """Raises WeightsError unless the keys are exactly the table's, and every dtype and shape is one that we can read.
+
+    Args:
+      directory: the checkpoint's, for messages.
+      tensors: its keys.
+      leaves: our paths -> `reader.Leaf`.
+      shapes: our paths -> shape.
+      ignored: a regular expression over keys that hold no parameter.
+    """
+    known = {key for leaf in leaves.values() for keys in leaf.keys for key in keys}
+    unexpected = [key for key in tensors if key not in known and not re.fullmatch(ignored, key)]
+    _check_dtypes([key for key in tensors if key in known or re.fullmatch(_CODES, key)], tensors)
+    problems = [problem for path, leaf in leaves.items() for problem in _differences(path, leaf, shapes[path], tensors)]
+    problems += [f"key {key!r} is unexpected" for key in unexpected]
+    if problems:
+        _name_wrapped(directory, known, list(tensors))
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise WeightsError(f"{directory}: {shown}. Check that config.json and the safetensors are of the same model.")
+
+
+def _differences(path: str, leaf: Any, ours: jax.ShapeDtypeStruct, tensors: Tensors) -> Iterator[str]:
+    """What keeps one leaf from being filled."""
+    shape = ours.shape[1:] if leaf.stacked else ours.shape
+    theirs = None
+    size, held = math.prod(shape), sum(math.prod(tensors.shape(key)) for key in leaf.keys[0] if key in tensors)
+    if size < _MANY or size == held:
+        # np.empty touches no memory, and every layout only views it
+        theirs = [a.shape for a in leaf.layout.save(np.empty(shape, np.int8))]
+    for keys in leaf.keys:
+        for i, key in enumerate(keys):
+            if key not in tensors:
+                yield f"key {key!r} (our {path}) is missing"
+            elif theirs is None:
+                yield f"key {key!r} has shape {tensors.shape(key)}, while our {path} has {shape}"
+            elif tensors.shape(key) != theirs[i]:
+                yield f"key {key!r} (our {path}) has shape {tensors.shape(key)}, not {theirs[i]}"
+
+
+def _check_dtypes(keys: list[str], tensors: Tensors) -> None:
+    others = {key: kind for key in keys if (kind := tensors.dtype(key)) not in DTYPES}
+    if others:
+        key, kind = next(iter(others.items()))
+        what = "fp8" if kind.startswith("F8") else "integer codes" if kind[0] in "IU" else "another number format"
+        raise WeightsError(
+            f"{tensors.path(key)}: {len(others)} tensors are no weights as they are ({what}): the first is {key!r} of "
+            f"{kind}; only {', '.join(DTYPES)} are read. {WHOLE.capitalize()}."
+        )
+
+
+def _name_wrapped(directory: pathlib.Path, known: set[str], found: list[str]) -> None:
+    """Raises WeightsError where keys are the right ones but for what a wrapper put before them, or took away."""
+    if any(".lora_" in key or ".base_layer." in key for key in found):
+        raise WeightsError(
+            f"{directory}: its keys are a PEFT (LoRA) model's, saved with its adapter inside ({found[0]!r}): merge it "
+            "once (merge_and_unload) and save_pretrained the result"
+        )
+    here, longest = set(found), sorted(known, key=len)[-3:]
+    for wrapper in {key.removesuffix(end) for end in longest for key in found if key.endswith(end)} - {""}:
+        if sum(wrapper + key in here for key in known) > len(known) // 2:
+            raise WeightsError(
+                f"{directory}: {wrapper!r} stands before its keys ({wrapper + longest[-1]!r}): a wrapper was saved "
+                "(DataParallel, torch.compile, another model); save_pretrained the model inside"
+            )
+    for outer in {key.partition(".")[0] + "." for key in longest}:
+        stripped = {key.removeprefix(outer) for key in known if key.startswith(outer)}
+        if len(stripped & here) > len(stripped) // 2 and stripped.isdisjoint(known):
+            raise WeightsError(
+                f"{directory}: {outer!r} is missing before its keys ({min(stripped & here)!r}): only a part of the "
+                "model was saved; save_pretrained the whole model"
+            )
