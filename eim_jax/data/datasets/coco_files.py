@@ -6,7 +6,7 @@ import pathlib
 from collections import defaultdict
 from typing import Any
 
-from eim_jax.data.bad_items import BadItem, half_character
+from eim_jax.data.bad_items import BadItem, text_problem
 
 # Karpathy's train set is his "train" and "restval" together: 113,287 images.
 _KARPATHY = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
@@ -123,7 +123,7 @@ def good_captions(raw: Raw, path: pathlib.Path, max_chars: int, strip: bool) -> 
             raw.bad.append(BadItem("caption", caption_id, where, "its image is not listed"))
         elif not text.strip():
             raw.bad.append(BadItem("caption", caption_id, where, "the text is empty"))
-        elif problem := half_character(text):
+        elif problem := text_problem(text):
             raw.bad.append(BadItem("caption", caption_id, where, f"the text {problem}"))
         elif len(text) > max_chars:
             raw.bad.append(BadItem("caption", caption_id, where, f"{len(text)} characters, more than {max_chars}"))

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from eim_jax.data.bad_items import half_character
+from eim_jax.data.bad_items import text_problem
 
 MARKER = "<image>"  # where LLaVA's questions place the image; our models place it themselves
 
@@ -88,7 +88,7 @@ def _text(record: Mapping[str, Any], key: str, label: str) -> str:
 
 
 def _encodable(text: str, label: str) -> str:
-    problem = half_character(text)
+    problem = text_problem(text)
     if problem:
         raise BadRowError(f"{label} {problem}")
     return text

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from eim_jax.data.bad_items import BadDataError, BadItem, half_character
+from eim_jax.data.bad_items import BadDataError, BadItem, text_problem
 from eim_jax.data.datasets.scienceqa_prompt import Problem, fault
 
 PROBLEMS, SPLITS, CAPTIONS = "problems.json", "pid_splits.json", "captions.json"
@@ -155,7 +155,7 @@ def _text(record: Mapping[str, Any], field: str) -> str:
 def _checked(field: str, value: Any, file: str = PROBLEMS) -> str:
     if not isinstance(value, str):
         raise _FieldError(field, f"needs a text, not {_named(value)}", file)
-    problem = half_character(value)
+    problem = text_problem(value)
     if problem:
         raise _FieldError(field, problem, file)
     return value
