@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from eim_jax.config import ConfigError, Data
-from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad, listed
+from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad, listed, text_problem
 from eim_jax.data.data_set import DataSet, Published, Shards, exists
 from eim_jax.data.datasets import mme
 from eim_jax.data.datasets.instruct_prompt import prompt
@@ -128,6 +128,8 @@ def _read_all(files, seed: int) -> tuple[list[_Placed], list[BadItem]]:
         for place in taken_rows(len(records), share, seed, number):
             where, record = records[place]
             try:
+                if problem := text_problem(ids[place]):
+                    raise BadRowError(f"its id {problem}")
                 placed.append(_Placed(ids[place], where, stem, take_apart(record)))
             except BadRowError as problem:
                 bad.append(BadItem("row", ids[place], where, str(problem)))

@@ -1,12 +1,12 @@
 """The rows of instruction files: Alpaca's, LLaVA's and self-instruct's forms, each row checked and taken apart."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from eim_jax.data.bad_items import text_problem
+from eim_jax.data.text_files import parse_json, read_text
 
 MARKER = "<image>"  # where LLaVA's questions place the image; our models place it themselves
 
@@ -32,16 +32,14 @@ def read_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
       ValueError: it is not UTF-8 or not JSON; the byte or the line is named.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_text(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no instruction file {path}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     if not text.strip():
         raise ValueError(f"{path} is empty")
     if text.lstrip().startswith("["):
         try:
-            return [(f"{path.name} row {place}", record) for place, record in enumerate(json.loads(text))]
+            return [(f"{path.name} row {place}", record) for place, record in enumerate(parse_json(text))]
         except ValueError as error:
             raise ValueError(f"{path} is not a JSON file: {error}") from error
     found = []
@@ -49,7 +47,7 @@ def read_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            found.append((f"{path.name} line {number}", json.loads(line)))
+            found.append((f"{path.name} line {number}", parse_json(line)))
         except ValueError as error:
             hint = "the file must be a JSON list of rows, or JSON Lines: one row a line"
             raise ValueError(f"{path} line {number} is not JSON: {error}; {hint}") from error
