@@ -24,7 +24,7 @@ from eim_jax.utils.console import console, duration, shown
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes; plan and prepare need none.")
 _MODE = flags.DEFINE_enum("mode", "train", tuple(MODES), "What to do.")
-_IMAGES = flags.DEFINE_list("images", [], "Image files or folders, separated by commas.")
+_IMAGES = flags.DEFINE_string("images", "", "Image files or folders, separated by commas.")
 _IMAGE = flags.DEFINE_string("image", "", "The image to talk about; none by default.")
 _ARM = flags.DEFINE_string("arm", "", "Which arm: by default the last one, for plan all.")
 _OUT = flags.DEFINE_string(
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> None:
         if not _IMAGES.value:
             raise app.UsageError("--mode=caption needs --images=FILE_OR_FOLDER[,FILE_OR_FOLDER...]")
         out = Path(_OUT.value) if _OUT.value else workdir / "captions.json"
-        caption.caption(config, workdir, _arm(config), [Path(p) for p in _IMAGES.value], out)
+        caption.caption(config, workdir, _arm(config), caption.places_of(_IMAGES.value), out)
     elif _MODE.value == "export":
         if not _OUT.value:
             raise app.UsageError("--mode=export needs --out=FOLDER")

@@ -65,3 +65,16 @@ def shared_data():
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def shared_case():
+    """Returns a function: name of a folder of small hard inputs beside the checkout -> its path, or a skipped test."""
+
+    def find(name: str) -> pathlib.Path:
+        path = ROOT.parent / "shared" / "cases" / name
+        if not path.exists():
+            pytest.skip(f"no folder shared/cases/{name} beside the checkout")
+        return path
+
+    return find

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+LONGEST_NAME = 255  # bytes of a file's name on every common file system
 _SHOWN = 20  # bad items that an error or a report lists; `bad` holds all
 
 
@@ -17,7 +18,7 @@ class BadItem:
 
     def __str__(self) -> str:
         """Returns one readable line."""
-        return f"{self.kind} {self.id} ({self.file}): {self.problem}"
+        return printable(f"{self.kind} {self.id} ({self.file}): {self.problem}")
 
 
 class BadDataError(ValueError):
@@ -60,14 +61,45 @@ def check_on_bad(on_bad: str) -> None:
         raise ValueError(f"on_bad is {on_bad!r}: give 'error' or 'drop'")
 
 
-def half_character(text: str) -> str | None:
-    r"""Returns what to say of a text with half a character, which JSON can escape and no tokenizer takes; else None.
+def text_problem(text: str) -> str | None:
+    r"""Returns what to say of a text that no tokenizer, file or terminal takes; else None.
 
-    >>> half_character("ab\ud83d")
+    That is half a character, which JSON can escape, or a NUL, at which programs in C end a text.
+
+    >>> text_problem("ab\ud83d")
     "holds half a character, '\\ud83d', at 2"
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         return f"holds half a character, {text[error.start]!a}, at {error.start}"
+    return f"holds a NUL, '\\x00', at {text.index(chr(0))}" if "\0" in text else None
+
+
+def name_problem(name: str) -> str | None:
+    """Returns why no file can go by a name, or none that can be written down; else None.
+
+    >>> name_problem("x" * 300)
+    'its name is 300 bytes long, more than the 255 that a file name may have: rename it'
+    """
+    if problem := text_problem(name):
+        return f"its name {problem}: rename it"
+    longest = max((len(part.encode()) for part in name.split("/")), default=0)
+    if longest > LONGEST_NAME:
+        return f"its name is {longest} bytes long, more than the {LONGEST_NAME} that a file name may have: rename it"
     return None
+
+
+def outside(name: str) -> bool:
+    r"""Returns whether a file name leads out of the folder that it is looked for in.
+
+    >>> [outside(name) for name in ("a.jpg", "train/a.jpg", "a..b.jpg", "../a.jpg", "/a.jpg", "a/../../b", "C:\\a.jpg")]
+    [False, False, False, True, True, True, True]
+    """
+    parts = name.replace("\\", "/").split("/")
+    return ".." in parts or not parts[0] or (len(parts[0]) == 2 and parts[0][1] == ":")
+
+
+def printable(text: str) -> str:
+    """Returns a text as a message may hold it: half characters and control characters as their escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

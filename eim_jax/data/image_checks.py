@@ -5,18 +5,20 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import PIL
-from PIL import Image
 
-from eim_jax.data.samples import FileImages
+from eim_jax.data.bad_items import name_problem, outside
+from eim_jax.data.samples import FileImages, file_in
 from eim_jax.utils.console import console, progress
 from eim_jax.utils.files import write_text
 from eim_jax.utils.images import check_size, to_rgb
+from eim_jax.utils.picture_files import open_picture
 
 _CHUNK = 64  # files a thread checks before it reports
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2  # raised when a file that was good may no longer be
 
 
 def file_problem(path: str | os.PathLike[str]) -> str | None:
@@ -28,15 +30,13 @@ def file_problem(path: str | os.PathLike[str]) -> str | None:
     try:
         if os.stat(path).st_size == 0:
             return "the file is empty (0 bytes)"
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             check_size(picture)
             if picture.format == "JPEG":
                 picture.draft(picture.mode, (1, 1))
             to_rgb(picture)
     except FileNotFoundError:
         return f"no such file: {path}"
-    except Image.UnidentifiedImageError:
-        return "not a picture in a known format"
     except Exception as error:  # PIL's decoders raise many types on damaged files; each of them means "unusable"
         return str(error) or type(error).__name__
     return None
@@ -45,12 +45,23 @@ def file_problem(path: str | os.PathLike[str]) -> str | None:
 def check_images(images: FileImages, threads: int = 4, cache: str | os.PathLike[str] | None = None) -> dict[int, str]:
     """Returns {row: problem} for the files that cannot be used; decodes each file once, in `threads` threads.
 
+    A name that no file can have, or that leads out of the folder, is such a problem too. Where several ids stand for
+    one file the log counts them: their texts are each other's negatives.
+
     With a folder `cache`, good verdicts are kept by name, size and modification time: a second start only looks at the
     files' sizes, and an interrupted check goes on where it was.
     """
     verdicts = _Verdicts(images.folder, cache)
     problems: dict[int, str] = {}
-    unknown = [row for row in range(len(images)) if not verdicts.known_good(images.names[row])]
+    unknown = []
+    for row, name in enumerate(images.names):
+        if problem := name_problem(name):
+            problems[row] = problem
+        elif outside(name):
+            problems[row] = f"leads out of the image folder {images.folder}: give a name within it, or a link there"
+        elif not verdicts.known_good(name):
+            unknown.append(row)
+    _note_shared(images, problems)
     if not unknown:
         return problems
 
@@ -72,6 +83,26 @@ def check_images(images: FileImages, threads: int = 4, cache: str | os.PathLike[
         pool.shutdown(cancel_futures=True)
         verdicts.save()
     return problems
+
+
+def _note_shared(images: FileImages, problems: Mapping[int, str]) -> None:
+    """Says how many pictures go by more than one id: as the same name, or as links to one file."""
+    rows_of = defaultdict(list)
+    for row in range(len(images)):
+        if row not in problems:
+            try:
+                status = os.stat(images.path(row))
+            except OSError:
+                continue  # the check names it
+            rows_of[status.st_dev, status.st_ino].append(row)
+    shared = [rows for rows in rows_of.values() if len(rows) > 1]
+    if shared:
+        ids = ", ".join(images.ids[row] for row in shared[0][:5])
+        console.print(
+            f"{len(shared):,} pictures go by more than one id ({sum(map(len, shared)):,} ids), the first is "
+            f"{images.names[shared[0][0]]} (ids {ids}): what is said of it under one id is a negative of the others",
+            soft_wrap=True,
+        )
 
 
 class _Verdicts:
@@ -98,7 +129,7 @@ class _Verdicts:
 
     def _stamp(self, name: str) -> list[int] | None:
         try:
-            status = os.stat(self._folder / name)
+            status = os.stat(file_in(self._folder, name))
         except OSError:
             return None
         return [status.st_size, status.st_mtime_ns]

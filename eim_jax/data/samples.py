@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -77,6 +78,20 @@ class ImageSource(abc.ABC):
         return self._digest
 
 
+def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Returns the file of that name in a folder, also where the name is written in Unicode's other form.
+
+    An é is one character (NFC) or an e and an accent (NFD): macOS and some archives store the second.
+    """
+    path = folder / name
+    if not name.isascii() and not os.path.exists(path):
+        for form in ("NFC", "NFD"):
+            other = folder / unicodedata.normalize(form, name)
+            if os.path.exists(other):
+                return other
+    return path
+
+
 class FileImages(ImageSource):
     """Image files under one folder, decoded on every access; identity = relative name and size in bytes."""
 
@@ -86,7 +101,7 @@ class FileImages(ImageSource):
 
     def path(self, row: int) -> pathlib.Path:
         """Returns the file of image `row`."""
-        return self.folder / self.names[row]
+        return file_in(self.folder, self.names[row])
 
     def _load(self, row: int) -> Image.Image:
         return load_rgb(self.path(row))

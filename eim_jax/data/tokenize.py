@@ -111,15 +111,19 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab: int, name: str) 
 def encode_clip(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, context: int = 77) -> Int[np.ndarray, "N s"]:
     """Returns CLIP's text input: BOS, the text, EOS; then the tokenizer's pad id (0 if it has none).
 
-    A text is cut to `context` tokens with EOS kept. s is the longest row: CLIP's text tower is causal and reads the
-    first EOS, so shorter rows give the same features as rows padded to `context`.
+    A text is cut to `context` tokens with EOS kept, and the log says how many were. s is the longest row: CLIP's text
+    tower is causal and reads the first EOS, so shorter rows give the same features as rows padded to `context`.
     """
     if context < 2:
         raise ValueError(f"context is {context}: needs room for BOS and EOS")
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     if bos is None or eos is None:
         raise ValueError("CLIP's tokenizer needs a BOS and an EOS token: this one is another model's")
-    rows = [[bos, *ids[: context - 2], eos] for ids in _tokenise(texts, tokenizer, "tokenising for CLIP")]
+    found = _tokenise(texts, tokenizer, "tokenising for CLIP")
+    cut = sum(len(ids) > context - 2 for ids in found)
+    if cut:
+        console.print(f"{cut:,} of {len(found):,} texts cut to the {context} tokens that CLIP's text tower reads")
+    rows = [[bos, *ids[: context - 2], eos] for ids in found]
     return _pad(rows, 0 if pad is None else pad)[0]
 
 

@@ -84,7 +84,8 @@ def write_report(
         )
     )
     path = workdir / "report.html"
-    write_text(path, page)
+    # Predictions of other programs may hold half characters, which no file takes, and NULs, which no browser shows.
+    write_text(path, page.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}"))
     return path
 
 

@@ -76,6 +76,7 @@ def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
         blind = [loss.title for loss in losses_of(stage) if loss.needs_image]
         if blind and not len(inputs.samples.images):
             raise ConfigError(f"{where}: no training sample has an image, so {blind[0]} has no rows")
+        check_contrast(stage, len(inputs.samples), where)
         info = stage_info(inputs, stage, stage_name, params)
         try:
             partition.learning_rate(stage, info.steps)
@@ -83,6 +84,16 @@ def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
             raise ConfigError(f"{where}: {error}") from error
         plan.append(info)
     return plan
+
+
+def check_contrast(stage: Stage, samples: int, where: str) -> None:
+    """Raises ConfigError for a stage whose losses contrast keys where there is only one sample."""
+    contrasted = [loss.title for loss in losses_of(stage) if loss.queue is not None]
+    if contrasted and samples == 1:
+        raise ConfigError(
+            f"{where}: {contrasted[0]} contrasts a sample's key with other samples', and there is 1 training sample: "
+            "give it more, or leave the loss out"
+        )
 
 
 def resolved(stage: Stage, inputs: Inputs) -> Stage:

@@ -17,7 +17,7 @@ from eim_jax.data import tokenize
 from eim_jax.data.datasets import load_split
 from eim_jax.data.feature_cache import cached_features
 from eim_jax.data.samples import Split
-from eim_jax.losses import queues
+from eim_jax.losses import queue_health, queues
 from eim_jax.losses.contrastive import Similarity
 from eim_jax.losses.kinds import QueueKind
 from eim_jax.losses.queues import Queue
@@ -78,7 +78,8 @@ class Inputs:
     def queue(self, vlm: VLM, kind: QueueKind) -> Queue:
         """The queue of that kind, loaded, or built from the untouched towers and saved in the workdir.
 
-        Raises queues.StaleQueue when the workdir holds one of other weights, data or settings.
+        Raises queues.StaleQueue when the workdir holds one of other weights, data or settings, and
+        queue_health.EqualKeys when all keys of a new one are the same.
         """
         settings = self.config.losses
         dtype = resolve_dtype(settings.queue_dtype, self.mesh.devices.flat[0].platform)
@@ -95,6 +96,7 @@ class Inputs:
         folder = self.workdir / "queues" / kind.name
         if (folder / "manifest.json").exists():
             return Queue.load(folder, manifest, self.mesh)
+        ids = [sample.id for sample in self.samples.samples]
         queue = Queue.build(
             functools.partial(kind.keys, vlm),
             partition.unflatten(self.towers),
@@ -104,10 +106,12 @@ class Inputs:
             dtype=dtype,
             similarity=cast(Similarity, settings.similarity),
             mesh=self.mesh,
-            ids=[sample.id for sample in self.samples.samples],
+            ids=ids,
             name=kind.name,
             progress=True,
         )
+        for line in queue_health.report(queue, kind.name, ids, self.mesh):
+            console.print(line, soft_wrap=True)
         queue.save(folder, manifest)
         return queue
 

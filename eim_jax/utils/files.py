@@ -8,6 +8,14 @@ from typing import Any
 import jax
 
 
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """Returns a path as its user means it: "~" is the home folder, also behind `--flag=`, where no shell expands it."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # no home folder is known: then it is an ordinary name
+        return Path(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a UTF-8 text file beside its place and renames it: a kill leaves the old file or the new one.
 

@@ -72,12 +72,13 @@ def load_coco(
     captions = good_captions(raw, path, max_caption_chars, strip)
 
     ids = list(raw.images)
-    broken: set[str] = set()
+    broken = set(raw.broken)
     if folder is not None:
-        files = FileImages(folder, ids, list(raw.images.values()))
+        named = {image_id: file for image_id, file in raw.images.items() if image_id not in broken}
+        files = FileImages(folder, list(named), list(named.values()))
         problems = check_images(files, threads, cache)
-        raw.bad.extend(BadItem("image", ids[row], files.names[row], problem) for row, problem in problems.items())
-        broken = {ids[row] for row in problems}
+        raw.bad.extend(BadItem("image", files.ids[row], files.names[row], text) for row, text in problems.items())
+        broken |= {files.ids[row] for row in problems}
     if raw.bad and on_bad == "error":
         raise BadDataError(str(path), raw.bad)
 

@@ -1,12 +1,12 @@
 """Caption files as they are read: COCO's own JSON and Karpathy's dataset_coco.json, and which captions can be used."""
 
 import dataclasses
-import json
 import pathlib
 from collections import defaultdict
 from typing import Any
 
-from eim_jax.data.bad_items import BadItem, half_character
+from eim_jax.data.bad_items import BadItem, text_problem
+from eim_jax.data.text_files import identifier, read_json
 
 # Karpathy's train set is his "train" and "restval" together: 113,287 images.
 _KARPATHY = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}
@@ -19,16 +19,15 @@ class Raw:
     images: dict[str, str] = dataclasses.field(default_factory=dict)
     captions: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
     bad: list[BadItem] = dataclasses.field(default_factory=list)
+    broken: set[str] = dataclasses.field(default_factory=set)  # ids of images that no file can be looked for
 
 
 def read_annotations(path: pathlib.Path) -> tuple[list[Any], list[Any] | None]:
     """Returns the file's "images" and "annotations" (None in Karpathy's form)."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no annotation file {path}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("images"), list) or not content["images"]:
         raise ValueError(f'{path}: needs a list "images" with at least one image, as in captions_train2014.json')
     first = content["images"][0]
@@ -39,18 +38,15 @@ def read_annotations(path: pathlib.Path) -> tuple[list[Any], list[Any] | None]:
     return content["images"], content["annotations"]
 
 
-def _identifier(value: Any) -> str | None:
-    """Returns an id as a string; None for anything but a non-empty string or an integer."""
-    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        return None
-    return str(value)
-
-
 def _add_image(raw: Raw, image_id: str, file: str) -> bool:
     if image_id in raw.images:
         raw.bad.append(BadItem("image", image_id, file, f"image id listed twice (first as {raw.images[image_id]})"))
         return False
     raw.images[image_id] = file
+    for what, text in (("id", image_id), ("file name", file)):
+        if problem := text_problem(text):
+            raw.bad.append(BadItem("image", image_id, file, f"its {what} {problem}"))
+            raw.broken.add(image_id)
     return True
 
 
@@ -59,7 +55,7 @@ def official_form(path: pathlib.Path, records: list[Any], listed: list[Any]) -> 
     raw = Raw()
     for place, record in enumerate(records):
         where = f"{path.name} images[{place}]"
-        image_id = _identifier(record.get("id")) if isinstance(record, dict) else None
+        image_id = identifier(record.get("id")) if isinstance(record, dict) else None
         file = record.get("file_name") if isinstance(record, dict) else None
         if image_id is None or not isinstance(file, str) or not file:
             raw.bad.append(BadItem("image", str(image_id), where, 'needs "id" and "file_name"'))
@@ -68,15 +64,15 @@ def official_form(path: pathlib.Path, records: list[Any], listed: list[Any]) -> 
     count: dict[str, int] = defaultdict(int)
     for place, record in enumerate(listed):
         where = f"{path.name} annotations[{place}]"
-        image_id = _identifier(record.get("image_id")) if isinstance(record, dict) else None
+        image_id = identifier(record.get("image_id")) if isinstance(record, dict) else None
         text = record.get("caption") if isinstance(record, dict) else None
         if image_id is None or not isinstance(text, str):
-            identifier = str(record.get("id")) if isinstance(record, dict) else "None"
-            raw.bad.append(BadItem("caption", identifier, where, 'needs "image_id" and a text "caption"'))
+            caption_id = str(record.get("id")) if isinstance(record, dict) else "None"
+            raw.bad.append(BadItem("caption", caption_id, where, 'needs "image_id" and a text "caption"'))
             continue
-        identifier = _identifier(record.get("id")) or f"{image_id}#{count[image_id]}"
+        caption_id = identifier(record.get("id")) or f"{image_id}#{count[image_id]}"
         count[image_id] += 1
-        raw.captions.append((identifier, image_id, text))
+        raw.captions.append((caption_id, image_id, text))
     return raw
 
 
@@ -96,7 +92,7 @@ def karpathy_form(path: pathlib.Path, records: list[Any], split: str | None, fol
             continue
         if wanted is not None and record.get("split") not in wanted:
             continue
-        image_id = _identifier(record.get("cocoid", record.get("imgid")))
+        image_id = identifier(record.get("cocoid", record.get("imgid")))
         file = record.get("filename")
         if image_id is None or not isinstance(file, str) or not file or not isinstance(record.get("sentences"), list):
             raw.bad.append(BadItem("image", str(image_id), where, 'needs "cocoid" or "imgid", "filename", "sentences"'))
@@ -109,7 +105,7 @@ def karpathy_form(path: pathlib.Path, records: list[Any], split: str | None, fol
             if not isinstance(text, str):
                 raw.bad.append(BadItem("caption", f"{image_id}#{number}", where, 'needs a text "raw"'))
                 continue
-            raw.captions.append((_identifier(sentence.get("sentid")) or f"{image_id}#{number}", image_id, text))
+            raw.captions.append((identifier(sentence.get("sentid")) or f"{image_id}#{number}", image_id, text))
     return raw
 
 
@@ -123,8 +119,10 @@ def good_captions(raw: Raw, path: pathlib.Path, max_chars: int, strip: bool) -> 
             raw.bad.append(BadItem("caption", caption_id, where, "its image is not listed"))
         elif not text.strip():
             raw.bad.append(BadItem("caption", caption_id, where, "the text is empty"))
-        elif problem := half_character(text):
+        elif problem := text_problem(text):
             raw.bad.append(BadItem("caption", caption_id, where, f"the text {problem}"))
+        elif problem := text_problem(caption_id):
+            raw.bad.append(BadItem("caption", caption_id, where, f"its id {problem}"))
         elif len(text) > max_chars:
             raw.bad.append(BadItem("caption", caption_id, where, f"{len(text)} characters, more than {max_chars}"))
         elif caption_id in seen:

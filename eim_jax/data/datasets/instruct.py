@@ -3,15 +3,16 @@
 import dataclasses
 import os
 import pathlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from eim_jax.config import ConfigError, Data
-from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad, listed
+from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad, listed, printable, text_problem
 from eim_jax.data.data_set import DataSet, Published, Shards, exists
 from eim_jax.data.datasets import mme
 from eim_jax.data.datasets.instruct_prompt import prompt
-from eim_jax.data.datasets.instruct_rows import BadRowError, Row, read_rows, take_apart
+from eim_jax.data.datasets.instruct_rows import BadRowError, Row, read_rows, take_apart, unread_keys
 from eim_jax.data.datasets.instruct_sources import row_ids, shares, sources_of, taken_rows
 from eim_jax.data.image_checks import check_images
 from eim_jax.data.samples import FileImages, ImageSource, NoImages, Sample, Split
@@ -29,10 +30,11 @@ class InstructReport:
     dropped_images: int
     dropped_rows: int
     samples: Mapping[str, int]
+    notes: tuple[str, ...] = ()  # keys of rows that are not read, a line a file
 
     def __str__(self) -> str:
         """Returns a line on the mix, and several more when something was left out."""
-        lines = [", ".join(f"{name}: {count:,} samples" for name, count in self.samples.items())]
+        lines = [", ".join(f"{name}: {count:,} samples" for name, count in self.samples.items()), *self.notes]
         if self.bad:
             lines.append(f"left out {self.dropped_rows:,} rows and {self.dropped_images:,} images; bad items:")
             lines += listed(self.bad)
@@ -74,7 +76,8 @@ def load_instruct(
       Alpaca         {"instruction", "input" (may be missing, null or ""), "output"}
       LLaVA          {"id", "image" (missing or null: text only), "conversations": [{"from": human|gpt, "value"}, ...]}
       self-instruct  {"id", "instruction", "instances": [{"input", "output"}, ...]}
-    `images` is the folder of LLaVA's images (None if no row has one); for "000000000009.jpg" it may hold
+    Each may have an "image", or "images" of one; other keys are counted in the report's notes. `images` is the folder
+    of the images (None if no row has one); for "000000000009.jpg" it may hold
     COCO_train2014_000000000009.jpg. Samples of one image share its row. Every image used is decoded
     once (see image_checks.py; `cache` remembers the verdict).
 
@@ -84,7 +87,8 @@ def load_instruct(
     file, counted from 0, a later row with the same id "{id}#{place}", a second file of the same stem "{stem}#2".
 
     Bad items are rows in no known form, with a missing, empty or undecodable text, conversations that do not alternate
-    human, gpt, markers without an image, missing or unreadable images. on_bad="error" raises BadDataError listing
+    human, gpt, markers without an image, twice in a question or in an answer, more than one image, videos, a "system"
+    prompt, a "history", missing or unreadable images. on_bad="error" raises BadDataError listing
     them; "drop" leaves out the whole row (the published Alpaca-52k has rows with an empty output: it needs "drop").
 
     Raises:
@@ -98,7 +102,7 @@ def load_instruct(
         raise FileNotFoundError(f"no image folder {folder}")
 
     files = sources_of(sources)
-    placed, bad = _read_all(files, seed)
+    placed, bad, notes = _read_all(files, seed)
     unread = len(bad)
 
     file_of = _files(placed, folder)
@@ -112,26 +116,34 @@ def load_instruct(
     split = _build(name, kept, file_of, folder, multi_turn)
     counts = {stem: sum(len(item.row.pairs) for item in kept if item.source == stem) for _, _, stem in files}
     dropped_images = len(set(file_of.values())) - len(split.images)
-    report = InstructReport(tuple(bad), dropped_images, unread + len(placed) - len(kept), counts)
-    if bad:
+    report = InstructReport(tuple(bad), dropped_images, unread + len(placed) - len(kept), counts, notes)
+    if bad or notes:
         console.print(f"{name}: {report}", soft_wrap=True, markup=False)
     return Instructions(split, report)
 
 
-def _read_all(files, seed: int) -> tuple[list[_Placed], list[BadItem]]:
-    """Reads the drawn rows of each file: those in a known form, and the bad ones."""
+def _read_all(files, seed: int) -> tuple[list[_Placed], list[BadItem], tuple[str, ...]]:
+    """Reads the drawn rows of each file: those in a known form, the bad ones, and a note on keys that are not read."""
     placed: list[_Placed] = []
     bad: list[BadItem] = []
+    notes: list[str] = []
     for number, (path, share, stem) in enumerate(files):
+        unread: Counter[str] = Counter()
         records = read_rows(path)
         ids = row_ids(stem, [record for _, record in records])
         for place in taken_rows(len(records), share, seed, number):
             where, record = records[place]
+            unread.update(unread_keys(record))
             try:
+                if problem := text_problem(ids[place]):
+                    raise BadRowError(f"its id {problem}")
                 placed.append(_Placed(ids[place], where, stem, take_apart(record)))
             except BadRowError as problem:
                 bad.append(BadItem("row", ids[place], where, str(problem)))
-    return placed, bad
+        if unread:
+            keys = ", ".join(f"{printable(repr(key))} ({count:,} rows)" for key, count in unread.items())
+            notes.append(f"{path.name}: keys that are not read: {keys}")
+    return placed, bad, tuple(notes)
 
 
 def _files(placed: Sequence[_Placed], folder: pathlib.Path | None) -> dict[str, str]:

@@ -1,14 +1,32 @@
 """The rows of instruction files: Alpaca's, LLaVA's and self-instruct's forms, each row checked and taken apart."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from eim_jax.data.bad_items import half_character
+from eim_jax.data.bad_items import text_problem
+from eim_jax.data.text_files import parse_json, read_text
 
 MARKER = "<image>"  # where LLaVA's questions place the image; our models place it themselves
+_OTHER_MARKERS = ("<video>", "<audio>")
+
+# Keys of each form that are read, or of which nothing is lost; any other is noted. Pictures may stand in all of them.
+_PICTURES = {"id", "image", "images"}
+_KNOWN = {
+    "conversations": {"conversations"} | _PICTURES,
+    "instances": {"instruction", "instances", "name", "is_classification"} | _PICTURES,
+    "instruction": {"instruction", "input", "output"} | _PICTURES,
+}
+# What a row would lose in silence: these are refused where they hold something.
+_REFUSED = {
+    "system": "write it into the first question",
+    "history": 'write the row as "conversations"',
+    "video": "videos are not read",
+    "videos": "videos are not read",
+    "audio": "sounds are not read",
+    "audios": "sounds are not read",
+}
 
 
 class BadRowError(ValueError):
@@ -32,16 +50,14 @@ def read_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
       ValueError: it is not UTF-8 or not JSON; the byte or the line is named.
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_text(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no instruction file {path}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     if not text.strip():
         raise ValueError(f"{path} is empty")
     if text.lstrip().startswith("["):
         try:
-            return [(f"{path.name} row {place}", record) for place, record in enumerate(json.loads(text))]
+            return [(f"{path.name} row {place}", record) for place, record in enumerate(parse_json(text))]
         except ValueError as error:
             raise ValueError(f"{path} is not a JSON file: {error}") from error
     found = []
@@ -49,31 +65,85 @@ def read_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            found.append((f"{path.name} line {number}", json.loads(line)))
+            found.append((f"{path.name} line {number}", parse_json(line)))
         except ValueError as error:
             hint = "the file must be a JSON list of rows, or JSON Lines: one row a line"
             raise ValueError(f"{path} line {number} is not JSON: {error}; {hint}") from error
     return found
 
 
+def unread_keys(record: Any) -> list[str]:
+    """Returns the keys of a row that no form has; what they hold is not read.
+
+    >>> unread_keys({"instruction": "a", "output": "b", "text": "ab"})
+    ['text']
+    """
+    if not isinstance(record, dict):
+        return []
+    known = next((keys for form, keys in _KNOWN.items() if form in record), set(record))
+    return [key for key in record if key not in known and key not in _REFUSED]
+
+
 def take_apart(record: Any) -> Row:
     """Returns what a row of any of the three forms holds.
 
     Raises:
-      BadRowError: it has none of the forms, or a text is missing, empty or undecodable.
+      BadRowError: it has none of the forms; a text is missing, empty or undecodable; it holds what a sample cannot: a
+        system prompt, a history, a video, several pictures, a marker in an answer or without a picture.
     """
     if not isinstance(record, dict):
         raise BadRowError(f"is not an object but {type(record).__name__}")
+    for key, remedy in _REFUSED.items():
+        if record.get(key):
+            raise BadRowError(f'"{key}" is not read: {remedy}, or remove it')
     if "conversations" in record:
-        return _llava(record)
+        return _llava(record, _image(record))
     if "instances" in record:
-        return Row(None, _instances(record))
+        return Row(_image(record), _instances(record))
     if "instruction" in record and "output" in record:
-        return Row(None, (_pair(record, record, ""),))
+        return Row(_image(record), (_pair(record, record, ""),))
     raise BadRowError(
         'has neither "conversations" (LLaVA), "instances" (self-instruct) nor "instruction" and "output" (Alpaca); '
         f"its keys are {', '.join(map(repr, record)) or 'none'}"
     )
+
+
+def _image(record: Mapping[str, Any]) -> str | None:
+    """The row's one picture, from "image" or a list "images" of one; None where both are absent or null."""
+    image, several = record.get("image"), record.get("images")
+    if image is not None and (not isinstance(image, str) or not image.strip()):
+        raise BadRowError(f'"image" must be the name of one file, not {image!r}')
+    listed = [several] if isinstance(several, str) else [] if several is None else several
+    if not isinstance(listed, list) or not all(isinstance(name, str) and name.strip() for name in listed):
+        raise BadRowError(f'"images" must be a list of the name of one file, not {several!r}')
+    names = set(listed) | ({image} - {None})
+    if len(names) > 1 or len(listed) > 1:
+        raise BadRowError(f'"images" names {max(len(names), len(listed))} pictures: a row is about one')
+    found = next(iter(names), None)
+    return None if found is None else _encodable(found, '"image"' if image is not None else '"images"')
+
+
+def _question(text: str, image: str | None, label: str) -> str:
+    """A question without its picture's marker."""
+    _no_other_marker(text, label)
+    if text.count(MARKER) > 1:
+        raise BadRowError(f"{label} has the marker {MARKER} {text.count(MARKER)} times: a row is about one picture")
+    if MARKER in text and image is None:
+        raise BadRowError(f'{label} has the marker {MARKER}, but the row has no "image"')
+    return text.replace(MARKER, "").strip()
+
+
+def _answer(text: str, label: str) -> str:
+    _no_other_marker(text, label)
+    if MARKER in text:
+        raise BadRowError(f"{label} has the marker {MARKER}: an answer is text alone")
+    return text
+
+
+def _no_other_marker(text: str, label: str) -> None:
+    for marker in _OTHER_MARKERS:
+        if marker in text:
+            raise BadRowError(f"{label} has the marker {marker}, which is not read")
 
 
 def _text(record: Mapping[str, Any], key: str, label: str) -> str:
@@ -88,20 +158,26 @@ def _text(record: Mapping[str, Any], key: str, label: str) -> str:
 
 
 def _encodable(text: str, label: str) -> str:
-    problem = half_character(text)
+    problem = text_problem(text)
     if problem:
         raise BadRowError(f"{label} {problem}")
     return text
 
 
 def _pair(record: Mapping[str, Any], pair: Mapping[str, Any], at: str) -> tuple[str, str]:
+    image = _image(record)
     instruction = _text(record, "instruction", '"instruction"')
     extra = pair.get("input")
     extra = "" if extra is None else extra
     if not isinstance(extra, str):
         raise BadRowError(f'{at}"input" is not a text but {type(extra).__name__}')
-    parts = instruction.strip(), _encodable(extra, f'{at}"input"').strip()
-    return " ".join(filter(None, parts)), _text(pair, "output", f'{at}"output"')
+    _encodable(extra, f'{at}"input"')
+    if MARKER in instruction and MARKER in extra:
+        raise BadRowError(f'"instruction" and {at}"input" have the marker {MARKER}: a row is about one picture')
+    parts = _question(instruction, image, '"instruction"'), _question(extra, image, f'{at}"input"')
+    if not any(parts):
+        raise BadRowError(f'"instruction" has nothing but the marker {MARKER}')
+    return " ".join(filter(None, parts)), _answer(_text(pair, "output", f'{at}"output"'), f'{at}"output"')
 
 
 def _instances(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -111,10 +187,8 @@ def _instances(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     return tuple(_pair(record, pair, f'"instances"[{number}] ') for number, pair in enumerate(instances))
 
 
-def _llava(record: Mapping[str, Any]) -> Row:
-    image, turns = record.get("image"), record["conversations"]
-    if image is not None and (not isinstance(image, str) or not image.strip() or "\0" in image):
-        raise BadRowError(f'"image" must be the name of one file, not {image!r}')
+def _llava(record: Mapping[str, Any], image: str | None) -> Row:
+    turns = record["conversations"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise BadRowError('"conversations" must be a list of {"from", "value"}, with at least one pair')
     texts = []
@@ -123,13 +197,12 @@ def _llava(record: Mapping[str, Any]) -> Row:
         if turn.get("from") != speaker:
             raise BadRowError(f'{at} is from {turn.get("from")!r}: turns must alternate "human", "gpt"')
         value = _text(turn, "value", f'{at} "value"')
-        if speaker == "human" and MARKER in value:
-            if image is None:
-                raise BadRowError(f'{at} has the marker {MARKER}, but the row has no "image"')
-            value = value.replace(MARKER, "")
-            if not value.strip():
-                raise BadRowError(f"{at} has nothing but the marker {MARKER}")
-        texts.append(value.strip() if speaker == "human" else value)
+        if speaker == "gpt":
+            texts.append(_answer(value, at))
+            continue
+        texts.append(_question(value, image, at))
+        if not texts[-1]:
+            raise BadRowError(f"{at} has nothing but the marker {MARKER}")
     if len(texts) % 2:
         raise BadRowError(f'"conversations"[{len(texts) - 1}] has no answer from "gpt"')
     return Row(image, tuple(zip(texts[::2], texts[1::2], strict=True)), dialogue=True)

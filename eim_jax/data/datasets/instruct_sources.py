@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from eim_jax.data.text_files import identifier
+
 
 def shares(sources: Sequence[Any] | str | os.PathLike[str]) -> list[list[Any]]:
     """Returns [file name, share] of each source: what a mix of files is, wherever they lie."""
@@ -52,10 +54,9 @@ def row_ids(stem: str, records: Sequence[Any]) -> list[str]:
     ids = []
     for place, record in enumerate(records):
         own = record.get("id") if isinstance(record, dict) else None
-        known = isinstance(own, str | int) and not isinstance(own, bool) and own != ""
-        identifier = str(own) if known else str(place)
-        if identifier in seen:  # LLaVA's files ask several rows about one image, with one id
-            identifier = f"{identifier}#{place}"
-        seen.add(identifier)
-        ids.append(f"{stem}/{identifier}")
+        name = identifier(own) or str(place)
+        if name in seen:  # LLaVA's files ask several rows about one image, with one id
+            name = f"{name}#{place}"
+        seen.add(name)
+        ids.append(f"{stem}/{name}")
     return ids

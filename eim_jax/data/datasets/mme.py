@@ -3,14 +3,16 @@
 import dataclasses
 import os
 import pathlib
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad
+from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad, text_problem
 from eim_jax.data.datasets.instruct_prompt import prompt
 from eim_jax.data.image_checks import check_images
 from eim_jax.data.samples import FileImages, ImageSource, Sample, Split
+from eim_jax.data.text_files import decode
 from eim_jax.utils.console import console
 
 # Subtask: images in the release; each has two questions, 2,374 in all.
@@ -183,13 +185,13 @@ def _read_task(
     by_stem = defaultdict(list)
     for file in _files(root / pictures):
         if file.suffix.lower() in _ENDINGS:
-            by_stem[file.stem].append(file.name)
+            by_stem[_one_form(file.stem)].append(file.name)
     asked = [file for file in _files(root / texts) if file.suffix == ".txt"]
     if not asked:
         raise ValueError(f"{root / texts} has no .txt with questions")
     for file in asked:
         identifier, where = f"{task}/{file.stem}", f"{texts}/{file.name}"
-        images = by_stem.pop(file.stem, [])
+        images = by_stem.pop(_one_form(file.stem), [])
         try:
             pairs = _pairs(file)
         except _BadTextError as error:
@@ -214,6 +216,11 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     return sorted(entry for entry in folder.iterdir() if entry.is_file() and not entry.name.startswith("."))
 
 
+def _one_form(name: str) -> str:
+    """A name by which an image and its txt find each other, in whichever Unicode form an archive stored them."""
+    return unicodedata.normalize("NFC", name)
+
+
 class _BadTextError(Exception):
     """Why a txt cannot be used."""
 
@@ -221,13 +228,15 @@ class _BadTextError(Exception):
 def _pairs(file: pathlib.Path) -> list[tuple[str, str]]:
     """Returns the two (question, "Yes" or "No") of a txt."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise _BadTextError(f"is not UTF-8 text (byte {error.start})") from error
+        lines = decode(file.read_bytes()).split("\n")
+    except ValueError as error:
+        raise _BadTextError(str(error)) from error
     pairs: list[tuple[str, str]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        if problem := text_problem(line):
+            raise _BadTextError(f"line {number}: it {problem}")
         if len(pairs) == 2:
             raise _BadTextError(f"line {number}: a third question; an image has two")
         question, *answer = (field.strip() for field in line.strip().split("\t"))

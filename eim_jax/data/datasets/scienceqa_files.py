@@ -6,8 +6,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from eim_jax.data.bad_items import BadDataError, BadItem, half_character
+from eim_jax.data.bad_items import BadDataError, BadItem, text_problem
 from eim_jax.data.datasets.scienceqa_prompt import Problem, fault
+from eim_jax.data.text_files import identifier, parse_json, read_text
 
 PROBLEMS, SPLITS, CAPTIONS = "problems.json", "pid_splits.json", "captions.json"
 FILES = (PROBLEMS, SPLITS, CAPTIONS)
@@ -29,20 +30,12 @@ def read_object(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
       FileNotFoundError: no such file.
       ValueError: it is not UTF-8, not JSON, not an object, or a key stands twice (JSON readers silently keep the last).
     """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
-        return found
-
     try:
-        content = json.loads(pathlib.Path(path).read_bytes().decode("utf-8-sig"), object_pairs_hook=once)
+        text = read_text(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {path}: {what}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    try:
+        content = parse_json(text, once=True)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
@@ -73,27 +66,29 @@ def read_split(root: pathlib.Path, split: str, captions: Mapping[str, Any]) -> t
     if not isinstance(splits[split], list) or not splits[split]:
         raise ValueError(f"{root / SPLITS}: {split!r} needs a list of at least one problem id")
     homes = {
-        str(identifier): home for home in _HOME if isinstance(splits.get(home), list) for identifier in splits[home]
+        identifier(listed): home for home in _HOME if isinstance(splits.get(home), list) for listed in splits[home]
     }
     problems: list[Problem] = []
     bad: list[BadItem] = []
     seen: set[str] = set()
     for place, listed in enumerate(splits[split]):
-        identifier = str(listed)
+        name = identifier(listed)
         where = f"{SPLITS} {split}[{place}]"
-        if isinstance(listed, bool) or not isinstance(listed, int | str):
-            bad.append(BadItem("problem", identifier, where, "an id is a text"))
-        elif identifier in seen:
-            bad.append(BadItem("problem", identifier, where, "the id is listed twice"))
-        elif identifier not in records:
-            bad.append(BadItem("problem", identifier, where, f"{PROBLEMS} has no such id"))
+        if name is None:
+            bad.append(BadItem("problem", str(listed), where, "an id is a text"))
+            continue
+        if problem := text_problem(name):
+            bad.append(BadItem("problem", name, where, f"the id {problem}"))
+        elif name in seen:
+            bad.append(BadItem("problem", name, where, "the id is listed twice"))
+        elif name not in records:
+            bad.append(BadItem("problem", name, where, f"{PROBLEMS} has no such id"))
         else:
             try:
-                problem = _problem(identifier, records[identifier], homes.get(identifier), captions.get(identifier, ""))
-                problems.append(problem)
+                problems.append(_problem(name, records[name], homes.get(name), captions.get(name, "")))
             except _FieldError as error:
-                bad.append(BadItem("problem", identifier, error.file, str(error)))
-        seen.add(identifier)
+                bad.append(BadItem("problem", name, error.file, str(error)))
+        seen.add(name)
     return problems, bad, len(splits[split])
 
 
@@ -155,7 +150,7 @@ def _text(record: Mapping[str, Any], field: str) -> str:
 def _checked(field: str, value: Any, file: str = PROBLEMS) -> str:
     if not isinstance(value, str):
         raise _FieldError(field, f"needs a text, not {_named(value)}", file)
-    problem = half_character(value)
+    problem = text_problem(value)
     if problem:
         raise _FieldError(field, problem, file)
     return value

@@ -10,11 +10,12 @@ import contextlib
 import json
 import math
 import os
-import pathlib
 import sys
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+from eim_jax.data.bad_items import text_problem
+from eim_jax.data.text_files import identifier, read_json
 from eim_jax.evaluation.metrics.java_scorers import (
     METEOR_JAR,
     SPICE_JARS,
@@ -144,19 +145,23 @@ def load_results(path: str | os.PathLike) -> dict[Hashable, str]:
     """Reads COCO's result format, a list of {"image_id", "caption"}.
 
     Raises:
-      ValueError: another format, or two captions for one image.
+      ValueError: another format, an entry without an id or a text, or two captions for one image; it names the file
+        and the entry.
+      OSError: the file cannot be read.
     """
-    entries = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    if not isinstance(entries, list) or not all(
-        isinstance(e, dict) and {"image_id", "caption"} <= e.keys() for e in entries
-    ):
-        raise ValueError(f'{path} is not a list of {{"image_id": ..., "caption": ...}}')
-    results = {entry["image_id"]: entry["caption"] for entry in entries}
-    if len(results) != len(entries):
-        ids = [entry["image_id"] for entry in entries]
-        twice = sorted({str(i) for i in ids if ids.count(i) > 1})[:5]
+    entries = read_json(path)
+    form = 'a list of {"image_id": ..., "caption": ...}'
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} is not {form}, but a JSON {type(entries).__name__}")
+    results: dict[Hashable, str] = {}
+    twice: list[Hashable] = []
+    for place, entry in enumerate(entries):
+        name, caption = _entry(entry, f"{path} [{place}]", form)
+        twice += [name] if name in results else []
+        results[name] = caption
+    if twice:
         raise ValueError(
-            f"{path} has more than one caption for {len(entries) - len(results)} images: {', '.join(twice)}"
+            f"{path} has more than one caption for {len(set(twice))} images: {', '.join(map(str, twice[:5]))}"
         )
     return results
 
@@ -165,19 +170,48 @@ def load_references(paths: Sequence[str | os.PathLike]) -> dict[Hashable, list[s
     """Reads the captions of one or several COCO annotation files, in the order of their images.
 
     Raises:
-      ValueError: a file without "annotations" of captions.
+      ValueError: a file without "annotations" of captions, or an entry without an id or a text; it is named.
+      OSError: a file cannot be read.
     """
     references: dict[Hashable, list[str]] = {}
     for path in paths:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        content = read_json(path)
         annotations = content.get("annotations") if isinstance(content, dict) else None
-        if not annotations or "caption" not in annotations[0]:
+        images = content.get("images", []) if isinstance(content, dict) else []
+        if not isinstance(annotations, list) or not annotations:
             raise ValueError(f'{path} has no "annotations" with captions')
-        for image in content.get("images", ()):
-            references.setdefault(image["id"], [])
-        for annotation in annotations:
-            references.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        if not isinstance(images, list):
+            raise ValueError(f'{path}: "images" is not a list of {{"id": ...}}, but a JSON {type(images).__name__}')
+        for place, image in enumerate(images):
+            name = _name(image.get("id") if isinstance(image, dict) else None)
+            if name is None:
+                raise ValueError(f'{path} images[{place}]: needs an "id", a text or a whole number')
+            references.setdefault(name, [])
+        for place, annotation in enumerate(annotations):
+            name, caption = _entry(annotation, f"{path} annotations[{place}]", 'a {"image_id": ..., "caption": ...}')
+            references.setdefault(name, []).append(caption)
     return {key: captions for key, captions in references.items() if captions}
+
+
+def _entry(entry: Any, where: str, form: str) -> tuple[Hashable, str]:
+    """The image id and the caption of an entry; a ValueError says which of them cannot be used."""
+    if not isinstance(entry, dict) or not {"image_id", "caption"} <= entry.keys():
+        raise ValueError(f"{where}: needs {form.removeprefix('a list of ')}")
+    name, caption = _name(entry["image_id"]), entry["caption"]
+    if name is None:
+        raise ValueError(f'{where}: its "image_id" is not a text or a whole number, but {entry["image_id"]!r:.60}')
+    if not isinstance(caption, str):
+        raise ValueError(f"{where}: the caption of image {name!r:.60} is not a string, but {caption!r:.60}")
+    if problem := text_problem(caption):
+        raise ValueError(f"{where}: the caption of image {name!r:.60} {problem}")
+    return name, caption
+
+
+def _name(value: Any) -> Hashable | None:
+    """An image's id as files hold it, a text or a number; tables write 5 as 5.0. None for what is no id."""
+    if identifier(value) is None or (isinstance(value, str) and text_problem(value)):
+        return None
+    return int(value) if isinstance(value, float) else value
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from eim_jax.data.datasets.mme import COGNITION, PERCEPTION, TASKS, YesNoSplit
+from eim_jax.data.text_files import read_text
 
 # One space for each character, so that a response reads the same from the file as before it was written.
 _ONE_LINE = str.maketrans("\t\n\r", "   ")
@@ -94,10 +95,7 @@ def read(folder: str | os.PathLike[str]) -> dict[str, list[Result]]:
 
 
 def _read_file(file: pathlib.Path) -> list[Result]:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # \r and \r\n end a line too, as in the official tool
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text (byte {error.start})") from error
+    lines = read_text(file).split("\n")  # \r and \r\n end a line too, as in the official tool
     if lines[-1] == "":
         lines.pop()
     results: list[Result] = []
