@@ -21,6 +21,7 @@ from eim_jax import config as settings
 from eim_jax.commands.help import MODES, fields, general, presets
 from eim_jax.parallel import processes
 from eim_jax.utils.console import console, duration
+from eim_jax.utils.files import Damaged
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes; plan and prepare need none.")
 _MODE = flags.DEFINE_enum("mode", "train", tuple(MODES), "What to do.")
@@ -254,7 +255,12 @@ def _parse(argv: list[str]) -> list[str]:
         sys.stdout.write(said)
         sys.exit(0)
     argv = _presets_as_files(argv)
-    _define_config(argv)
+    try:
+        _define_config(argv)
+    except settings.ConfigError as error:
+        sys.exit(f"error: {error}")
+    except Damaged as error:
+        sys.exit(f"error: {error}, given --config")
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:

@@ -13,7 +13,7 @@ from eim_jax.models.vlm import VLM
 from eim_jax.parallel.processes import barrier, is_first
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
-from eim_jax.utils.files import write_json, write_text
+from eim_jax.utils.files import read_json, write_json, write_text
 
 
 def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Path) -> dict[str, dict]:
@@ -87,12 +87,17 @@ def read_scores(inputs: Inputs, directory: Path, test: Split) -> dict[str, dict]
       test: the test split.
     """
     path = directory / "scores_test.json"
-    if not path.exists():
+    if not path.exists() or not (directory / "predictions_test.json").exists():
         return None
-    scores = json.loads(path.read_text())
+    scores = read_json(path, values=dict)
     wanted = {method: settings_of(inputs, method, test) for method in inputs.config.decode.methods}
-    found = {method: found.get("notes", {}).get("decoding") for method, found in scores.items()}
+    found = {method: _decoding(found) for method, found in scores.items()}
     return scores if list(wanted.items()) == list(found.items()) else None
+
+
+def _decoding(scores: Mapping[str, Any]) -> str | None:
+    notes = scores.get("notes", {})
+    return notes.get("decoding") if isinstance(notes, dict) else None
 
 
 def write_items(path: Path, parts: Mapping[str, Mapping[str, Any]]) -> None:
