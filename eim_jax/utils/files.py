@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ class Damaged(ValueError):
 
     def __init__(self, file: Path, reason: str, delete: Path | None = None):
         super().__init__(f"{file} is damaged ({reason}): delete {delete or file}, the same command makes it again")
+        self.what = f"{file} is damaged ({reason})"
 
 
 class DiskFull(OSError):
@@ -189,6 +191,36 @@ def check_seal(folder: Path, delete: Path) -> None:
     """
     if (folder / SUMS).exists():
         check_sums(folder, read_json(folder / SUMS, delete=delete), delete)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which gets its name when the body ends: a kill or a power cut leaves none or all of it.
+
+    Its files may be read by whom the umask says, whatever the library that wrote them thought. A `folder` that is
+    there has to be empty.
+
+    Raises:
+      DiskFull: naming the folder.
+    """
+    folder = folder.resolve()  # a link is not what gets replaced
+    scratch = folder.with_name(folder.name + ".partial")
+    with room_in(folder.parent):
+        shutil.rmtree(scratch, ignore_errors=True)  # of a command that was killed
+        scratch.mkdir(parents=True)
+        try:
+            yield scratch
+            allowed = 0o666 & scratch.stat().st_mode
+            for file in [file for file in scratch.rglob("*") if file.is_file()]:
+                file.chmod(allowed)
+                flush(file)
+            for inner in [place for place in scratch.rglob("*") if place.is_dir()]:
+                flush(inner)
+            flush(scratch)
+            scratch.replace(folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    flush(folder.parent)
 
 
 def flush(path: Path) -> None:
