@@ -11,6 +11,7 @@ from eim_jax.data.datasets import data_set, load_split
 from eim_jax.evaluation import scoring
 from eim_jax.evaluation.tasks import task_of
 from eim_jax.parallel import processes
+from eim_jax.parallel.lock import locked
 from eim_jax.training import setup
 from eim_jax.training.arm import plan_arm, run_arm
 from eim_jax.utils.console import console
@@ -27,8 +28,14 @@ def train(config: Config, workdir: Path, record: dict) -> None:
 
     Raises:
       ConfigError: the workdir was trained from other files, or an arm cannot run.
+      InUse: another run works in the workdir.
       ValueError: the test split names no task.
     """
+    with locked(workdir):
+        _train(config, workdir, record)
+
+
+def _train(config: Config, workdir: Path, record: dict) -> None:
     begun = time.monotonic()
     inputs = setup.load(config, workdir)
     check_identity(inputs)
