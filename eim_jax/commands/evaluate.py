@@ -9,6 +9,7 @@ from eim_jax.data.datasets import data_set, load_split
 from eim_jax.evaluation import scoring
 from eim_jax.parallel import processes
 from eim_jax.parallel.lock import locked
+from eim_jax.parallel.signals import doing
 
 
 def evaluate(config: Config, workdir: Path) -> None:
@@ -27,6 +28,7 @@ def evaluate(config: Config, workdir: Path) -> None:
 
 
 def _evaluate(config: Config, workdir: Path) -> None:
+    doing("checking the test data")
     with processes.first_alone("test data"):
         test = load_split(config, "test", workdir)
     if test is None:

@@ -27,6 +27,7 @@ from eim_jax.data.shard_reader import (
     dataset_folder,
     digest,
 )
+from eim_jax.parallel.signals import doing
 from eim_jax.utils.console import console, progress
 from eim_jax.utils.files import Damaged, check_sums, flush, read_json, room_in, write_json, write_text
 
@@ -72,6 +73,7 @@ def prepare(config: Config, folder: Path, shard_bytes: int = SHARD_BYTES) -> Non
     kind = data_set(data)
     if kind.shards is None:
         raise ConfigError(f"config.data.kind={kind.name!r} draws its pictures, or has no shards: nothing to prepare")
+    doing("checking the data")
     shards, own = kind.shards, kind.settings(data)
     known = {"cache", INDEX, shards.folder, MANIFEST, PARTIAL}
     strange = sorted(entry.name for entry in folder.iterdir() if entry.name not in known) if folder.is_dir() else []
@@ -93,6 +95,7 @@ def prepare(config: Config, folder: Path, shard_bytes: int = SHARD_BYTES) -> Non
     if (folder / MANIFEST).exists() and _is_whole(folder, manifest):
         console.print(f"{folder} is prepared and up to date", soft_wrap=True)
         return
+    doing("writing shards")
     _write(folder, shards, plans, manifest)
     total = sum(plan.size for plan in plans.values())
     console.print(

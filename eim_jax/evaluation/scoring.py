@@ -11,6 +11,7 @@ from eim_jax.evaluation.tasks.task import measured
 from eim_jax.generation.batched_inference import generate_text
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel.processes import barrier, is_first
+from eim_jax.parallel.signals import doing
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.files import read_json, write_json, write_text
@@ -31,6 +32,7 @@ def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Pa
     Returns:
       {method: scores}; with several processes only the first has the scores of the texts.
     """
+    doing(f"scoring arm {directory.name}")
     task = task_of(split)
     asked = task.ask(split, inputs.config.data.eval_limit)
     predicted = task.predict(inputs, vlm, params, asked)
