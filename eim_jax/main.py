@@ -19,8 +19,9 @@ from ml_collections import config_flags
 from eim_jax import __version__
 from eim_jax import config as settings
 from eim_jax.commands.help import MODES, fields, general, presets
-from eim_jax.parallel import processes
+from eim_jax.parallel import processes, signals
 from eim_jax.utils.console import console, duration, shown
+from eim_jax.utils.files import Damaged, DiskFull, full_disk
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes; plan and prepare need none.")
 _MODE = flags.DEFINE_enum("mode", "train", tuple(MODES), "What to do.")
@@ -50,6 +51,12 @@ _HEARTBEAT = flags.DEFINE_integer(
     "Seconds after which a silent process is lost and all others end.",
     lower_bound=5,
 )
+_MEMORY = (
+    "What takes less in training: --config.stages.NAME.accumulate=2 (the same batch in two parts), "
+    "--config.towers.remat=full (more computation), a smaller config.stages.NAME.batch (in a new workdir). "
+    "In scoring and captions: a smaller --config.decode.batch. --mode=plan says what each stage takes."
+)
+
 _TRACEBACK = flags.DEFINE_boolean("traceback", False, "Show where an error arose.")
 
 
@@ -254,7 +261,12 @@ def _parse(argv: list[str]) -> list[str]:
         sys.stdout.write(said)
         sys.exit(0)
     argv = _presets_as_files(argv)
-    _define_config(argv)
+    try:
+        _define_config(argv)
+    except settings.ConfigError as error:
+        sys.exit(f"error: {error}")
+    except Damaged as error:
+        sys.exit(f"error: {error}, given --config")
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:
@@ -280,17 +292,13 @@ def cli() -> None:
             processes.finish()
         except app.UsageError as error:
             raise app.UsageError(shown(str(error))) from None
-        except (ValueError, OSError, FloatingPointError) as error:
-            if _TRACEBACK.value:
-                _fail(traceback.format_exc())
-            _fail(f"error: {error}\n({type(error).__name__}; --traceback shows where)")
-        except jax.errors.JaxRuntimeError as error:
-            if not jax.distributed.is_initialized():
+        except Exception as error:
+            message = traceback.format_exc() if _TRACEBACK.value else _in_words(error, _WORKDIR.value or _OUT.value)
+            if message is None and jax.distributed.is_initialized():
+                message = traceback.format_exc()
+            if message is None:
                 raise
-            _fail(
-                f"error: a program stopped on the devices: {error}\nIf another process was lost, the same command on "
-                f"every host continues from the last checkpoint.\n{traceback.format_exc()}"
-            )
+            _fail(message)
         except SystemExit as stop:
             if getattr(stop, "together", False):
                 processes.finish()
@@ -302,12 +310,35 @@ def cli() -> None:
                 _fail(traceback.format_exc())
             raise
 
+    continues = _given(sys.argv, "mode") in (None, "train", "prepare")
     try:
-        app.run(run_main, flags_parser=_parse)
+        with signals.handled(f"the same command {'continues' if continues else 'starts again'}"):
+            app.run(run_main, flags_parser=_parse)
     except SystemExit as stop:
         if isinstance(stop.code, str):
             sys.exit(shown(stop.code))
         raise
+
+
+def _in_words(error: Exception, place: str | None) -> str | None:
+    """An error whose cause lies outside the program, as one message that says what to do; None for another."""
+    shows = f"({type(error).__name__}; --traceback shows where)"
+    if (reason := full_disk(error)) is not None:
+        if not isinstance(error, DiskFull):
+            what = place or "a file of this run"
+            reason = f"{what} cannot be written: {reason}. Make room there; then the same command continues"
+        return f"error: {reason}\n{shows}"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
+        words = next(iter(str(error).splitlines()), "")[:300]
+        return f"error: out of memory while {signals.activity()}: {words}\n{_MEMORY}\n{shows}"
+    if isinstance(error, ValueError | OSError | FloatingPointError):
+        return f"error: {error}\n{shows}"
+    if isinstance(error, jax.errors.JaxRuntimeError) and jax.distributed.is_initialized():
+        return (
+            f"error: a program stopped on the devices: {error}\nIf another process was lost, the same command on "
+            f"every host continues from the last checkpoint.\n{traceback.format_exc()}"
+        )
+    return None
 
 
 def _fail(message: str | int) -> None:

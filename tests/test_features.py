@@ -2,6 +2,7 @@
 
 import collections
 import json
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from PIL import Image
 from eim_jax.data import feature_cache
 from eim_jax.data.feature_cache import cached_features
 from eim_jax.data.samples import DrawnImages, FileImages, Split
+from eim_jax.utils.files import Damaged
 from eim_jax.utils.images import clip_preprocess
 
 COUNT, SIZE = 11, 6
@@ -153,6 +155,27 @@ def test_a_changed_photo_makes_the_cache_stale(tmp_path, capsys):
 def test_a_damaged_manifest_is_rebuilt(tmp_path):
     cached(tmp_path)
     (tmp_path / "cache" / "manifest.json").write_text("{")
+    assert_close(cached(tmp_path), expected(), 1e-5)
+
+
+@pytest.mark.parametrize("change", ["flip", "cut", "extend", "pickle"])
+def test_a_changed_file_of_features_is_called_damaged(tmp_path, change):
+    cached(tmp_path)
+    file = tmp_path / "cache" / "features.npy"
+    content = file.read_bytes()
+    middle = len(content) // 2
+    changed = {
+        "flip": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "cut": content[:-1],
+        "extend": content + b"0",
+        "pickle": pickle.dumps(np.array([{}])),
+    }
+    file.write_bytes(changed[change])
+    with pytest.raises(Damaged, match=f"damaged .*delete {tmp_path / 'cache'}, the same command makes it again"):
+        cached(tmp_path)
+    manifest = tmp_path / "cache" / "manifest.json"  # as an earlier version wrote it, without the sum
+    manifest.write_text(json.dumps({key: v for key, v in json.loads(manifest.read_text()).items() if key != "sha256"}))
+    file.write_bytes(content)
     assert_close(cached(tmp_path), expected(), 1e-5)
 
 

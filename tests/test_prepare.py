@@ -206,6 +206,60 @@ def test_an_interrupted_prepare_goes_on_after_its_last_whole_shard(made, tmp_pat
     assert not opened
 
 
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def emptied(file):
+    file.write_bytes(b"")
+
+
+def removed(file):
+    file.unlink()
+
+
+@pytest.mark.parametrize("change", [cut, emptied, removed])
+@pytest.mark.parametrize(
+    ("killed", "which"),
+    [
+        *((True, name) for name in ("dataset_info.json", "metadata.json", "features.json")),
+        *((k, "*train*-00000") for k in (True, False)),
+    ],
+)
+def test_a_file_cut_short_or_missing_is_named_and_made_again(
+    made, tmp_path, monkeypatch, capsys, which, change, killed
+):
+    """What a power cut leaves of files that were written in the seconds before it."""
+    raw, _, whole = made("coco")
+    folder = tmp_path / "again"
+    if killed:
+        monkeypatch.setattr(
+            writing, "write_json", lambda path, value: 1 / 0 if path.name == "manifest.json" else _json(path, value)
+        )
+        with pytest.raises(ZeroDivisionError):
+            writing.prepare(raw, folder, SMALL)
+        monkeypatch.undo()
+    else:
+        writing.prepare(raw, folder, SMALL)
+    file = next(iter((folder / "captions" / "1.0.0").glob(which)))
+    change(file)
+    writing.prepare(raw, folder, SMALL)
+    if not (change is removed and which in ("metadata.json", "features.json")):
+        assert file.name in capsys.readouterr().out.replace("\n", "")
+    assert {f.name: f.read_bytes() for f in shards(folder)} == {f.name: f.read_bytes() for f in shards(whole)}
+    tfds.builder_from_directory(folder / "captions" / "1.0.0")
+
+
+def test_a_manifest_of_zero_bytes_is_written_again(made, tmp_path):
+    raw, _, _ = made("coco")
+    writing.prepare(raw, tmp_path / "p", SMALL)
+    emptied(tmp_path / "p" / "manifest.json")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged .*prepare again into the same folder"):
+        load_split(reading(raw, tmp_path / "p"), "train", tmp_path)
+    writing.prepare(raw, tmp_path / "p", SMALL)
+    load_split(reading(raw, tmp_path / "p"), "train", tmp_path)
+
+
 def _splits(folder, kind):
     return tfds.builder_from_directory(folder / DATASET[kind] / "1.0.0").info.splits.values()
 

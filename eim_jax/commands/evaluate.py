@@ -8,6 +8,8 @@ from eim_jax.config import Config, ConfigError
 from eim_jax.data.datasets import data_set, load_split
 from eim_jax.evaluation import scoring
 from eim_jax.parallel import processes
+from eim_jax.parallel.lock import locked
+from eim_jax.parallel.signals import doing
 
 
 def evaluate(config: Config, workdir: Path) -> None:
@@ -19,7 +21,14 @@ def evaluate(config: Config, workdir: Path) -> None:
 
     Raises:
       ConfigError: there is no test split, or a stage is not finished.
+      InUse: another run works in the workdir.
     """
+    with locked(workdir):
+        _evaluate(config, workdir)
+
+
+def _evaluate(config: Config, workdir: Path) -> None:
+    doing("checking the test data")
     with processes.first_alone("test data"):
         test = load_split(config, "test", workdir)
     if test is None:

@@ -15,6 +15,7 @@ from eim_jax.training import partition
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.console import console
+from eim_jax.utils.files import new_folder
 
 LEAVES, RECORD = "trained.safetensors", "arm.json"
 
@@ -45,12 +46,6 @@ def write_arm(inputs: Inputs, arm: str, params: Flat, out: Path) -> None:
         if path in trained or path not in inputs.towers
     }
     language = {path for path in inputs.towers if path.startswith("lm/")}  # without adapters
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(kept, out / LEAVES)
-    if language & trained and config.towers.quant == "none":
-        lm = {path: params[path].astype(np.float32) for path in language}
-        export_lm(out / "lm", LM(inputs.lm.config, partition.unflatten(lm)["lm"]))
-        inputs.lm_tokenizer.save_pretrained(out / "lm")
     record = {
         "eim_jax": metadata.version("eim_jax"),
         "arm": arm,
@@ -59,4 +54,10 @@ def write_arm(inputs: Inputs, arm: str, params: Flat, out: Path) -> None:
         "towers": dataclasses.asdict(config.towers),
         "identity": inputs.fingerprints,
     }
-    (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with new_folder(out) as scratch:
+        save_file(kept, scratch / LEAVES)
+        if language & trained and config.towers.quant == "none":
+            lm = {path: params[path].astype(np.float32) for path in language}
+            export_lm(scratch / "lm", LM(inputs.lm.config, partition.unflatten(lm)["lm"]))
+            inputs.lm_tokenizer.save_pretrained(scratch / "lm")
+        (scratch / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

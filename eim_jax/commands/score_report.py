@@ -8,6 +8,7 @@ from PIL import Image
 from eim_jax.data.samples import Split
 from eim_jax.evaluation.tasks import task_of
 from eim_jax.parallel import processes
+from eim_jax.parallel.signals import doing
 from eim_jax.reporting.page import write_report
 from eim_jax.reporting.scores import columns, flatten
 from eim_jax.utils.console import console, print_table
@@ -24,6 +25,7 @@ def report_scores(workdir: Path, test: Split, limit: int, arms: Mapping[str, Map
     """
     if not processes.is_first():
         return
+    doing("writing the report")
     notes = [scores.get("notes", {}).get("decoding", "") for methods in arms.values() for scores in methods.values()]
     what = " ".join(notes[0].rpartition("; ")[2].split()[:2])
     print_table(f"scores on the test split ({what})", *score_table(arms))

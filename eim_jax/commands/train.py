@@ -11,6 +11,8 @@ from eim_jax.data.datasets import data_set, load_split
 from eim_jax.evaluation import scoring
 from eim_jax.evaluation.tasks import task_of
 from eim_jax.parallel import processes
+from eim_jax.parallel.lock import locked
+from eim_jax.parallel.signals import doing
 from eim_jax.training import setup
 from eim_jax.training.arm import plan_arm, run_arm
 from eim_jax.utils.console import console
@@ -27,13 +29,21 @@ def train(config: Config, workdir: Path, record: dict) -> None:
 
     Raises:
       ConfigError: the workdir was trained from other files, or an arm cannot run.
+      InUse: another run works in the workdir.
       ValueError: the test split names no task.
     """
+    with locked(workdir):
+        _train(config, workdir, record)
+
+
+def _train(config: Config, workdir: Path, record: dict) -> None:
     begun = time.monotonic()
     inputs = setup.load(config, workdir)
     check_identity(inputs)
+    doing("checking the test data")
     with processes.first_alone("test data"):
         test = load_split(config, "test", workdir)
+    doing("checking the stages")
     for arm in config.arms:
         plan_arm(inputs, arm)  # what cannot run is said before anything has
     if test is not None:

@@ -1,6 +1,5 @@
 """What a finished run left in its work directory: the arms' parameters, and what they were trained from."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from eim_jax.training import partition, setup
 from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
+from eim_jax.utils.files import read_json
 
 
 def load_finished(config: Config, workdir: Path) -> Inputs:
@@ -70,4 +70,4 @@ def check_identity(inputs: Inputs) -> None:
 def read_record(workdir: Path) -> dict:
     """Returns the work directory's run.json, {} for a fresh one."""
     path = workdir / "run.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path, optional={"identity": dict, "seconds": int | float}) if path.exists() else {}

@@ -1,12 +1,12 @@
 """Which fields a resumed run must share with the run that began, and the config that a work directory holds."""
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from eim_jax.config.conversion import flatten, from_config_dict
 from eim_jax.config.fields import Config
+from eim_jax.utils.files import read_json
 
 # Fields that may differ when a run resumes. The mesh, micro-batches and recomputation change the order of sums, so
 # parameters to rounding only (with dropout, micro-batches also draw other noise). data.eval_limit is the test's.
@@ -36,9 +36,10 @@ def read_saved(workdir: Path) -> Config | None:
 
     Raises:
       ConfigError: run.json holds a config of another form.
+      Damaged: it holds none.
     """
     path = workdir / "run.json"
-    return from_config_dict(json.loads(path.read_text())["config"]) if path.exists() else None
+    return from_config_dict(read_json(path, {"config": dict})["config"]) if path.exists() else None
 
 
 def differences(old: Config, new: Config, free: Collection[str] = ()) -> list[str]:

@@ -19,7 +19,7 @@ from eim_jax.data.samples import Split
 from eim_jax.parallel import processes
 from eim_jax.parallel.sharding import parts_of
 from eim_jax.utils.console import console, progress
-from eim_jax.utils.files import write_text
+from eim_jax.utils.files import Damaged, allocate, check_sums, flush, new_rows, read_json, read_rows, sha256, write_text
 
 # What is written is part of the manifest: a change of any of these makes older caches stale.
 _PREPROCESSING = {
@@ -54,6 +54,7 @@ def cached_features(
 
     Raises:
       OSError: the disk lacks room.
+      Damaged: the file is not the one that was written.
       ValueError: an unknown dtype, an unreadable image, or features that are not finite; the image is named.
     """
     if dtype not in _DTYPES:
@@ -163,13 +164,14 @@ class _Cache:
     def matches(self, file: pathlib.Path, wanted: Mapping[str, Any]) -> bool:
         """Returns whether a manifest file says `wanted`; prints the differing fields if it says something else."""
         try:
-            found = json.loads(file.read_text())
+            found = read_json(file)
         except FileNotFoundError:
             return False
-        except ValueError:
+        except Damaged:
             console.print(f"{file} is damaged: computing the vision features again")
             return False
-        found.pop("rows_done", None)
+        for beside in ("rows_done", "sha256"):  # what a manifest holds besides what the features depend on
+            found.pop(beside, None)
         differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
         if differing:
             console.print(f"vision features in {self.directory} are stale and computed again:")
@@ -178,16 +180,27 @@ class _Cache:
         return not differing
 
     def open(self, shape: tuple[int, ...]) -> Float[np.ndarray, "images n v"]:
-        values = np.load(self.array, mmap_mode="r")
+        if processes.is_first() and isinstance(wanted := read_json(self.manifest).get("sha256"), str):
+            check_sums(self.directory, {self.array.name: wanted})  # caches of earlier versions have none
+        values = read_rows(self.array, self.directory)
         if values.shape != shape or values.dtype != _DTYPES[self.dtype]:
-            raise ValueError(f"{self.array} does not hold what {self.manifest} says: delete {self.directory}")
+            reason = f"{values.shape} {values.dtype}, by its manifest {shape} in {self.dtype}"
+            raise Damaged(self.array, reason, self.directory)
         return values if self.dtype == "float32" else values.view(jnp.bfloat16)
 
     def prepare(self, wanted: dict[str, Any], shape: tuple[int, ...]) -> int:
         """Makes the partial file, or finds an interrupted one; returns how many of its rows are filled."""
         self._wanted = wanted
         if self.partial.exists() and self.matches(self.progress, wanted):
-            return int(json.loads(self.progress.read_text())["rows_done"])
+            try:
+                done = read_json(self.progress, {"rows_done": int})["rows_done"]
+                rows = read_rows(self.partial)
+                if rows.shape == shape and rows.dtype == _DTYPES[self.dtype] and 0 <= done <= shape[0]:
+                    allocate(self.partial)  # earlier versions left holes in it
+                    return done
+                raise Damaged(self.partial, "not as long as its manifest says")
+            except Damaged:
+                console.print(f"{self.partial} is damaged: computing the vision features again", soft_wrap=True)
         self.directory.mkdir(parents=True, exist_ok=True)
         for file in (self.manifest, self.array, self.progress, self.partial):  # manifest first: never a wrong pair
             file.unlink(missing_ok=True)
@@ -199,7 +212,7 @@ class _Cache:
         if size + _SPARE > free:
             raise OSError(f"{what}, but only {_gib(free)} are free: use dtype bfloat16, another folder, or no cache")
         console.print(f"{what} ({_gib(free)} free)")
-        np.lib.format.open_memmap(self.partial, mode="w+", dtype=stored, shape=shape).flush()
+        new_rows(self.partial, stored, shape).flush()
         self.mark(0)
         return 0
 
@@ -207,8 +220,11 @@ class _Cache:
         self._write(self.progress, {**self._wanted, "rows_done": rows_done})
 
     def finish(self) -> None:
+        flush(self.partial)
         os.replace(self.partial, self.array)
-        self._write(self.manifest, self._wanted)  # last: a cache is complete when it has a manifest
+        flush(self.directory)
+        # Last: a cache is complete when it has a manifest.
+        self._write(self.manifest, {**self._wanted, "sha256": sha256(self.array)})
         self.progress.unlink()
 
     def _write(self, file: pathlib.Path, content: Mapping[str, Any]) -> None:

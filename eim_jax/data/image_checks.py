@@ -13,7 +13,7 @@ import PIL
 from eim_jax.data.bad_items import name_problem, outside
 from eim_jax.data.samples import FileImages, file_in
 from eim_jax.utils.console import console, progress
-from eim_jax.utils.files import write_text
+from eim_jax.utils.files import Damaged, read_json, write_text
 from eim_jax.utils.images import check_size, to_rgb
 from eim_jax.utils.picture_files import open_picture
 
@@ -118,13 +118,13 @@ class _Verdicts:
         self._file = pathlib.Path(cache) / f"checked_images_{place}.json"
         self._header = {"version": _CACHE_VERSION, "pillow": PIL.__version__}
         try:
-            stored = json.loads(self._file.read_text())
+            stored = read_json(self._file, {"header": dict, "good": dict})
         except FileNotFoundError:
             return
-        except ValueError:
+        except Damaged:
             console.print(f"{self._file} is damaged: checking the images again")
             return
-        if stored.get("header") == self._header:
+        if stored["header"] == self._header:
             self._good = stored["good"]
 
     def _stamp(self, name: str) -> list[int] | None:

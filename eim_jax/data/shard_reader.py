@@ -21,6 +21,7 @@ from eim_jax.config import ConfigError, Data
 from eim_jax.data.bad_items import BadDataError, BadItem
 from eim_jax.data.data_set import DataSet, Shards
 from eim_jax.data.samples import ImageSource, Split
+from eim_jax.utils.files import Damaged, read_json
 from eim_jax.utils.images import load_rgb
 
 VERSION = 1  # of the manifest and the index
@@ -105,17 +106,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     file = folder / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
+        manifest = read_json(file)
     except FileNotFoundError:
         if (folder / PARTIAL).exists():
             raise FileNotFoundError(f"{folder}: preparing was interrupted; run the same --mode=prepare again") from None
         hint = "write it with --mode=prepare --out=FOLDER" if folder.is_dir() else "there is no such folder"
         raise FileNotFoundError(f"{folder} holds no prepared data (no {MANIFEST}): {hint}") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): delete the folder and prepare again") from error
-    if not isinstance(manifest, dict) or manifest.get("version") != VERSION or "splits" not in manifest:
+    except Damaged as error:
+        raise ValueError(f"{error.what}: prepare again into the same folder") from error
+    if manifest.get("version") != VERSION:
         raise ValueError(f"{file} is not a manifest of this version of eim_jax: prepare into another folder")
-    return manifest
+    try:
+        return read_json(file, {"kind": str, "settings": dict, "sources": dict, "splits": dict, "files": dict})
+    except Damaged as error:
+        raise ValueError(f"{error.what}: prepare again into the same folder") from error
 
 
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:

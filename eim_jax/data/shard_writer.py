@@ -1,7 +1,9 @@
 """--mode=prepare: a data set's files into ArrayRecord shards that TFDS reads, with the pictures' bytes untouched."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 
 from eim_jax.config import Config, ConfigError
 from eim_jax.data.data_set import Shards
@@ -23,10 +26,10 @@ from eim_jax.data.shard_reader import (
     check_files,
     dataset_folder,
     digest,
-    read_manifest,
 )
+from eim_jax.parallel.signals import doing
 from eim_jax.utils.console import console, progress
-from eim_jax.utils.files import write_json, write_text
+from eim_jax.utils.files import Damaged, check_sums, flush, read_json, room_in, write_json, write_text
 
 SHARD_BYTES = 256 * 2**20  # about so much in a file: few files for a bucket, little to redo after an interruption
 _SPARE = 256 * 2**20  # bytes that stay free on the disk
@@ -70,6 +73,7 @@ def prepare(config: Config, folder: Path, shard_bytes: int = SHARD_BYTES) -> Non
     kind = data_set(data)
     if kind.shards is None:
         raise ConfigError(f"config.data.kind={kind.name!r} draws its pictures, or has no shards: nothing to prepare")
+    doing("checking the data")
     shards, own = kind.shards, kind.settings(data)
     known = {"cache", INDEX, shards.folder, MANIFEST, PARTIAL}
     strange = sorted(entry.name for entry in folder.iterdir() if entry.name not in known) if folder.is_dir() else []
@@ -88,13 +92,10 @@ def prepare(config: Config, folder: Path, shard_bytes: int = SHARD_BYTES) -> Non
             continue
         plans[name] = _plan(split, shards, shard_bytes)
         manifest["splits"][name] = {**entry, "bad": [dataclasses.asdict(item) for item in bad]}
-    if (folder / MANIFEST).exists():
-        found = read_manifest(folder)
-        check_files(folder, found)
-        if _essence(found) != _essence(manifest):
-            raise ConfigError(f"--out={folder} was prepared from other files, or with other settings: choose another")
+    if (folder / MANIFEST).exists() and _is_whole(folder, manifest):
         console.print(f"{folder} is prepared and up to date", soft_wrap=True)
         return
+    doing("writing shards")
     _write(folder, shards, plans, manifest)
     total = sum(plan.size for plan in plans.values())
     console.print(
@@ -102,6 +103,35 @@ def prepare(config: Config, folder: Path, shard_bytes: int = SHARD_BYTES) -> Non
         f"pictures in {len(manifest['files']):,} shards: read them with --config.data.prepared={folder}",
         soft_wrap=True,
     )
+
+
+def _is_whole(folder: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether a folder that has a manifest holds all of it; else says what is wrong and takes the manifest away.
+
+    Raises:
+      ConfigError: it was prepared from other data.
+    """
+    file = folder / MANIFEST
+    try:
+        found = read_json(file, {"kind": str, "settings": dict, "sources": dict, "splits": dict, "files": dict})
+        if found.get("version") != VERSION:
+            raise ConfigError(f"{file} is not a manifest of this version of eim_jax: prepare into another folder")
+        if not all(isinstance(split, dict) for split in found["splits"].values()):
+            raise Damaged(file, "its splits are no splits", folder)
+        if _essence(found) != _essence(wanted):
+            raise ConfigError(f"--out={folder} was prepared from other files, or with other settings: choose another")
+        check_files(folder, found)
+        for name, split in found["splits"].items():
+            if "index" in split:
+                check_sums(folder, {f"{INDEX}/{name}.json": split["index"]})
+        return True
+    except ConfigError:
+        raise
+    except (Damaged, FileNotFoundError, ValueError) as error:
+        reason = error.what if isinstance(error, Damaged) else str(error).partition(":")[0]
+        console.print(f"{reason}: writing what is missing", soft_wrap=True)
+        file.unlink()
+        return False
 
 
 def _plan(split: Split, shards: Shards, shard_bytes: int) -> _Plan:
@@ -124,8 +154,11 @@ def _write(folder: Path, shards: Shards, plans: Mapping[str, _Plan], manifest: d
         file = folder / INDEX / f"{name}.json"
         write_text(file, json.dumps(plan.index))
         manifest["splits"][name]["index"] = digest(file)
-        _write_split(dataset, name, plan, shards)
+        with room_in(folder):
+            _write_split(dataset, name, plan, shards)
     files = sorted(dataset.glob("*.array_record-*"))
+    for file in [*dataset.iterdir(), dataset]:
+        flush(file)
     manifest["files"] = {str(file.relative_to(folder)): file.stat().st_size for file in files}
     write_json(folder / MANIFEST, manifest)  # last: a folder is complete when it has a manifest
     partial.unlink()
@@ -133,21 +166,45 @@ def _write(folder: Path, shards: Shards, plans: Mapping[str, _Plan], manifest: d
 
 def _continue_or_clear(folder: Path, dataset: Path, wanted: Mapping[str, Any]) -> None:
     """Leaves the whole shards of an interrupted prepare of the same data, removes those of another."""
-    partial, info = folder / PARTIAL, dataset / "dataset_info.json"
+    partial = folder / PARTIAL
     try:
-        if json.loads(partial.read_text()) == json.loads(json.dumps(wanted)):
-            json.loads(info.read_text())  # TFDS does not write it in one piece
+        if read_json(partial) == json.loads(json.dumps(wanted)):
+            for file in {dataset / "dataset_info.json", *dataset.glob("*.json")}:
+                read_json(file)  # TFDS does not write them in one piece
+            _check_shards(dataset)
             return
         reason = "it was begun from other data"
     except FileNotFoundError as error:
         reason = f"{error.filename} is missing"
-    except ValueError:
-        reason = f"{partial} or {info} is damaged"
+    except Damaged as error:
+        reason = error.what
     if dataset.exists():
         console.print(f"{dataset} is written anew: {reason}", soft_wrap=True)
         shutil.rmtree(dataset)
     dataset.mkdir(parents=True)
     write_json(partial, wanted)
+
+
+def _check_shards(dataset: Path) -> None:
+    """Opens the shards that TFDS's notes call finished.
+
+    Raises:
+      FileNotFoundError: one is missing.
+      Damaged: one is cut off or otherwise not what was written.
+    """
+    file = dataset / "dataset_info.json"
+    for split in read_json(file, optional={"splits": list}).get("splits", []):
+        try:
+            name, lengths = split["name"], [int(length) for length in split["shardLengths"]]
+        except (TypeError, KeyError, ValueError) as error:
+            raise Damaged(file, f"its splits are no splits: {error}") from error
+        for number, length in enumerate(lengths):
+            shard = dataset / f"{dataset.parent.name}-{name}.array_record-{number:05d}"
+            if not shard.exists():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(shard))
+            reader = array_record_module.ArrayRecordReader(str(shard))
+            if not reader.ok() or reader.num_records() != length:
+                raise Damaged(shard, f"it does not hold {length} records")
 
 
 def _write_split(dataset: Path, name: str, plan: _Plan, shards: Shards) -> None:

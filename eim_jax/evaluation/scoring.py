@@ -11,9 +11,10 @@ from eim_jax.evaluation.tasks.task import measured
 from eim_jax.generation.batched_inference import generate_text
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel.processes import barrier, is_first
+from eim_jax.parallel.signals import doing
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
-from eim_jax.utils.files import write_json, write_text
+from eim_jax.utils.files import read_json, write_json, write_text
 
 
 def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Path) -> dict[str, dict]:
@@ -31,6 +32,7 @@ def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Pa
     Returns:
       {method: scores}; with several processes only the first has the scores of the texts.
     """
+    doing(f"scoring arm {directory.name}")
     task = task_of(split)
     asked = task.ask(split, inputs.config.data.eval_limit)
     predicted = task.predict(inputs, vlm, params, asked)
@@ -87,12 +89,17 @@ def read_scores(inputs: Inputs, directory: Path, test: Split) -> dict[str, dict]
       test: the test split.
     """
     path = directory / "scores_test.json"
-    if not path.exists():
+    if not path.exists() or not (directory / "predictions_test.json").exists():
         return None
-    scores = json.loads(path.read_text())
+    scores = read_json(path, values=dict)
     wanted = {method: settings_of(inputs, method, test) for method in inputs.config.decode.methods}
-    found = {method: found.get("notes", {}).get("decoding") for method, found in scores.items()}
+    found = {method: _decoding(found) for method, found in scores.items()}
     return scores if list(wanted.items()) == list(found.items()) else None
+
+
+def _decoding(scores: Mapping[str, Any]) -> str | None:
+    notes = scores.get("notes", {})
+    return notes.get("decoding") if isinstance(notes, dict) else None
 
 
 def write_items(path: Path, parts: Mapping[str, Mapping[str, Any]]) -> None:

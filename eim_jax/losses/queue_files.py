@@ -11,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from eim_jax.parallel.processes import barrier, is_first
+from eim_jax.utils.files import Damaged, check_sums, flush, new_rows, read_json, read_rows, room_in, sha256, write_text
+
+_BESIDE = ("width", "sha256")  # of the manifest: known only once the queue is built
 
 
 class StaleQueue(ValueError):
@@ -67,34 +70,44 @@ def write_rows(directory: str | os.PathLike, arrays: dict[str, jax.Array], count
     target = pathlib.Path(directory)
     scratch, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
     first = is_first()
-    several = jax.process_count() > 1
     if first:
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        (scratch / "manifest.json").write_text(json.dumps(facts, indent=1) + "\n")
+        with room_in(target):
+            scratch.mkdir(parents=True)
     barrier(f"queue files {target.name}")
-    for name, array in arrays.items():
-        stored = stored_dtype(array.dtype)
-        if not several:
-            out = np.lib.format.open_memmap(scratch / f"{name}.npy", "w+", stored, (count, *array.shape[1:]))
-        for shard in array.addressable_shards:
-            start = shard.index[0].start or 0
-            if shard.replica_id == 0 and start < count:
-                rows = np.asarray(shard.data)[: count - start].view(stored)
-                if several:
-                    np.save(scratch / f"{name}-{start:012d}.npy", rows)
-                else:
-                    out[start : start + len(rows)] = rows
-        if not several:
-            out.flush()
+    with room_in(target):
+        for name, array in arrays.items():
+            _write_array(scratch, name, array, count)
     barrier(f"queue rows {target.name}")
     if first:
+        files = sorted(scratch.iterdir())
+        for file in files:
+            flush(file)
+        sums = {file.name: sha256(file) for file in files}
+        write_text(scratch / "manifest.json", json.dumps({**facts, "sha256": sums}, indent=1) + "\n")
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             os.replace(target, old)
         os.replace(scratch, target)
+        flush(target.parent)
         shutil.rmtree(old, ignore_errors=True)
     barrier(f"queue done {target.name}")
+
+
+def _write_array(scratch: pathlib.Path, name: str, array: jax.Array, count: int) -> None:
+    """Writes this process's rows of one array."""
+    stored, several = stored_dtype(array.dtype), jax.process_count() > 1
+    out = None if several else new_rows(scratch / f"{name}.npy", stored, (count, *array.shape[1:]))
+    for shard in array.addressable_shards:
+        start = shard.index[0].start or 0
+        if shard.replica_id == 0 and start < count:
+            rows = np.asarray(shard.data)[: count - start].view(stored)
+            if out is None:
+                np.save(scratch / f"{name}-{start:012d}.npy", rows)
+            else:
+                out[start : start + len(rows)] = rows
+    if out is not None:
+        out.flush()
 
 
 def open_rows(directory: str | os.PathLike, expected: dict[str, Any]) -> tuple[dict[str, "StoredRows"], int]:
@@ -110,9 +123,12 @@ def open_rows(directory: str | os.PathLike, expected: dict[str, Any]) -> tuple[d
       FileNotFoundError: there is no queue.
     """
     source = pathlib.Path(directory)
-    found = json.loads((source / "manifest.json").read_text())
+    try:
+        found = read_json(source / "manifest.json", {"count": int, "dtype": str, "width": int}, delete=source)
+    except Damaged as error:
+        raise StaleQueue(str(error)) from error
     expected = json.loads(json.dumps(expected))
-    fields = [*expected, *(field for field in found if field not in expected and field != "width")]
+    fields = [*expected, *(field for field in found if field not in expected and field not in _BESIDE)]
     different = [
         f"  {field}: expected {expected.get(field, '(absent)')!r}, found {found.get(field, '(absent)')!r}"
         for field in fields
@@ -121,18 +137,28 @@ def open_rows(directory: str | os.PathLike, expected: dict[str, Any]) -> tuple[d
     if different:
         remedy = "Delete it to have it built anew, or give this run the setting that it was built with."
         raise StaleQueue("\n".join([f"the queue in {source} is another one:", *different, remedy]))
+    try:
+        return _checked_rows(source, found), found["count"]
+    except Damaged as error:
+        raise StaleQueue(str(error)) from error
+
+
+def _checked_rows(source: pathlib.Path, found: dict[str, Any]) -> dict[str, "StoredRows"]:
+    """The arrays of a queue whose manifest is the one that was asked for; Damaged where they do not fit it."""
     count, dtype = found["count"], jnp.dtype(found["dtype"])
-    keys, groups = StoredRows(source, "keys"), StoredRows(source, "groups")
-    if keys.shape != (count, found["width"]) or groups.shape != (count,) or keys.dtype != stored_dtype(dtype):
-        raise StaleQueue(
-            f"the queue in {source} is damaged: keys {keys.shape} {keys.dtype}, groups {groups.shape}, but its "
-            f"manifest says {count} rows of width {found['width']} in {dtype.name}. Delete it to have it built anew."
-        )
-    keys.dtype = dtype
-    rows = {"keys": keys, "groups": groups}
-    if dtype == jnp.int8:
-        rows["scale"] = StoredRows(source, "scale")
-    return rows, count
+    shapes = {"keys": (count, found["width"]), "groups": (count,)} | ({"scale": (count,)} if dtype == jnp.int8 else {})
+    rows = {name: StoredRows(source, name) for name in shapes}
+    for name, shape in shapes.items():
+        if rows[name].shape != shape or (name == "keys" and rows[name].dtype != stored_dtype(dtype)):
+            reason = f"{rows[name].shape} {rows[name].dtype}, by the manifest {shape} in {dtype.name}"
+            raise Damaged(source / f"{name}.npy", reason, source)
+    if is_first():  # one process reads all of it, the others their own rows alone
+        sums = found.get("sha256", {})  # queues of earlier versions have none
+        if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+            raise Damaged(source / "manifest.json", "field 'sha256' is no table of files", source)
+        check_sums(source, sums)
+    rows["keys"].dtype = dtype
+    return rows
 
 
 class StoredRows:
@@ -140,7 +166,9 @@ class StoredRows:
 
     def __init__(self, directory: pathlib.Path, name: str):
         files = sorted(directory.glob(f"{name}-*.npy")) or [directory / f"{name}.npy"]
-        self._parts = [np.load(file, mmap_mode="r") for file in files]
+        self._parts = [read_rows(file, directory) for file in files]
+        if any(part.ndim == 0 or part.shape[1:] != self._parts[0].shape[1:] for part in self._parts):
+            raise Damaged(files[0], "its rows are not as wide as those of the other files", directory)
         self._starts = np.cumsum([0, *map(len, self._parts)])
         self.dtype = self._parts[0].dtype
         self.shape = (int(self._starts[-1]), *self._parts[0].shape[1:])

@@ -1,7 +1,13 @@
-"""Stopping a run: what a signal does, and how the run ends."""
+"""Stopping a run: what a signal does at any moment, and how the run ends."""
 
 import collections
+import os
+import select
 import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from eim_jax.utils.console import console
 
 _DELAY = 2  # steps after which the processes read what they agreed on: by then it is there, and no step waits for it
+_PATIENCE = 3.0  # seconds that a compilation, which no Python handler can stop, may go on after a signal
 
 
 class Interrupted(SystemExit):
@@ -24,14 +31,99 @@ class Interrupted(SystemExit):
         self.together = together
 
 
+class _State:
+    """What this process is doing, and whether a signal has asked it to stop."""
+
+    def __init__(self):
+        self.arrived = self.stepping = self.handled = False
+        self.doing, self.then = "starting", "the same command continues"
+
+    def message(self) -> str:
+        return f"stopped while {self.doing}: {self.then}"
+
+
+_state = _State()
+
+
+@contextmanager
+def handled(then: str = "the same command continues") -> Iterator[None]:
+    """Takes SIGTERM and SIGINT over, where they are not yet, while the body runs in the main thread.
+
+    The first raises Interrupted in the body, except while steps of training run (`Signals`). A program that XLA
+    compiles returns to Python only when it is done: there the process ends after a few seconds all the same, as every
+    file is written whole or not at all. A second SIGINT ends the process at once.
+
+    Args:
+      then: what the message says of the next start.
+    """
+    if _state.handled:
+        yield
+        return
+    _state.arrived, _state.stepping, _state.handled, _state.then = False, False, True, then
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = {number: signal.signal(number, _note) for number in (signal.SIGTERM, signal.SIGINT)}
+    woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader,), daemon=True, name="signals").start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(woken)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writer)  # which ends the thread
+        _state.handled, _state.doing = False, "starting"
+
+
+def doing(what: str) -> None:
+    """Notes what the process is about, for the message of a signal that stops it there."""
+    _state.doing = what
+
+
+def activity() -> str:
+    """What the process is about, as `doing` was told."""
+    return _state.doing
+
+
+def _note(number: int, _: object) -> None:
+    """The handler: Python calls it in the main thread, between two of its instructions."""
+    if _state.arrived:
+        return  # a second SIGINT is `_watch`'s
+    _state.arrived = True
+    if not _state.stepping:
+        raise Interrupted(_state.message(), together=False)
+    console.print("stopping after this step; the state will be saved", soft_wrap=True)
+
+
+def _watch(reader: int) -> None:
+    """Hears of each signal at once, whatever the main thread is in."""
+    arrived = False
+    while numbers := os.read(reader, 64):
+        for number in numbers:
+            if arrived and number == signal.SIGINT:
+                _end("stopped at once: the same command goes on from what was saved before", 128 + signal.SIGINT)
+            arrived |= number in (signal.SIGINT, signal.SIGTERM)
+        while not _state.arrived and not _state.stepping:
+            if select.select([reader], [], [], _PATIENCE)[0]:
+                break
+            if not _state.arrived and not _state.stepping:
+                _end(_state.message(), 1)
+    os.close(reader)
+
+
+def _end(message: str, code: int) -> None:
+    console.show_cursor()  # a progress bar hides it
+    print(f"\n{message}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
 class Signals:
-    """SIGTERM and SIGINT: between steps the run stops at once, in a step after it; a second SIGINT always at once.
+    """SIGTERM and SIGINT in training: in a step the run stops after it and saves, elsewhere at once.
 
     With several processes, a signal to any of them stops all after the same step: each step they exchange one bit.
     """
 
     def __init__(self):
-        self.stepping = self.arrived = False
         self._pending: collections.deque[jax.Array] = collections.deque()
         if jax.process_count() > 1:
             devices = np.array(jax.devices())
@@ -41,36 +133,38 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         """Takes the two signals over."""
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._handled = handled()
+        self._handled.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Gives them back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        _state.stepping = False
+        self._handled.__exit__(None, None, None)
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a stop has to wait for the end of a step, because there is something to save."""
+        return _state.stepping
+
+    @stepping.setter
+    def stepping(self, value: bool) -> None:
+        _state.stepping = value
 
     def stop(self) -> bool:
         """Whether to stop after this step: the same answer, at the same step, on every process; call it each step."""
         if jax.process_count() == 1:
-            return self.arrived
+            return _state.arrived
         self._pending.append(self._tell())
         return len(self._pending) > _DELAY and bool(self._pending.popleft())
 
     def check(self) -> None:
         """Raises Interrupted, on every process, if a signal has arrived at any."""
-        arrived = self.arrived if jax.process_count() == 1 else bool(self._tell())
+        arrived = _state.arrived if jax.process_count() == 1 else bool(self._tell())
         if arrived:
             raise Interrupted("stopped between two stages: the same command continues", together=True)
 
     def _tell(self) -> jax.Array:
-        here = self.arrived  # read once: every device of the process tells the same
+        here = _state.arrived  # read once: every device of the process tells the same
         bits = jax.make_array_from_callback((jax.device_count(),), self._by_device, lambda _: np.array([here]))
         return self._any(bits)
-
-    def _note(self, number, _):
-        if self.arrived and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.arrived = True
-        if not self.stepping:
-            raise Interrupted("stopped between two stages: the same command continues", together=False)
-        console.print("stopping after this step; the state will be saved", soft_wrap=True)

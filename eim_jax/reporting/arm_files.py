@@ -1,12 +1,11 @@
 """What an arm's folder holds, as the page reads it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from eim_jax.evaluation.tasks.task import Predictions, Task
 from eim_jax.training.log import read_metrics
+from eim_jax.utils.files import read_json
 
 
 @dataclass(frozen=True)
@@ -22,16 +21,11 @@ class Arm:
 
 def read_arm(task: Task, directory: Path) -> Arm:
     """Reads run.json, metrics.jsonl, scores_test.json and predictions_test.json of an arm, each if it is there."""
-    path = directory / "predictions_test.json"
+    run, scores, path = (directory / f"{name}.json" for name in ("run", "scores_test", "predictions_test"))
     return Arm(
         name=directory.name,
-        run=read_json(directory / "run.json", {}),
+        run=read_json(run, optional={"stages": list}) if run.exists() else {},
         metrics=read_metrics(directory / "metrics.jsonl"),
-        scores=read_json(directory / "scores_test.json", {}),
-        predictions=task.read_predictions(path, read_json(path, None)) if path.exists() else None,
+        scores=read_json(scores, values=dict) if scores.exists() else {},
+        predictions=task.read_predictions(path, read_json(path, form=(dict, list))) if path.exists() else None,
     )
-
-
-def read_json(path: Path, default: Any) -> Any:
-    """Returns a JSON file's content, `default` where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default

@@ -11,14 +11,14 @@ from PIL import Image
 
 from eim_jax.evaluation.tasks.task import Item, Task
 from eim_jax.losses.table import LOSSES, symbol_of, title_of
-from eim_jax.reporting.arm_files import Arm, read_arm, read_json
+from eim_jax.reporting.arm_files import Arm, read_arm
 from eim_jax.reporting.categories import by_category
 from eim_jax.reporting.charts import Line, panel
 from eim_jax.reporting.environment import environment
 from eim_jax.reporting.gallery import gallery
 from eim_jax.reporting.questions import questions
 from eim_jax.reporting.scores import BASELINE, table, verdict
-from eim_jax.utils.files import write_text
+from eim_jax.utils.files import read_json, write_text
 
 DIAGNOSTICS = {  # key in metrics.jsonl -> title, unit, logarithmic axis, axis fixed to 0...1
     "recall1": ("recall@1 in {}", "share of queries", False, True),
@@ -50,7 +50,7 @@ def write_report(
     """
     if not (workdir / "run.json").exists():
         raise FileNotFoundError(f"{workdir}: no run.json, so nothing has been run here")
-    run = read_json(workdir / "run.json", {})
+    run = read_json(workdir / "run.json", optional={"config": dict, "versions": dict, "machine": dict})
     names = [arm if isinstance(arm, str) else arm["name"] for arm in run.get("config", {}).get("arms", ())]
     if not names:
         raise ValueError(f"{workdir / 'run.json'}: config names no arms")

@@ -11,7 +11,7 @@ from eim_jax.losses.table import losses_of, weights
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
 from eim_jax.parallel.sharding import parts_of
-from eim_jax.parallel.signals import Signals
+from eim_jax.parallel.signals import Signals, doing
 from eim_jax.training import partition
 from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.training.log import RunLog, StageInfo, Trained
@@ -27,6 +27,7 @@ def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
 
     A stage starts from what the previous one left, with a new optimizer.
     """
+    doing(f"preparing arm {name}")
     config, directory = inputs.config, inputs.workdir / name
     arm = config.arm[name]
     plan = plan_arm(inputs, name)

@@ -4,18 +4,24 @@ Order of precedence at a stage's start: (1) the stage's `result/` (the stage is 
 into place), (2) its newest whole `steps/` checkpoint, (3) the parameters as the previous stage left them.
 Only trained leaves, their optimizer state, the data iterator and a small JSON record are saved; frozen leaves come
 from the pretrained towers and the results of the stages before. Both kinds appear by an atomic rename: a kill in the
-middle of a save leaves the older state.
+middle of a save leaves the older state. Each holds the sha256 of its files, which are compared before it is read.
 """
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from eim_jax.parallel import processes
 from eim_jax.training.partition import Flat
+from eim_jax.utils.files import Damaged, check_seal, flush, room_in, seal
+
+_TIMES = ("_CHECKPOINT_METADATA",)  # Orbax's note of when a save began and ended: written last, and not read here
 
 
 class StageCheckpoints:
@@ -23,6 +29,7 @@ class StageCheckpoints:
 
     def __init__(self, directory: Path):
         self._directory = directory.absolute()
+        self._saving = 0
         self._steps: ocp.CheckpointManager | None = None
 
     def __enter__(self) -> "StageCheckpoints":
@@ -32,12 +39,14 @@ class StageCheckpoints:
     def __exit__(self, *_: object) -> None:
         """Waits for a save in flight."""
         if self._steps is not None:
-            self._steps.close()
+            with room_in(self._directory):
+                self._steps.close()
 
     def wait(self) -> None:
         """Returns when a save in flight is whole."""
         if self._steps is not None:
-            self._steps.wait_until_finished()
+            with room_in(self._directory):
+                self._steps.wait_until_finished()
 
     @property
     def finished(self) -> bool:
@@ -51,47 +60,61 @@ class StageCheckpoints:
     def save(self, step: int, trained: Flat, opt_state: Any, iterator: Any, record: dict) -> None:
         """Saves after `step` steps, in the background; `record` is JSON."""
         state = {"trained": _dotted(trained), "optimizer": _numbered(opt_state)}
-        self._manager().save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                record=ocp.args.JsonSave({**record, "data": iterator.get_state()}),
-            ),
-        )
+        self.wait()  # before `_saving` becomes another one
+        self._saving = step
+        with room_in(self._directory):
+            self._manager().save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    record=ocp.args.JsonSave({**record, "data": iterator.get_state()}),
+                ),
+            )
 
     def restore(self, trained: Flat, opt_state: Any, iterator: Any) -> tuple[int, Flat, Any, dict]:
         """(step, trained, opt_state, record) of the newest checkpoint, in the shapes and shardings of the arguments.
 
         The iterator continues where it stood, on any number of processes: its state counts global batches, so one
-        process's serves all. Raises ValueError when the saved tree is another one.
+        process's serves all.
+
+        Raises:
+          Damaged: the files are not what was saved, or hold another tree.
         """
         manager = self._manager()
         step = manager.latest_step()
         assert step is not None, "restore() is called where latest_step() gives one"
         like = {"trained": _dotted(trained), "optimizer": _numbered(opt_state)}
-        restored = manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_abstract(like)),
-                record=ocp.args.JsonRestore(),
-            ),
-        )
-        iterator.set_state(restored["record"].pop("data"))
-        state = restored["state"]
-        leaves = [state["optimizer"][name] for name in like["optimizer"]]
-        opt_state = jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
-        return step, {path: state["trained"][_dot(path)] for path in trained}, opt_state, restored["record"]
+        with _whole(self._directory / "steps" / str(step), delete=self._directory / "steps"):
+            restored = manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(_abstract(like)),
+                    record=ocp.args.JsonRestore(),
+                ),
+            )
+            iterator.set_state(restored["record"].pop("data"))
+            state, record = restored["state"], restored["record"]
+            leaves = [state["optimizer"][name] for name in like["optimizer"]]
+            opt_state = jax.tree.unflatten(jax.tree.structure(opt_state), leaves)
+            return step, {path: state["trained"][_dot(path)] for path in trained}, opt_state, record
 
     def finish(self, trained: Flat, summary: dict) -> None:
         """Saves the stage's result and drops its step checkpoints."""
         self.wait()
-        with ocp.Checkpointer(
-            ocp.CompositeCheckpointHandler("trained", summary=ocp.JsonCheckpointHandler())
-        ) as checkpointer:
+        options = ocp.AsyncOptions(post_finalization_callback=lambda: _seal(self._directory / "result"))
+        with (
+            room_in(self._directory),
+            ocp.AsyncCheckpointer(
+                ocp.CompositeCheckpointHandler("trained", summary=ocp.JsonCheckpointHandler()), async_options=options
+            ) as checkpointer,
+        ):
             checkpointer.save(
                 self._directory / "result",
                 ocp.args.Composite(trained=ocp.args.StandardSave(_dotted(trained)), summary=ocp.args.JsonSave(summary)),
             )
+            checkpointer.wait_until_finished()
+        if processes.is_first():
+            flush(self._directory)
         self.drop_steps()
 
     def drop_steps(self) -> None:
@@ -104,25 +127,55 @@ class StageCheckpoints:
 
     def result(self, trained: Flat) -> tuple[Flat, dict]:
         """(trained, summary) of the finished stage, in the shapes and shardings of the argument."""
-        with ocp.Checkpointer(
-            ocp.CompositeCheckpointHandler("trained", summary=ocp.JsonCheckpointHandler())
-        ) as checkpointer:
+        folder = self._directory / "result"
+        with (
+            _whole(folder, delete=folder),
+            ocp.Checkpointer(
+                ocp.CompositeCheckpointHandler("trained", summary=ocp.JsonCheckpointHandler())
+            ) as checkpointer,
+        ):
             restored = checkpointer.restore(
-                self._directory / "result",
+                folder,
                 ocp.args.Composite(
                     trained=ocp.args.StandardRestore(_abstract(_dotted(trained))), summary=ocp.args.JsonRestore()
                 ),
             )
-        return {path: restored["trained"][_dot(path)] for path in trained}, restored["summary"]
+            return {path: restored["trained"][_dot(path)] for path in trained}, dict(restored["summary"])
 
     def _manager(self) -> ocp.CheckpointManager:
         if self._steps is None:
             self._steps = ocp.CheckpointManager(
                 self._directory / "steps",
-                options=ocp.CheckpointManagerOptions(max_to_keep=1, create=True),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=1,
+                    create=True,
+                    async_options=ocp.AsyncOptions(
+                        post_finalization_callback=lambda: _seal(self._directory / "steps" / str(self._saving))
+                    ),
+                ),
                 item_names=("state", "record"),
             )
         return self._steps
+
+
+def _seal(final: Path) -> None:
+    """Called when all processes have written a checkpoint and before it gets its final name."""
+    if processes.is_first():
+        scratch = sorted(final.parent.glob(f"{final.name}.*"), key=lambda place: place.stat().st_mtime)
+        seal(scratch[-1] if scratch else final, _TIMES)  # a bucket has no rename: there it is final already
+
+
+@contextmanager
+def _whole(folder: Path, *, delete: Path) -> Iterator[None]:
+    """Checks a checkpoint's files before the body reads them, and says of what fails in the body what to delete."""
+    if processes.is_first():
+        check_seal(folder, delete)
+    try:
+        yield
+    except (Damaged, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # the storage layers below raise many types on damaged files
+        raise Damaged(folder, f"{type(error).__name__}: {str(error)[:300]}", delete) from error
 
 
 def _dot(path: str) -> str:

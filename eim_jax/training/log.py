@@ -74,14 +74,16 @@ def print_stage(stage: StageInfo, number: int = 1, of: int = 1, arm: str = "") -
 
 def read_metrics(path: Path) -> list[dict]:
     """Reads metrics.jsonl; a last line cut off by a kill is left out, a broken line elsewhere is a ValueError."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            if not isinstance(records[-1], dict):
+                raise ValueError(f"{path}:{number}: not a JSON record: delete this line")
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             if number < len(lines):
-                raise ValueError(f"{path}:{number}: not a JSON record") from error
+                raise ValueError(f"{path}:{number}: not a JSON record: delete this line") from error
     return records
 
 
@@ -255,5 +257,5 @@ def _plain(value: Any) -> Any:
 def _truncate(path: Path, resume_at: tuple[int, int]) -> None:
     if not path.exists():
         return
-    kept = [r for r in read_metrics(path) if (r["stage_index"], r["step"]) < resume_at]
+    kept = [r for r in read_metrics(path) if (r.get("stage_index", 0), r.get("step", 0)) < resume_at]
     write_text(path, "".join(json.dumps(r) + "\n" for r in kept))

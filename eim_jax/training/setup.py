@@ -30,6 +30,7 @@ from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
 from eim_jax.parallel.sharding import make_mesh, param_shardings, shard_params
+from eim_jax.parallel.signals import doing
 from eim_jax.training import partition
 from eim_jax.training.partition import Flat
 from eim_jax.utils.console import console
@@ -97,6 +98,7 @@ class Inputs:
         if (folder / "manifest.json").exists():
             return Queue.load(folder, manifest, self.mesh)
         ids = [sample.id for sample in self.samples.samples]
+        doing(f"building the queue {kind.name}")
         queue = Queue.build(
             functools.partial(kind.keys, vlm),
             partition.unflatten(self.towers),
@@ -118,6 +120,7 @@ class Inputs:
 
 def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     """Loads what the config names, without `data` the towers alone; an error says which field or file is wrong."""
+    doing("reading the weights")
     mesh = make_mesh(config.mesh)
     dtype = resolve_dtype(config.towers.dtype, mesh.devices.flat[0].platform)
     form = resolve_form(config, dtype, mesh.devices.flat[0].platform)
@@ -138,9 +141,11 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     tokenize.check_vocabulary(clip_tokenizer, clip.text.vocab, config.towers.clip)
     train = encoded = None
     if data:
+        doing("checking the training data")
         with processes.first_alone("training data"):
             train = load_split(config, "train", workdir)
         assert train is not None, "every data set has training samples"
+        doing("tokenising")
         encoded = tokenize.encode_split(train, lm_tokenizer, config.data.max_tokens, eos=config.data.eos)
         console.print(f"{len(train):,} training samples ({len(train.images):,} images)", soft_wrap=True)
     towers = partition.flatten({**clip.params, "lm": lm.params})
@@ -305,6 +310,7 @@ def features_of(inputs: Inputs, vlm: VLM, split: Split, params: Flat):
     }
     # One folder for each content: data sets and arms may share data.cache.
     name = hashlib.sha256(f"{manifest} {inputs.config.data.fit} {split.images.fingerprint()}".encode()).hexdigest()[:12]
+    doing("computing the vision features")
     folder = inputs.cache / "features" / f"{split.name}-{name}"
     see = functools.partial(_see, vlm, partition.unflatten(visual))
     return cached_features(

@@ -21,7 +21,7 @@ from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
 from eim_jax.parallel.sharding import batch_sharding
-from eim_jax.parallel.signals import Interrupted, Signals
+from eim_jax.parallel.signals import Interrupted, Signals, doing
 from eim_jax.training import partition
 from eim_jax.training.assembly import assemble
 from eim_jax.training.checkpoint import StageCheckpoints
@@ -66,8 +66,8 @@ def run_stage(
     """
     run = _StageRun(inputs, vlm, stage, index, info, params, store, log)
     run.restore()
-    signals.stepping = True
     run.loop(signals)
+    signals.stepping = True
     trained, summary = run.finish()
     store.finish(trained, summary)
     signals.stepping = False
@@ -126,6 +126,9 @@ class _StageRun:
         # Closed, so that its threads end with the stage, also where that ends early.
         with closing(self.iterator), Profile(config.profile, traces) as profile:
             for number in range(self.done, steps):
+                # Before the first step is done nothing is lost by stopping at once, also while it is compiled; several
+                # processes stop together all the same.
+                signals.stepping = number > self.done or jax.process_count() > 1
                 profile.before(number)
                 metrics = self._update(number)
                 profile.after(number, metrics)
@@ -239,7 +242,10 @@ def _compile(stage: str, step: Any, arguments: tuple, width: int, before: int, m
         )
     texts = f" for texts of {width} tokens" if width and most > 1 else ""
     console.print(f"compiling {stage}{texts}", soft_wrap=True)
-    return step.lower(*arguments).compile()
+    doing(f"compiling {stage}")
+    compiled = step.lower(*arguments).compile()
+    doing(f"training {stage}")
+    return compiled
 
 
 def _peak_memory(compiled) -> int | None:

@@ -1,0 +1,113 @@
+"""One run at a time in a work directory."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+
+from eim_jax.parallel.processes import is_first
+from eim_jax.utils.console import console
+from eim_jax.utils.files import room_in
+
+FILE = "run.lock"
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}  # of some network file systems and buckets
+
+
+class InUse(OSError):
+    """Another run works in the directory; the message says which."""
+
+
+@contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Holds a work directory against other runs while the body runs; of a run's processes, the first holds it.
+
+    The system takes the lock from a process that ends, however it ends. Where the file system has no locks, the note in
+    the file decides: a holder on this machine that is gone, or whose process number is now another's, holds nothing.
+
+    Raises:
+      InUse: naming the holder's host, process and since when.
+    """
+    if not is_first():
+        yield
+        return
+    made = not workdir.exists()
+    with room_in(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        number = os.open(workdir / FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        _take(workdir, number)
+        try:
+            yield
+        finally:
+            os.ftruncate(number, 0)
+            if {entry.name for entry in workdir.iterdir()} == {FILE}:  # the run was refused before it wrote anything
+                (workdir / FILE).unlink()
+                if made:
+                    workdir.rmdir()
+    finally:
+        os.close(number)
+
+
+def _take(workdir: Path, number: int) -> None:
+    """Locks the open file and writes this process into it."""
+    free = True
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise _in_use(workdir, _holder(number)) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        free = False
+    holder = _holder(number)
+    if holder and not free and not _is_gone(holder):
+        raise _in_use(workdir, holder)
+    if holder:
+        console.print(f"{workdir}: the run of {_described(holder)} ended without a word; going on from what it saved")
+    own = psutil.Process()
+    note = {
+        "host": socket.gethostname(),
+        "pid": own.pid,
+        "process_started": own.create_time(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with room_in(workdir):
+        os.ftruncate(number, 0)
+        os.pwrite(number, (json.dumps(note) + "\n").encode(), 0)
+
+
+def _holder(number: int) -> dict:
+    """Who wrote itself into the file and has not left; {} where nobody has, or half of a note is there."""
+    try:
+        found = json.loads(os.pread(number, 4096, 0))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_gone(holder: dict) -> bool:
+    if holder.get("host") != socket.gethostname():
+        return False
+    try:
+        return psutil.Process(holder["pid"]).create_time() != holder["process_started"]
+    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
+        return True
+
+
+def _described(holder: dict) -> str:
+    return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"
+
+
+def _in_use(workdir: Path, holder: dict) -> InUse:
+    return InUse(
+        f"{workdir} is in use by another run ({_described(holder)}): wait for it or stop it, or choose another "
+        f"--workdir. If it is certain that no run is left, delete {workdir / FILE}"
+    )
