@@ -41,6 +41,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """
     place = resolve(path)
     _check_files(place)
+    own = _own(place / "tokenizer.json")
     alone = (place / "tokenizer.model").is_file() and not list(place.glob("tokenizer*.json"))
     try:
         if alone:  # AutoTokenizer would read the pieces, but without SentencePiece's leading space: other ids, no error
@@ -51,21 +52,25 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             f"no tokenizer in {path}: {error or type(error).__name__}. A folder needs tokenizer.json, tokenizer.model, "
             "or vocab.json with merges.txt."
         ) from error
-    return _as_the_file_says(named, place / "tokenizer.json")
+    return named if own is None else _with_special_tokens(own, named)
 
 
-def _as_the_file_says(named: PreTrainedTokenizerBase, file: pathlib.Path) -> PreTrainedTokenizerBase:
+def _own(file: pathlib.Path) -> Tokenizer | None:
+    """The tokenizer of a tokenizer.json; None where there is no such file."""
+    if not file.is_file():
+        return None
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers has no kind of its own for a file that it cannot read
+        raise WeightsError(f"{file} is none that the tokenizers library reads ({error}); download it again") from error
+
+
+def _with_special_tokens(own: Tokenizer, named: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer of a tokenizer.json, with the special tokens and settings of the class that the folder names.
 
     transformers builds GPT2Tokenizer, CLIPTokenizer, LlamaTokenizer and others from the file's vocabulary with a
     normalizer and a splitter of its own: a file that splits otherwise (SmolLM's, digit by digit) would get other ids.
     """
-    if not file.is_file():
-        return named
-    try:
-        own = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers has no kind of its own for a file that it cannot read
-        raise WeightsError(f"{file} is not a tokenizer that the tokenizers library reads ({error})") from error
     own.no_truncation()
     own.no_padding()
     settings = ("model_max_length", "clean_up_tokenization_spaces", "padding_side", "truncation_side", "chat_template")
