@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import re
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -104,9 +105,9 @@ def _check_files(place: pathlib.Path) -> None:
         content = read_json(place / name)
         for field in SPECIAL:
             token = content.get(field)
-            if not (token is None or isinstance(token, str) or _has_content(token)):
+            if not (token is None or _is_text(token) or _has_content(token)):
                 raise WeightsError(
-                    f"{place / name}: {field} is {token!r:.80}, not a text or an object with a text as its content"
+                    f"{place / name}: {field} is {token!a:.80}, not a text or an object with a text as its content"
                 )
         for field, kind in (("tokenizer_class", str), ("added_tokens_decoder", dict)):
             _check_type(place / name, content, field, (kind, type(None)))
@@ -128,7 +129,12 @@ def _check_files(place: pathlib.Path) -> None:
 
 
 def _has_content(token: object) -> bool:
-    return isinstance(token, dict) and isinstance(token.get("content"), str)
+    return isinstance(token, dict) and _is_text(token.get("content"))
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a text that UTF-8 can hold: half of an emoji, which JSON can state, is none."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _check_type(file: pathlib.Path, content: dict, field: str, kinds) -> None:
