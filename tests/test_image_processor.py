@@ -1,5 +1,6 @@
 """Claims: pictures are made as the folder's file says, or it is refused by its field; oracle: transformers."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -10,7 +11,10 @@ import pytest
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
+from eim_jax.config import from_config_dict
+from eim_jax.configs import miniature
 from eim_jax.pretrained import WeightsError, clip_config, image_processor, resolve
+from eim_jax.training import setup
 from eim_jax.utils.images import CLIP_MEAN, clip_preprocess, normalise
 
 HALF = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.25, 0.2]}
@@ -82,6 +86,8 @@ def test_the_statistics_and_their_file_are_said(folder):
         ({"do_normalize": "no"}, "do_normalize is 'no'"),
         ({"image_mean": [0.5, 0.5]}, r"image_mean is \[0\.5, 0\.5\], not one number for each"),
         ({"image_mean": ["0", 0, 0]}, "image_mean"),
+        ({"image_mean": [float("nan"), 10**400, 0]}, "image_mean"),
+        ({"rescale_factor": 10**400}, "rescale_factor"),
         ({"image_std": [0.5, 0.0, 0.5]}, "image_std .* must be above 0"),
         ({"rescale_factor": "1"}, "rescale_factor is '1'"),
         ({"size": {"shortest_edge": "32"}}, "size is"),
@@ -123,3 +129,16 @@ def test_pictures_that_the_runs_fit_would_make_otherwise_are_refused(folder, fie
     else:
         with pytest.raises(WeightsError, match="is not the tower's image_size"):
             found.check(32, "stretch")
+
+
+def test_a_run_refuses_what_its_fit_contradicts_and_its_log_names_statistics_and_file(folder, tmp_path, capsys):
+    config = from_config_dict(miniature.get_config())
+    config = dataclasses.replace(config, towers=dataclasses.replace(config.towers, clip=str(tmp_path)))
+    folder({"size": {"height": 32, "width": 32}})
+    with pytest.raises(WeightsError, match=r"set config\.data\.fit=stretch"):
+        setup.load(config, tmp_path, data=False)
+    shutil.copytree(resolve("miniature/clip"), tmp_path, dirs_exist_ok=True)
+    folder(HALF)
+    setup.load(config, tmp_path, data=False)
+    statistics = "mean (0.5, 0.4, 0.3) and standard deviation (0.5, 0.25, 0.2)"
+    assert f"normalised by {statistics}, from {tmp_path}/preprocessor_config.json" in capsys.readouterr().out

@@ -139,6 +139,7 @@ def test_published_vocabularies_saved_by_transformers_keep_their_ids(shared_data
     ("file", "change", "match"),
     [
         ("tokenizer_config.json", {"eos_token": 5}, r"tokenizer_config\.json: eos_token is 5"),
+        ("tokenizer_config.json", {"eos_token": "\ud83d"}, r"tokenizer_config\.json: eos_token is '\\ud83d'"),
         ("tokenizer_config.json", {"pad_token": {"content": 5}}, r"tokenizer_config\.json: pad_token is"),
         ("tokenizer_config.json", {"tokenizer_class": ["A"]}, r"tokenizer_config\.json: tokenizer_class is \['A'\]"),
         ("tokenizer_config.json", {"added_tokens_decoder": [1]}, r"added_tokens_decoder is \[1\], not an object"),
@@ -147,7 +148,7 @@ def test_published_vocabularies_saved_by_transformers_keep_their_ids(shared_data
         ("tokenizer.json", {"model": None}, r"tokenizer\.json: model is None, not an object"),
         ("tokenizer.json", {"added_tokens": {}}, r"tokenizer\.json: added_tokens is \{\}, not a list"),
         ("tokenizer.json", {"pre_tokenizer": "ByteLevel"}, r"tokenizer\.json: pre_tokenizer is 'ByteLevel'"),
-        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}, "tokenizer"),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}, r"/tokenizer\.json is none"),
         ("vocab.json", {"a": "b"}, r"vocab\.json: 'a' is 'b', not an id"),
     ],
 )

@@ -150,6 +150,8 @@ def test_gpt2s_dropout_fields_are_the_runs_to_set(folder):
         ("gpt2", {"n_layer": 0}, "n_layer is 0"),
         ("gpt2", {"n_layer": True}, "n_layer is True"),
         ("gpt2", {"n_embd": "24"}, "n_embd is '24'"),
+        ("gpt2", {"n_embd": float("inf")}, "n_embd is inf"),
+        ("gpt2", {"layer_norm_epsilon": 10**400}, "layer_norm_epsilon is 10"),
         ("gpt2", {"n_embd": 24.5}, r"n_embd is 24\.5"),
         ("gpt2", {"n_head": -4}, "n_head is -4"),
         ("gpt2", {"n_head": 5}, "n_embd 24 is not a multiple of n_head 5"),

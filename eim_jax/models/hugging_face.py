@@ -87,11 +87,11 @@ def _checked(field: str, value: Any, kind: type, ours: str) -> Any:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
         least, most = (0 if ours == "eos_id" else 1), LARGEST.get(ours, 2**24)
-        if not number or value != math.floor(value) or not least <= value <= most:
+        if not number or not least <= value <= most or value != math.floor(value):
             raise WeightsError(f"{field} is {value!r:.60}, not a whole number from {least} to {most:,}")
         return int(value)
     if kind is float:
-        low, high = (0, 1) if ours == "dropout" else (0, math.inf)
+        low, high = (0, 1) if ours == "dropout" else (0, 1e30)
         if not number or not (low < value < high or (ours == "dropout" and value == 0)):
             raise WeightsError(f"{field} is {value!r:.60}, not a number {'in [0, 1)' if high == 1 else 'above 0'}")
         return float(value)

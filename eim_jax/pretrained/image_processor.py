@@ -14,6 +14,7 @@ from eim_jax.pretrained.json_files import read_json
 from eim_jax.utils.images import CLIP_MEAN, CLIP_STD
 
 _BICUBIC = 3  # PIL's number
+_MOST = 1e6  # of a statistic, so that neither NaN, infinity nor an endless number passes
 _STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_rgb")
 
 
@@ -113,7 +114,7 @@ def _read(file: pathlib.Path, content: Mapping[str, Any]) -> ImageProcessor:
     if min(std) <= 0:
         raise WeightsError(f"{file}: image_std {std} must be above 0")
     factor = said.get("rescale_factor", 1 / 255)
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < math.inf:
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < _MOST:
         raise WeightsError(f"{file}: rescale_factor is {factor!r:.60}, not a number above 0")
     # (f x - mean) / std over grey levels x is (x / 255 - mean / 255f) / (std / 255f), which is how we normalise.
     scale = 255 * (factor if does["rescale"] else 1)
@@ -127,8 +128,8 @@ def _channels(file: pathlib.Path, said: Mapping[str, Any], field: str, default: 
     values = said.get(field, default)
     values = [values] * 3 if isinstance(values, int | float) else values
     numbers = isinstance(values, list | tuple) and all(
-        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in values
+        isinstance(x, int | float) and not isinstance(x, bool) and -_MOST < x < _MOST for x in values
     )
     if not numbers or len(values) != 3:
         raise WeightsError(f"{file}: {field} is {said.get(field)!r:.60}, not one number for each of three channels")
-    return tuple(values)
+    return tuple(float(x) for x in values)

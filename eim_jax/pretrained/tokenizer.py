@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import re
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -41,6 +42,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """
     place = resolve(path)
     _check_files(place)
+    own = _own(place / "tokenizer.json")
     alone = (place / "tokenizer.model").is_file() and not list(place.glob("tokenizer*.json"))
     try:
         if alone:  # AutoTokenizer would read the pieces, but without SentencePiece's leading space: other ids, no error
@@ -51,21 +53,25 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             f"no tokenizer in {path}: {error or type(error).__name__}. A folder needs tokenizer.json, tokenizer.model, "
             "or vocab.json with merges.txt."
         ) from error
-    return _as_the_file_says(named, place / "tokenizer.json")
+    return named if own is None else _with_special_tokens(own, named)
 
 
-def _as_the_file_says(named: PreTrainedTokenizerBase, file: pathlib.Path) -> PreTrainedTokenizerBase:
+def _own(file: pathlib.Path) -> Tokenizer | None:
+    """The tokenizer of a tokenizer.json; None where there is no such file."""
+    if not file.is_file():
+        return None
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers has no kind of its own for a file that it cannot read
+        raise WeightsError(f"{file} is none that the tokenizers library reads ({error}); download it again") from error
+
+
+def _with_special_tokens(own: Tokenizer, named: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer of a tokenizer.json, with the special tokens and settings of the class that the folder names.
 
     transformers builds GPT2Tokenizer, CLIPTokenizer, LlamaTokenizer and others from the file's vocabulary with a
     normalizer and a splitter of its own: a file that splits otherwise (SmolLM's, digit by digit) would get other ids.
     """
-    if not file.is_file():
-        return named
-    try:
-        own = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers has no kind of its own for a file that it cannot read
-        raise WeightsError(f"{file} is not a tokenizer that the tokenizers library reads ({error})") from error
     own.no_truncation()
     own.no_padding()
     settings = ("model_max_length", "clean_up_tokenization_spaces", "padding_side", "truncation_side", "chat_template")
@@ -99,9 +105,9 @@ def _check_files(place: pathlib.Path) -> None:
         content = read_json(place / name)
         for field in SPECIAL:
             token = content.get(field)
-            if not (token is None or isinstance(token, str) or _has_content(token)):
+            if not (token is None or _is_text(token) or _has_content(token)):
                 raise WeightsError(
-                    f"{place / name}: {field} is {token!r:.80}, not a text or an object with a text as its content"
+                    f"{place / name}: {field} is {token!a:.80}, not a text or an object with a text as its content"
                 )
         for field, kind in (("tokenizer_class", str), ("added_tokens_decoder", dict)):
             _check_type(place / name, content, field, (kind, type(None)))
@@ -123,7 +129,12 @@ def _check_files(place: pathlib.Path) -> None:
 
 
 def _has_content(token: object) -> bool:
-    return isinstance(token, dict) and isinstance(token.get("content"), str)
+    return isinstance(token, dict) and _is_text(token.get("content"))
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a text that UTF-8 can hold: half of an emoji, which JSON can state, is none."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _check_type(file: pathlib.Path, content: dict, field: str, kinds) -> None:

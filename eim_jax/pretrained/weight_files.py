@@ -21,7 +21,7 @@ from eim_jax.utils.console import console
 
 DTYPES = ("F32", "F16", "BF16")  # safetensors' names of what is read
 _CODES = r".*\.(qweight|qzeros|g_idx|weight_packed|absmax|quant_map)"  # what GPTQ, AWQ and others store beside
-_DEEP = 512  # layers from which on the files are asked before anything is made for each
+_DEEP = 128  # layers from which on the files are asked before anything is made for each
 _MANY = 2**28  # elements from which on no array is made to say a shape
 
 

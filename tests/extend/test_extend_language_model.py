@@ -99,7 +99,7 @@ PLAIN = Family(
     model_type="plain",
     title="plain decoder",
     build=Plain,
-    read=lambda theirs: PlainConfig(**our_fields(theirs, FIELDS)),
+    read=lambda theirs: PlainConfig(**our_fields(theirs, FIELDS, PlainConfig)),
     write=lambda config: {"model_type": "plain", **their_fields(config, FIELDS)},
     rows=lambda config: ROWS,
     published={"nobody/plain-2m": PlainConfig(width=64)},
