@@ -14,6 +14,7 @@ from eim_jax.data.datasets.coco_files import good_captions, karpathy_form, offic
 from eim_jax.data.image_checks import check_images
 from eim_jax.data.samples import FileImages, ImageSource, NoImages, Sample, Split
 from eim_jax.utils.console import console
+from eim_jax.utils.files import user_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +64,8 @@ def load_coco(
     hence also of the queues: of a repeated id the first item stays, an image without a good caption goes.
     """
     check_on_bad(on_bad)
-    path = pathlib.Path(annotations)
-    folder = None if images is None else pathlib.Path(images)
+    path = user_path(annotations)
+    folder = None if images is None else user_path(images)
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"no image folder {folder}")
     records, listed = read_annotations(path)
@@ -133,7 +134,7 @@ def _load(data: Data, own: CocoFields, name: str, cache: pathlib.Path) -> tuple[
 
 def _source_files(own: CocoFields) -> dict[str, pathlib.Path]:
     named = {"annotations": own.annotations, "eval_annotations": own.eval_annotations}
-    return {field: pathlib.Path(path) for field, path in named.items() if path}
+    return {field: user_path(path) for field, path in named.items() if path}
 
 
 def _prepared_split(own: CocoFields, name: str, index: Mapping[str, Any], images: ImageSource) -> Split:

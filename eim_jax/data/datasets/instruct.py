@@ -17,6 +17,7 @@ from eim_jax.data.datasets.instruct_sources import row_ids, shares, sources_of, 
 from eim_jax.data.image_checks import check_images
 from eim_jax.data.samples import FileImages, ImageSource, NoImages, Sample, Split
 from eim_jax.utils.console import console
+from eim_jax.utils.files import user_path
 
 # LLaVA names COCO's images as train2017 does; the same files of 2014 (LaVIN's) carry a prefix.
 _COCO_PREFIXES = ("", "COCO_train2014_", "COCO_val2014_")
@@ -97,7 +98,7 @@ def load_instruct(
         rows are left.
     """
     check_on_bad(on_bad)
-    folder = None if images is None else pathlib.Path(images)
+    folder = None if images is None else user_path(images)
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"no image folder {folder}")
 
@@ -231,7 +232,7 @@ def _first(own: InstructFields) -> str:
 
 def _source_files(own: InstructFields) -> dict[str, pathlib.Path]:
     paths = (source if isinstance(source, str) else source[0] for source in own.sources)
-    return {f"sources[{place}]": pathlib.Path(path) for place, path in enumerate(paths)}
+    return {f"sources[{place}]": user_path(path) for place, path in enumerate(paths)}
 
 
 def _prepared_settings(own: InstructFields) -> dict[str, Any]:
