@@ -64,6 +64,7 @@ def load_instruct(
     *,
     name: str = "train",
     multi_turn: bool = False,
+    outside_images: bool = False,
     on_bad: str = "error",
     threads: int = 4,
     cache: str | os.PathLike[str] | None = None,
@@ -107,7 +108,8 @@ def load_instruct(
     unread = len(bad)
 
     file_of = _files(placed, folder)
-    broken = _broken_images(placed, file_of, folder, threads, cache, bad)
+    options = {"threads": threads, "cache": cache, "outside_images": outside_images}
+    broken = _broken_images(placed, file_of, folder, options, bad)
     where = ", ".join(str(path) for path, _, _ in files)
     if bad and on_bad == "error":
         raise BadDataError(where, bad)
@@ -166,15 +168,14 @@ def _broken_images(
     placed: Sequence[_Placed],
     file_of: Mapping[str, str],
     folder: pathlib.Path | None,
-    threads: int,
-    cache: str | os.PathLike[str] | None,
+    options: Mapping[str, Any],
     bad: list[BadItem],
 ) -> set[str]:
     """Returns the files that cannot be used; each joins `bad` with the first row that asks for it."""
     if folder is None or not file_of:
         return set()
     names = list(dict.fromkeys(file_of.values()))
-    problems = check_images(FileImages(folder, names, names), threads, cache)
+    problems = check_images(FileImages(folder, names, names), **options)
     user: dict[str, _Placed] = {}
     for item in placed:
         if item.row.image is not None:
@@ -209,6 +210,7 @@ class InstructFields:
     sources: tuple = ()  # instruct: files, each alone or as (file, share of its rows)
     images: str = ""  # folder of the images
     multi_turn: bool = False  # instruct: a turn's instruction holds the turns before it
+    outside_images: bool = False  # whether a file's name may lead out of the folder of the images
     mme: str = ""  # instruct: the MME folder that is the test; "" = none
 
 
@@ -221,7 +223,9 @@ def _load(data: Data, own: InstructFields, name: str, cache: pathlib.Path) -> tu
         return questions.split, questions.report.bad
     if not own.sources:
         raise ConfigError("config.data.sources is empty: give files of Alpaca's or LLaVA's form, as a tuple")
-    loaded = load_instruct(own.sources, own.images or None, multi_turn=own.multi_turn, **common)
+    loaded = load_instruct(
+        own.sources, own.images or None, multi_turn=own.multi_turn, outside_images=own.outside_images, **common
+    )
     return loaded.split, loaded.report.bad
 
 
