@@ -19,6 +19,7 @@ from eim_jax.generation.visual_tokens import encode_images
 from eim_jax.models.vlm import VLM
 from eim_jax.training import partition
 from eim_jax.training.setup import Inputs
+from eim_jax.utils.files import user_path
 from eim_jax.utils.images import load_rgb
 
 Picture = str | os.PathLike[str] | Image.Image | np.ndarray
@@ -170,4 +171,4 @@ def _read(picture: Picture) -> Image.Image:
         if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
             raise ValueError(f"an array of {picture.dtype} {picture.shape}: give uint8 [height width 3]")
         return Image.fromarray(picture)
-    return load_rgb(Path(picture))
+    return load_rgb(user_path(picture))

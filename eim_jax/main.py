@@ -21,7 +21,7 @@ from eim_jax import config as settings
 from eim_jax.commands.help import MODES, fields, general, presets
 from eim_jax.parallel import processes, signals
 from eim_jax.utils.console import console, duration, shown
-from eim_jax.utils.files import Damaged, DiskFull, full_disk
+from eim_jax.utils.files import Damaged, DiskFull, full_disk, user_path
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes; plan and prepare need none.")
 _MODE = flags.DEFINE_enum("mode", "train", tuple(MODES), "What to do.")
@@ -74,14 +74,14 @@ def main(argv: list[str]) -> None:
         return
     if not _WORKDIR.value:
         raise app.UsageError("--workdir is missing: --workdir=runs/NAME keeps everything that the run writes")
-    workdir = Path(_WORKDIR.value)
+    workdir = user_path(_WORKDIR.value)
     config = _config(workdir, _MODE.value)
     processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value)
     if _MODE.value in ("chat", "inspect", "export") and jax.distributed.is_initialized() and jax.process_count() > 1:
         raise settings.ConfigError(f"--mode={_MODE.value} is for one process: run it on one host alone")
     if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR says otherwise
         # Compiled programs are kept: a resumed run starts in seconds.
-        cache = Path(config.data.cache) if config.data.cache else workdir / "cache"
+        cache = user_path(config.data.cache) if config.data.cache else workdir / "cache"
         jax.config.update("jax_compilation_cache_dir", str((cache / "xla").absolute()))
     # Imported only now: the settings above come before anything that touches a device.
     from eim_jax.commands import caption, chat, evaluate, exporting, inspection, train
@@ -102,14 +102,14 @@ def main(argv: list[str]) -> None:
     elif _MODE.value == "caption":
         if not _IMAGES.value:
             raise app.UsageError("--mode=caption needs --images=FILE_OR_FOLDER[,FILE_OR_FOLDER...]")
-        out = Path(_OUT.value) if _OUT.value else workdir / "captions.json"
+        out = user_path(_OUT.value) if _OUT.value else workdir / "captions.json"
         caption.caption(config, workdir, _arm(config), caption.places_of(_IMAGES.value), out)
     elif _MODE.value == "export":
         if not _OUT.value:
             raise app.UsageError("--mode=export needs --out=FOLDER")
-        exporting.export(config, workdir, _arm(config), Path(_OUT.value))
+        exporting.export(config, workdir, _arm(config), user_path(_OUT.value))
     elif _MODE.value == "chat":
-        chat.chat(config, workdir, _arm(config), Path(_IMAGE.value) if _IMAGE.value else None)
+        chat.chat(config, workdir, _arm(config), user_path(_IMAGE.value) if _IMAGE.value else None)
     else:
         inspection.inspect(config, workdir, _arm(config), _SAMPLES.value or 4)
 
@@ -128,7 +128,7 @@ def _plan() -> None:
         arms=(_arm(config),) if _ARM.value else (),
         stages=_STAGES.value,
         samples=_SAMPLES.value or 0,
-        out=Path(_OUT.value) if _OUT.value else None,
+        out=user_path(_OUT.value) if _OUT.value else None,
         table=_TABLE.value,
     )
 
@@ -139,7 +139,7 @@ def _prepare() -> None:
         raise app.UsageError("--mode=prepare needs --config=FILE, whose data is prepared, and --out=FOLDER")
     from eim_jax.commands import prepare
 
-    prepare.prepare(_asked(), Path(_OUT.value))
+    prepare.prepare(_asked(), user_path(_OUT.value))
 
 
 def _command() -> str:
@@ -207,7 +207,7 @@ def _define_config(argv: list[str]) -> None:
     from eim_jax.losses import table  # noqa: F401 a config names a weight for each loss of this table
 
     workdir = _given(argv, "workdir")
-    saved = settings.read_saved(Path(workdir)) if workdir and _given(argv, "config") is None else None
+    saved = settings.read_saved(user_path(workdir)) if workdir and _given(argv, "config") is None else None
     if saved is not None:
         from eim_jax.training import kinds
 
@@ -246,12 +246,16 @@ def _presets_as_files(argv: list[str]) -> list[str]:
         return argv
     name, colon, argument = given.partition(":")
     if Path(name).suffix or os.sep in name:
-        return argv
+        file = f"{user_path(name)}{colon}{argument}" if name.startswith("~") else given
+        return _with_config(argv, given, file)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"presets are {', '.join(known)}"
         sys.exit(f"error: --config={name} is no preset and no Python file; {hint}")
-    file = f"{known[name]}{colon}{argument}"
+    return _with_config(argv, given, f"{known[name]}{colon}{argument}")
+
+
+def _with_config(argv: list[str], given: str, file: str) -> list[str]:
     return [file if word == given else f"--config={file}" if word == f"--config={given}" else word for word in argv]
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 from test_coco import caption, photo, write
 
 from eim_jax.commands.caption import pictures_of, places_of
-from eim_jax.config import ConfigError
+from eim_jax.config import ConfigError, Data
 from eim_jax.data.bad_items import BadDataError
-from eim_jax.data.datasets.coco import load_coco
+from eim_jax.data.datasets.coco import COCO, load_coco
 from eim_jax.data.image_checks import file_problem
 from eim_jax.utils.images import clip_preprocess, load_rgb
 from eim_jax.utils.picture_files import FORMATS, UnknownPictureError, open_picture
@@ -150,6 +150,20 @@ def test_a_file_name_that_leaves_the_image_folder_is_a_bad_item(tmp_path, name):
         load_coco(file, tmp_path / "images")
     split, _ = load_coco(file, tmp_path / "images", on_bad="drop")
     assert split.images.ids == ["1"]
+    split, _ = load_coco(file, tmp_path / "images", outside_images=True)
+    assert split.images.ids == ["1", "2"] and split.images[1].size == (40, 30)
+
+
+def test_the_config_says_whether_names_may_lead_out_and_how_long_captions_may_be(tmp_path):
+    photo(tmp_path / "1.jpg")
+    (tmp_path / "images").mkdir()
+    file = write(tmp_path, [{"id": 1, "file_name": "../1.jpg"}], [caption(1, 1, "a" * 3000)])
+    fields = {"annotations": str(file), "images": str(tmp_path / "images"), "outside_images": True}
+    data = Data(kind="coco", max_caption_chars=3000, **fields)
+    assert len(COCO.load(data, COCO.settings(data), "train", tmp_path / "cache")[0]) == 1
+    data = Data(kind="coco", **fields)
+    with pytest.raises(BadDataError, match="3000 characters, more than 2000"):
+        COCO.load(data, COCO.settings(data), "train", tmp_path / "cache")
 
 
 @pytest.mark.parametrize(("written", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])

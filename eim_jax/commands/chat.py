@@ -15,6 +15,7 @@ from eim_jax.models.vlm import VLM
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.console import console
+from eim_jax.utils.files import user_path
 
 HELP = "/image FILE shows another image, /text none, /new forgets the conversation, /quit ends (or Ctrl-D)."
 
@@ -55,7 +56,7 @@ def converse(inputs: Inputs, vlm: VLM, params: Flat, image: Path | None) -> None
         if command in ("/image", "/text", "/new"):
             turns = []
             try:
-                wanted = Path(rest) if command == "/image" else None if command == "/text" else image
+                wanted = user_path(rest) if command == "/image" else None if command == "/text" else image
                 check(wanted)
                 image = wanted
                 console.print(f"{'image ' + str(image) if image else 'no image'}, a new conversation", markup=False)

@@ -10,6 +10,7 @@ from eim_jax.config import Data
 from eim_jax.config.conversion import build
 from eim_jax.data.bad_items import BadItem
 from eim_jax.data.samples import ImageSource, Sample, Split
+from eim_jax.utils.files import user_path
 
 Turns = Sequence[tuple[str, str]]  # (question, answer) pairs of a conversation
 
@@ -133,4 +134,4 @@ class DataSet:
 
 def exists(path: str | os.PathLike[str]) -> bool:
     """Returns whether a file that the config names is there; an empty name is none."""
-    return bool(path) and Path(path).exists()
+    return bool(path) and user_path(path).exists()

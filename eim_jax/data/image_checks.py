@@ -42,11 +42,13 @@ def file_problem(path: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def check_images(images: FileImages, threads: int = 4, cache: str | os.PathLike[str] | None = None) -> dict[int, str]:
+def check_images(
+    images: FileImages, threads: int = 4, cache: str | os.PathLike[str] | None = None, *, outside_images: bool = False
+) -> dict[int, str]:
     """Returns {row: problem} for the files that cannot be used; decodes each file once, in `threads` threads.
 
-    A name that no file can have, or that leads out of the folder, is such a problem too. Where several ids stand for
-    one file the log counts them: their texts are each other's negatives.
+    A name that no file can have, or that leads out of the folder (unless `outside_images`), is such a problem too.
+    Where several ids stand for one file the log counts them: their texts are each other's negatives.
 
     With a folder `cache`, good verdicts are kept by name, size and modification time: a second start only looks at the
     files' sizes, and an interrupted check goes on where it was.
@@ -57,8 +59,11 @@ def check_images(images: FileImages, threads: int = 4, cache: str | os.PathLike[
     for row, name in enumerate(images.names):
         if problem := name_problem(name):
             problems[row] = problem
-        elif outside(name):
-            problems[row] = f"leads out of the image folder {images.folder}: give a name within it, or a link there"
+        elif outside(name) and not outside_images:
+            problems[row] = (
+                f"leads out of the image folder {images.folder}: give a name within it, or a link "
+                "there; or set config.data.outside_images=True"
+            )
         elif not verdicts.known_good(name):
             unknown.append(row)
     _note_shared(images, problems)

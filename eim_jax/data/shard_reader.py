@@ -21,7 +21,7 @@ from eim_jax.config import ConfigError, Data
 from eim_jax.data.bad_items import BadDataError, BadItem
 from eim_jax.data.data_set import DataSet, Shards
 from eim_jax.data.samples import ImageSource, Split
-from eim_jax.utils.files import Damaged, read_json
+from eim_jax.utils.files import Damaged, read_json, user_path
 from eim_jax.utils.images import load_rgb
 
 VERSION = 1  # of the manifest and the index
@@ -70,7 +70,7 @@ def load(data: Data, kind: DataSet, name: str) -> Split:
       BadDataError: bad items were left out, and `data.on_bad` is "error".
       ValueError: the folder is damaged, or does not hold this split.
     """
-    folder, shards, own = Path(data.prepared), kind.shards, kind.settings(data)
+    folder, shards, own = user_path(data.prepared), kind.shards, kind.settings(data)
     manifest = read_manifest(folder)
     _same_data(kind, own, folder, manifest)
     if name not in manifest["splits"]:

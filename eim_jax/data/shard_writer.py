@@ -29,7 +29,7 @@ from eim_jax.data.shard_reader import (
 )
 from eim_jax.parallel.signals import doing
 from eim_jax.utils.console import console, progress
-from eim_jax.utils.files import Damaged, check_sums, flush, read_json, room_in, write_json, write_text
+from eim_jax.utils.files import Damaged, check_sums, flush, read_json, room_in, user_path, write_json, write_text
 
 SHARD_BYTES = 256 * 2**20  # about so much in a file: few files for a bucket, little to redo after an interruption
 _SPARE = 256 * 2**20  # bytes that stay free on the disk
@@ -82,7 +82,7 @@ def prepare(config: Config, folder: Path, shard_bytes: int = SHARD_BYTES) -> Non
     plans, manifest = {}, {"version": VERSION, "kind": kind.name, "settings": shards.settings(own), "splits": {}}
     manifest["sources"] = {what: digest(file) for what, file in shards.sources(own).items()}
     for name in shards.splits:
-        split, bad = load_files(data, name, Path(data.cache) if data.cache else folder / "cache")
+        split, bad = load_files(data, name, user_path(data.cache) if data.cache else folder / "cache")
         if split is None:
             raise ConfigError(f"config.data has no split {name!r} to prepare: {kind.unscored}")
         entry = {"fingerprint": split.fingerprint(), "samples": len(split), "images": len(split.images)}

@@ -3,8 +3,9 @@
 import codecs
 import json
 import os
-from pathlib import Path
 from typing import Any
+
+from eim_jax.utils.files import user_path
 
 # Longest first: UTF-32's mark begins with UTF-16's. Windows' own programs write all of these.
 _MARKS = (
@@ -38,7 +39,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
       ValueError: it is no text; it names the file and the byte.
       OSError: it cannot be read.
     """
-    content = Path(path).read_bytes()
+    content = user_path(path).read_bytes()
     try:
         return decode(content)
     except ValueError as error:

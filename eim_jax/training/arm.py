@@ -14,6 +14,7 @@ from eim_jax.parallel.sharding import parts_of
 from eim_jax.parallel.signals import Signals, doing
 from eim_jax.training import partition
 from eim_jax.training.checkpoint import StageCheckpoints
+from eim_jax.training.context import check_context
 from eim_jax.training.log import RunLog, StageInfo, Trained
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs, model, shapes, start
@@ -56,8 +57,9 @@ def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
 
 
 def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
-    """What an arm's stages will do, checked before any of them runs: patterns, steps, schedule, batch against devices.
+    """What an arm's stages will do, checked before any of them runs.
 
+    That is patterns, steps, schedule, batch against devices, samples against losses, texts against the LM's context.
     Allocates nothing.
 
     Raises:
@@ -65,7 +67,8 @@ def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
     """
     config = inputs.config
     arm = config.arm[name]
-    params = shapes(inputs, arm, model(inputs, arm))
+    vlm = model(inputs, arm)
+    params = shapes(inputs, arm, vlm)
     plan = []
     for stage_name in arm.sequence:
         stage, where = resolved(config.stages[stage_name], inputs), f"config.stages.{stage_name}"
@@ -78,6 +81,8 @@ def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
         if blind and not len(inputs.samples.images):
             raise ConfigError(f"{where}: no training sample has an image, so {blind[0]} has no rows")
         check_contrast(stage, len(inputs.samples), where)
+        if inputs.encoded is not None:  # a plan has no texts
+            check_context(vlm, stage, config.losses, params, inputs.encoded, inputs.samples, where)
         info = stage_info(inputs, stage, stage_name, params)
         try:
             partition.learning_rate(stage, info.steps)

@@ -34,6 +34,7 @@ from eim_jax.parallel.signals import doing
 from eim_jax.training import partition
 from eim_jax.training.partition import Flat
 from eim_jax.utils.console import console
+from eim_jax.utils.files import user_path
 from eim_jax.utils.images import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -67,7 +68,7 @@ class Inputs:
     @property
     def cache(self) -> Path:
         """Where features and validation verdicts are kept."""
-        return Path(self.config.data.cache) if self.config.data.cache else self.workdir / "cache"
+        return user_path(self.config.data.cache) if self.config.data.cache else self.workdir / "cache"
 
     @property
     def samples(self) -> Split:

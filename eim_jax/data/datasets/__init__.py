@@ -18,6 +18,7 @@ from eim_jax.data.datasets.miniature_chat import MINIATURE_CHAT
 from eim_jax.data.datasets.miniature_qa import MINIATURE_QA
 from eim_jax.data.datasets.scienceqa import SCIENCEQA
 from eim_jax.data.samples import Split
+from eim_jax.utils.files import user_path
 
 # One entry a kind. Your own: DATASETS["mine"] = DataSet(...), in a script or in the config file.
 DATASETS: dict[str, DataSet] = {
@@ -69,7 +70,7 @@ def load_split(config: Config, name: str, workdir: Path) -> Split | None:
     name = data.scored if name == "test" else name
     if data.prepared and kind.shards and name not in kind.shards.from_files:
         return shard_reader.load(data, kind, name)
-    return load_files(data, name, Path(data.cache) if data.cache else workdir / "cache")[0]
+    return load_files(data, name, user_path(data.cache) if data.cache else workdir / "cache")[0]
 
 
 def load_files(data: Data, name: str, cache: Path) -> tuple[Split | None, Sequence[BadItem]]:

@@ -14,6 +14,7 @@ from eim_jax.data.datasets.coco_files import good_captions, karpathy_form, offic
 from eim_jax.data.image_checks import check_images
 from eim_jax.data.samples import FileImages, ImageSource, NoImages, Sample, Split
 from eim_jax.utils.console import console
+from eim_jax.utils.files import user_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,7 @@ def load_coco(
     on_bad: str = "error",
     max_caption_chars: int = 2000,
     strip: bool = True,
+    outside_images: bool = False,
     threads: int = 4,
     cache: str | os.PathLike[str] | None = None,
 ) -> Loaded:
@@ -57,14 +59,15 @@ def load_coco(
     train = his train + restval, val, test, or None for all). Sample ids are the annotation (sentence) ids, or
     "<image id>#<k>" where there are none. White space around captions is removed unless `strip` is False (ClipCap keeps
     it). Every image is decoded once (image_checks.py; `cache` remembers the verdict); `images=None` loads text only.
+    A file_name stays inside the folder unless `outside_images` lets it lead out.
 
     Bad items are missing or unreadable images, images without a caption, empty or over-long captions, captions of an
     unlisted image, repeated ids. on_bad="error" raises BadDataError listing them; "drop" leaves them out of the split,
     hence also of the queues: of a repeated id the first item stays, an image without a good caption goes.
     """
     check_on_bad(on_bad)
-    path = pathlib.Path(annotations)
-    folder = None if images is None else pathlib.Path(images)
+    path = user_path(annotations)
+    folder = None if images is None else user_path(images)
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"no image folder {folder}")
     records, listed = read_annotations(path)
@@ -76,7 +79,7 @@ def load_coco(
     if folder is not None:
         named = {image_id: file for image_id, file in raw.images.items() if image_id not in broken}
         files = FileImages(folder, list(named), list(named.values()))
-        problems = check_images(files, threads, cache)
+        problems = check_images(files, threads, cache, outside_images=outside_images)
         raw.bad.extend(BadItem("image", files.ids[row], files.names[row], text) for row, text in problems.items())
         broken |= {files.ids[row] for row in problems}
     if raw.bad and on_bad == "error":
@@ -117,6 +120,8 @@ class CocoFields:
     images: str = ""  # folder of the images
     eval_annotations: str = ""  # for val and test; "" = the file above (COCO form: then scores are on training images)
     eval_images: str = ""  # "" = the folder above
+    max_caption_chars: int = 2000  # a longer caption is a bad item
+    outside_images: bool = False  # whether a file's name may lead out of the folder of the images
 
 
 def _load(data: Data, own: CocoFields, name: str, cache: pathlib.Path) -> tuple[Split, Sequence[BadItem]]:
@@ -127,13 +132,22 @@ def _load(data: Data, own: CocoFields, name: str, cache: pathlib.Path) -> tuple[
         raise ConfigError("config.data.annotations is empty: give the captions file")
     if not images:
         raise ConfigError("config.data.images is empty: give the folder of the captions' images")
-    loaded = load_coco(annotations, images, name, on_bad=data.on_bad, threads=data.threads, cache=cache)
+    loaded = load_coco(
+        annotations,
+        images,
+        name,
+        on_bad=data.on_bad,
+        max_caption_chars=own.max_caption_chars,
+        outside_images=own.outside_images,
+        threads=data.threads,
+        cache=cache,
+    )
     return loaded.split, loaded.report.bad
 
 
 def _source_files(own: CocoFields) -> dict[str, pathlib.Path]:
     named = {"annotations": own.annotations, "eval_annotations": own.eval_annotations}
-    return {field: pathlib.Path(path) for field, path in named.items() if path}
+    return {field: user_path(path) for field, path in named.items() if path}
 
 
 def _prepared_split(own: CocoFields, name: str, index: Mapping[str, Any], images: ImageSource) -> Split:

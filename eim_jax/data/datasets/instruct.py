@@ -17,6 +17,7 @@ from eim_jax.data.datasets.instruct_sources import row_ids, shares, sources_of, 
 from eim_jax.data.image_checks import check_images
 from eim_jax.data.samples import FileImages, ImageSource, NoImages, Sample, Split
 from eim_jax.utils.console import console
+from eim_jax.utils.files import user_path
 
 # LLaVA names COCO's images as train2017 does; the same files of 2014 (LaVIN's) carry a prefix.
 _COCO_PREFIXES = ("", "COCO_train2014_", "COCO_val2014_")
@@ -63,6 +64,7 @@ def load_instruct(
     *,
     name: str = "train",
     multi_turn: bool = False,
+    outside_images: bool = False,
     on_bad: str = "error",
     threads: int = 4,
     cache: str | os.PathLike[str] | None = None,
@@ -97,7 +99,7 @@ def load_instruct(
         rows are left.
     """
     check_on_bad(on_bad)
-    folder = None if images is None else pathlib.Path(images)
+    folder = None if images is None else user_path(images)
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"no image folder {folder}")
 
@@ -106,7 +108,8 @@ def load_instruct(
     unread = len(bad)
 
     file_of = _files(placed, folder)
-    broken = _broken_images(placed, file_of, folder, threads, cache, bad)
+    options = {"threads": threads, "cache": cache, "outside_images": outside_images}
+    broken = _broken_images(placed, file_of, folder, options, bad)
     where = ", ".join(str(path) for path, _, _ in files)
     if bad and on_bad == "error":
         raise BadDataError(where, bad)
@@ -165,15 +168,14 @@ def _broken_images(
     placed: Sequence[_Placed],
     file_of: Mapping[str, str],
     folder: pathlib.Path | None,
-    threads: int,
-    cache: str | os.PathLike[str] | None,
+    options: Mapping[str, Any],
     bad: list[BadItem],
 ) -> set[str]:
     """Returns the files that cannot be used; each joins `bad` with the first row that asks for it."""
     if folder is None or not file_of:
         return set()
     names = list(dict.fromkeys(file_of.values()))
-    problems = check_images(FileImages(folder, names, names), threads, cache)
+    problems = check_images(FileImages(folder, names, names), **options)
     user: dict[str, _Placed] = {}
     for item in placed:
         if item.row.image is not None:
@@ -208,6 +210,7 @@ class InstructFields:
     sources: tuple = ()  # instruct: files, each alone or as (file, share of its rows)
     images: str = ""  # folder of the images
     multi_turn: bool = False  # instruct: a turn's instruction holds the turns before it
+    outside_images: bool = False  # whether a file's name may lead out of the folder of the images
     mme: str = ""  # instruct: the MME folder that is the test; "" = none
 
 
@@ -220,7 +223,9 @@ def _load(data: Data, own: InstructFields, name: str, cache: pathlib.Path) -> tu
         return questions.split, questions.report.bad
     if not own.sources:
         raise ConfigError("config.data.sources is empty: give files of Alpaca's or LLaVA's form, as a tuple")
-    loaded = load_instruct(own.sources, own.images or None, multi_turn=own.multi_turn, **common)
+    loaded = load_instruct(
+        own.sources, own.images or None, multi_turn=own.multi_turn, outside_images=own.outside_images, **common
+    )
     return loaded.split, loaded.report.bad
 
 
@@ -231,7 +236,7 @@ def _first(own: InstructFields) -> str:
 
 def _source_files(own: InstructFields) -> dict[str, pathlib.Path]:
     paths = (source if isinstance(source, str) else source[0] for source in own.sources)
-    return {f"sources[{place}]": pathlib.Path(path) for place, path in enumerate(paths)}
+    return {f"sources[{place}]": user_path(path) for place, path in enumerate(paths)}
 
 
 def _prepared_settings(own: InstructFields) -> dict[str, Any]:

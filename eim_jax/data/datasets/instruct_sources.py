@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from eim_jax.data.text_files import identifier
+from eim_jax.utils.files import user_path
 
 
 def shares(sources: Sequence[Any] | str | os.PathLike[str]) -> list[list[Any]]:
@@ -26,7 +27,7 @@ def sources_of(sources: Sequence[Any] | str | os.PathLike[str]) -> list[tuple[pa
             raise ValueError(f"source {path}: its share is {share}, but must be above 0 and at most 1")
         stem = pathlib.Path(path).stem
         seen[stem] += 1
-        listed.append((pathlib.Path(path), share, stem if seen[stem] == 1 else f"{stem}#{seen[stem]}"))
+        listed.append((user_path(path), share, stem if seen[stem] == 1 else f"{stem}#{seen[stem]}"))
     if not listed:
         raise ValueError("no sources: give at least one instruction file")
     return listed

@@ -14,6 +14,7 @@ from eim_jax.data.image_checks import check_images
 from eim_jax.data.samples import FileImages, ImageSource, Sample, Split
 from eim_jax.data.text_files import decode
 from eim_jax.utils.console import console
+from eim_jax.utils.files import user_path
 
 # Subtask: images in the release; each has two questions, 2,374 in all.
 PERCEPTION = {
@@ -123,7 +124,7 @@ def load_mme(
       ValueError: a folder is no subtask (but eval_tool).
     """
     check_on_bad(on_bad)
-    root = pathlib.Path(root)
+    root = user_path(root)
     questions: list[Question] = []
     files: dict[str, str] = {}
     bad: list[BadItem] = []

@@ -15,6 +15,7 @@ from eim_jax.data.datasets.scienceqa_prompt import Problem, parse_form, prompt
 from eim_jax.data.image_checks import check_images
 from eim_jax.data.samples import FileImages, ImageSource, Sample, Split
 from eim_jax.utils.console import console
+from eim_jax.utils.files import user_path
 
 _ROLES = ("train", "val", "test")  # what the three entries of config.data.splits are for
 
@@ -104,7 +105,7 @@ def load_scienceqa(
     """
     check_on_bad(on_bad)
     parse_form(form)
-    root = pathlib.Path(root)
+    root = user_path(root)
     captions = read_captions(root / CAPTIONS, use_caption)
     problems, bad, listed = read_split(root, split, captions or {})
 
@@ -169,7 +170,7 @@ def _load(data: Data, own: ScienceQAFields, name: str, cache: pathlib.Path) -> t
 
 
 def _source_files(own: ScienceQAFields) -> dict[str, pathlib.Path]:
-    found = {name: pathlib.Path(own.folder) / name for name in FILES} if own.folder else {}
+    found = {name: user_path(own.folder) / name for name in FILES} if own.folder else {}
     return {name: path for name, path in found.items() if path.exists()}
 
 
@@ -189,7 +190,7 @@ SCIENCEQA = DataSet(
     ScienceQAFields,
     _load,
     published=Published(12726, 6218, "ScienceQA's training questions"),
-    at_hand=lambda own: exists(own.folder and pathlib.Path(own.folder) / PROBLEMS),
+    at_hand=lambda own: exists(own.folder and user_path(own.folder) / PROBLEMS),
     prompt=single_turn,
     shards=Shards(
         folder="scienceqa",

@@ -9,6 +9,7 @@ from typing import Any
 from eim_jax.data.bad_items import BadDataError, BadItem, text_problem
 from eim_jax.data.datasets.scienceqa_prompt import Problem, fault
 from eim_jax.data.text_files import identifier, parse_json, read_text
+from eim_jax.utils.files import user_path
 
 PROBLEMS, SPLITS, CAPTIONS = "problems.json", "pid_splits.json", "captions.json"
 FILES = (PROBLEMS, SPLITS, CAPTIONS)
@@ -17,7 +18,7 @@ _HOME = ("train", "val", "test")  # the splits that name image folders; trainval
 
 def read_problems(root: str | os.PathLike[str], split: str) -> dict[str, Problem]:
     """Returns {id: problem} of a split without looking at images or captions; errors as load_scienceqa."""
-    problems, bad, _ = read_split(pathlib.Path(root), split, {})
+    problems, bad, _ = read_split(user_path(root), split, {})
     if bad:
         raise BadDataError(f"{root}, split {split!r}", bad)
     return {problem.id: problem for problem in problems}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from eim_jax.data.datasets.mme import COGNITION, PERCEPTION, TASKS, YesNoSplit
 from eim_jax.data.text_files import read_text
+from eim_jax.utils.files import user_path
 
 # One space for each character, so that a response reads the same from the file as before it was written.
 _ONE_LINE = str.maketrans("\t\n\r", "   ")
@@ -82,7 +83,7 @@ def read(folder: str | os.PathLike[str]) -> dict[str, list[Result]]:
       ValueError: no result file, a .txt that is no subtask's, or a malformed line, by file and line number: other than
         four fields, an answer other than Yes or No, two lines that are not about one image, an image met again.
     """
-    folder = pathlib.Path(folder)
+    folder = user_path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no result folder {folder}")
     found = sorted(file.name for file in folder.glob("*.txt"))

@@ -1,0 +1,58 @@
+"""Claims about the language model's context: the longest row with what stands before it, checked on shapes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from eim_jax.config import ConfigError, Losses, LossWeights, Stage
+from eim_jax.data.samples import DrawnImages, Sample, Split
+from eim_jax.data.tokenize import Encoded
+from eim_jax.training import partition
+from eim_jax.training.context import check_context, tokens_before
+
+CONTEXT, VISUAL = 32, 5  # of tiny.model
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    vlm, params = tiny.model(bos=1)
+    return vlm, {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in params.items()}
+
+
+def encoded(longest):
+    valid = np.arange(longest)[None] < np.array([[2], [longest]])
+    return Encoded(np.ones((2, longest), np.int32), valid, valid)
+
+
+def check(shapes, longest, **losses):
+    samples = tuple(Sample(name, 0, "", "a") for name in ("short", "long"))
+    split = Split("train", samples, DrawnImages(["i"], lambda row: Image.new("RGB", (8, 8)), ["i"]))
+    vlm, params = shapes
+    check_context(vlm, Stage(losses=LossWeights(losses)), Losses(), params, encoded(longest), split, "config.stages.a")
+
+
+def test_what_stands_before_a_text_is_counted_as_the_model_lays_it_out(shapes):
+    vlm, params = shapes
+    assert tokens_before(vlm, params, with_image=True) == VISUAL + 1  # and BOS
+    assert tokens_before(vlm, params, with_image=False) == 1
+    whole = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
+    visual = jnp.zeros((1, VISUAL, tiny.WIDTH))
+    tokens = jnp.ones((1, 3), jnp.int32)
+    read = vlm.lm_input(partition.unflatten(whole), tokens, jnp.ones((1, 3), bool), visual=visual)
+    assert read.embeds.shape[1] == VISUAL + 1 + 3
+
+
+def test_the_longest_row_that_fits_is_taken_and_one_more_token_is_refused(shapes):
+    check(shapes, CONTEXT - VISUAL - 1, base=1)
+    with pytest.raises(ConfigError, match=r"that of sample 'long', is 27 tokens, and 6 stand .* at most 26"):
+        check(shapes, CONTEXT - VISUAL, base=1)
+
+
+def test_a_stage_of_texts_alone_has_the_visual_tokens_room_and_one_without_the_lm_any(shapes):
+    check(shapes, CONTEXT - 1, lm=1)
+    with pytest.raises(ConfigError, match="at most 31"):
+        check(shapes, CONTEXT, lm=1)
+    check(shapes, 10 * CONTEXT, st=1)
