@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from eim_jax.config import ConfigError, Stage
+from eim_jax.config.checks import warmup_problem
 from eim_jax.data import loader
 from eim_jax.losses.table import losses_of, weights
 from eim_jax.models.vlm import VLM
@@ -78,10 +79,9 @@ def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
         if blind and not len(inputs.samples.images):
             raise ConfigError(f"{where}: no training sample has an image, so {blind[0]} has no rows")
         info = stage_info(inputs, stage, stage_name, params)
-        try:
-            partition.learning_rate(stage, info.steps)
-        except ValueError as error:
-            raise ConfigError(f"{where}: {error}") from error
+        per_epoch = loader.steps_per_epoch(inputs.samples, stage.batch)
+        if problem := warmup_problem(config.stages[stage_name], per_epoch):
+            raise ConfigError(f"{where}.{problem}")
         plan.append(info)
     return plan
 
