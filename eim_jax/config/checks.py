@@ -27,6 +27,7 @@ _RANGES = {
     "decode.temperature": (1e-6, 1e6),
     "decode.batch": (1, 1 << 20),
     "checkpoint.every_steps": (1, 1 << 40),
+    "checkpoint.every_minutes": (0.0, 1e6),
     "log_every": (1, 1 << 40),
     "arm.*.st_tokens": (1, 1 << 20),
     "arm.*.st_hidden": (1, 1 << 24),
