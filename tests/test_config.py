@@ -8,7 +8,7 @@ import pytest
 
 from eim_jax import config as settings
 from eim_jax import main
-from eim_jax.config import Arm, Config, ConfigError, LossWeights, Stage
+from eim_jax.config import Arm, Config, ConfigError, LossWeights, Stage, checks
 from eim_jax.training import kinds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +64,26 @@ def test_the_papers_coco_settings():
         ("stages.s.train", ("st/(",), "is no regular expression"),
         ("stages.s.accumulate", 3, "accumulate=3 does not divide config.stages.s.batch=40"),
         ("stages.s.losses.st", 0.0, "every weight is 0"),
+        ("stages.s.warmup_epochs", 10.0, r"config.stages.s.warmup_epochs=10 \(which overrides warmup_steps=0\) leaves"),
+        ("stages.s.b1", 1.0, "config.stages.s.b1: 1.0 is not in 0.0 .."),
+        ("stages.s.b2", -0.1, "config.stages.s.b2: -0.1 is not in 0.0 .."),
+        ("stages.s.eps", 0.0, "config.stages.s.eps: 0.0 is not in 1e-30 .."),
+        ("stages.s.eps", float("nan"), "config.stages.s.eps: nan is no finite number"),
+        ("stages.s.lr", float("inf"), "config.stages.s.lr: inf is no finite number"),
+        ("stages.s.losses.st", float("nan"), "config.stages.s.losses.st: nan is no finite number"),
+        ("stages.s.steps", -1, "config.stages.s.steps: -1 is not in 0 .."),
+        ("stages.s.lr", 10**400, "config.stages.s.lr: a number of 401 digits is no float"),
+        (
+            "stages.s.train",
+            (("st/.*", float("inf")),),
+            r"config.stages.s.train: train entry \('st/.\*', inf\) is neither",
+        ),
+        ("stages.s.train", ("st/(",), r"config.stages.s.train: train pattern 'st/\(' is no regular expression"),
+        ("arm.a.st_hidden", 0, "config.arm.a.st_hidden: 0 is not in 1 .."),
+        ("arm.a.st_heads", 0, "config.arm.a.st_heads: 0 is not in 1 .."),
+        ("arm.a.prompt_hidden", -1, "config.arm.a.prompt_hidden: -1 is not in 0 .."),
+        ("mesh", ("a", 1, 1), r"config.mesh: \('a', 1, 1\) is not \(data, fsdp, tensor\)"),
+        ("mesh", (1, 1.5, 1), r"config.mesh: \(1, 1.5, 1\) is not"),
         ("data.buckets", 0, "config.data.buckets: 0 is not in 1 .. 64"),
         ("data.length_window", 0, "config.data.length_window: 0 is not in 1 .."),
         ("profile", "15:10", "config.profile: '15:10' is not first:end of some steps, such as '10:15'"),
@@ -84,6 +104,35 @@ def test_a_wrong_value_is_an_error_naming_the_field(field, value, message):
     place[name] = value
     with pytest.raises(ConfigError, match=message):
         checked(values)
+
+
+@pytest.mark.parametrize(
+    ("fields", "per_epoch", "problem"),
+    [
+        (
+            {"steps": 5, "warmup_steps": 5},
+            None,
+            "warmup_steps=5 leaves nothing of the stage's steps=5 (which overrides",
+        ),
+        ({"steps": 6, "warmup_steps": 5}, None, None),
+        ({"epochs": 2, "warmup_epochs": 2.0}, None, "warmup_epochs=2 (which overrides warmup_steps=5000) leaves"),
+        ({"epochs": 2, "warmup_steps": 20}, None, None),  # not to be known before the data are read
+        (
+            {"epochs": 2, "warmup_steps": 20},
+            10,
+            "warmup_steps=20 is 20 steps, which leaves nothing of the stage's epochs=2",
+        ),
+        (
+            {"steps": 9, "warmup_epochs": 1.0},
+            10,
+            "warmup_epochs=1 (which overrides warmup_steps=5000) is 10 steps, which",
+        ),
+        ({"epochs": 2, "warmup_steps": 19}, 10, None),
+    ],
+)
+def test_a_warmup_that_leaves_nothing_names_the_fields_that_decided(fields, per_epoch, problem):
+    found = checks.warmup_problem(Stage(**fields), per_epoch)
+    assert (found is None) if problem is None else found.startswith(problem)
 
 
 def test_only_fields_that_decide_the_parameters_make_another_run():

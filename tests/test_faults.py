@@ -64,11 +64,12 @@ def result(folder):
 
 
 @pytest.mark.parametrize("write", [text, rows, queue, export, checkpoint, result])
-def test_a_full_disk_names_the_folder_and_the_next_attempt_succeeds(tmp_path, write):
+def test_a_full_disk_names_the_folder_and_the_next_attempt_succeeds(tmp_path, write, caplog):
     with full(), pytest.raises(DiskFull, match=rf"{tmp_path}.* cannot be written: .*Make room there; then the same"):
         write(tmp_path)
     left = [file.name for file in tmp_path.rglob("*") if file.is_file() and file.stat().st_size > 20_000]
     assert not left
+    assert not [record for record in caplog.records if record.name == "absl" and record.levelname == "ERROR"]
     write(tmp_path)
 
 

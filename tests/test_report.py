@@ -327,6 +327,21 @@ def test_an_interrupted_run_says_so_and_where(tmp_path):
     assert "No comparison yet" in found.words
 
 
+def test_scores_by_other_settings_stand_beside_the_arms_own(tmp_path):
+    _, references = make_run(tmp_path)
+    before = page(tmp_path, references)
+    own = json.loads((tmp_path / "eim" / "scores_test.json").read_text())
+    other = {"beam": own["beam"] | {"CIDEr": 9.87, "notes": {"decoding": "7 beams"}}}
+    folder = tmp_path / "eim" / "evals" / "beam-0123abcd"
+    folder.mkdir(parents=True)
+    (folder / "scores_test.json").write_text(json.dumps(other))
+    found = page(tmp_path, references)
+    assert "beam search by other settings (evals/beam-0123abcd)" in found.words and "7 beams" in found.words
+    assert "987.0" in found.words and "987.0" not in before.words
+    verdict = before.words.split("Scores on the test split")[1][:200]
+    assert verdict in found.words  # the arms are compared by their own
+
+
 def test_a_run_that_only_began_still_has_a_page(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"command": "x", "config": {"arms": ["eim"]}}))
     assert "eim: not started" in page(tmp_path, {}).words

@@ -114,8 +114,17 @@ def test_runs_killed_in_every_stage_and_in_mid_save_end_bit_identical(tmp_path):
     refused = start(broken, "--config.stages.ie.lr=0.5")
     assert refused.wait() != 0
     assert "stages.ie.lr: 0.001 in the workdir, 0.5 asked for" in refused.said().replace("\n", " ")
+    own = (broken / "eim" / "scores_test.json").read_bytes()
     flags = [f"--workdir={broken}", "--mode=eval", "--config.decode.max_tokens=4"]
     _, output = mains.run(flags, tmp_path / "again.txt")
     assert "captions by greedy" in output, output[-2000:]
-    scores = json.loads((broken / "eim" / "scores_test.json").read_text())
+    # The run's own results stay as they were; the others stand beside them, on the page too.
+    assert (broken / "eim" / "scores_test.json").read_bytes() == own
+    (other,) = (broken / "eim" / "evals").iterdir()
+    scores = json.loads((other / "scores_test.json").read_text())
     assert "at most 4 tokens" in scores["greedy"]["notes"]["decoding"]
+    page = (broken / "report.html").read_text()
+    assert "at most 6 tokens" in page and "at most 4 tokens" in page and f"evals/{other.name}" in page
+    mains.run([f"--workdir={broken}", "--mode=eval"], tmp_path / "same.txt")  # by the same settings: the same files
+    assert (broken / "eim" / "scores_test.json").read_bytes() == own
+    assert [other] == list((broken / "eim" / "evals").iterdir())

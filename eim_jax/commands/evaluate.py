@@ -10,10 +10,13 @@ from eim_jax.evaluation import scoring
 from eim_jax.parallel import processes
 from eim_jax.parallel.lock import locked
 from eim_jax.parallel.signals import doing
+from eim_jax.utils.console import console
 
 
 def evaluate(config: Config, workdir: Path) -> None:
     """Scores the trained arms again, with the decoding settings given now, and renews the report.
+
+    Scores of other settings are never written over: these stand in ARM/evals/NAME, on the page in rows of their own.
 
     Args:
       config: the run's.
@@ -37,5 +40,9 @@ def _evaluate(config: Config, workdir: Path) -> None:
     table = {}
     for arm in config.arms:
         vlm, params = trained(inputs, arm)
-        table[arm] = scoring.evaluate(inputs, vlm, params, test, workdir / arm)
+        doing(f"scoring arm {arm}")
+        folder = scoring.place(inputs, workdir / arm, test)
+        if folder != workdir / arm:
+            console.print(f"{arm} was scored by other settings, which stay: writing to {folder}", soft_wrap=True)
+        table[arm] = scoring.evaluate(inputs, vlm, params, test, folder)
     report_scores(workdir, test, config.data.eval_limit, table)

@@ -66,6 +66,7 @@ def _train(config: Config, workdir: Path, record: dict) -> None:
         scores = scoring.read_scores(inputs, workdir / arm, test)
         if processes.agreed(scores is None):
             news = True
+            doing(f"scoring arm {arm}")
             scores = scoring.evaluate(inputs, vlm, params, test, workdir / arm)
         table[arm] = scores
     if news or test is None:

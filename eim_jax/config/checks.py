@@ -1,5 +1,6 @@
 """What a config may hold: ranges, choices, and the fields that must agree with each other."""
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +27,28 @@ _RANGES = {
     "decode.temperature": (1e-6, 1e6),
     "decode.batch": (1, 1 << 20),
     "checkpoint.every_steps": (1, 1 << 40),
+    "checkpoint.every_minutes": (0.0, 1e6),
     "log_every": (1, 1 << 40),
+    "arm.*.st_tokens": (1, 1 << 20),
+    "arm.*.st_hidden": (1, 1 << 24),
+    "arm.*.st_layers": (1, 1 << 12),
+    "arm.*.st_heads": (1, 1 << 12),
     "arm.*.prompts": (0, 1 << 20),
+    "arm.*.prompt_hidden": (0, 1 << 24),
     "arm.*.adapter_rank": (1, 1 << 20),
     "arm.*.adapter_layers": (1, 1 << 20),
     "arm.*.adapter_temperature": (1e-6, 1e6),
     "arm.*.adapter_dropout": (0.0, 0.99),
+    "stages.*.epochs": (0, 1 << 40),
+    "stages.*.steps": (0, 1 << 40),
     "stages.*.batch": (1, 1 << 30),
+    "stages.*.accumulate": (1, 1 << 30),
     "stages.*.lr": (0.0, 1e30),
     "stages.*.warmup_steps": (0, 1 << 40),
     "stages.*.warmup_epochs": (0.0, 1e6),
+    "stages.*.b1": (0.0, 0.9999999999),
+    "stages.*.b2": (0.0, 0.9999999999),
+    "stages.*.eps": (1e-30, 1.0),
     "stages.*.clip_norm": (0.0, 1e30),
     "stages.*.weight_decay": (0.0, 1e30),
 }
@@ -60,6 +73,9 @@ _CHOICES = {
 
 def check(config: "Config", flat: dict[str, Any]) -> None:
     """Raises ConfigError for the first field, of `flat` = {"data.max_tokens": 40, ...}, that cannot be meant."""
+    for name, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"config.{name}: {value} is no finite number")
     for pattern, allowed in _CHOICES.items():
         head, _, tail = pattern.partition(".*.")
         for name, value in flat.items():
@@ -75,7 +91,13 @@ def check(config: "Config", flat: dict[str, Any]) -> None:
     steps = re.fullmatch(r"(\d+):(\d+)", config.profile or "0:1")
     if not steps or int(steps[1]) >= int(steps[2]):
         raise ConfigError(f"config.profile: {config.profile!r} is not first:end of some steps, such as '10:15'")
-    if len(config.mesh) != 3 or list(config.mesh).count(-1) > 1 or any(n == 0 or n < -1 for n in config.mesh):
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in config.mesh)
+    if (
+        len(config.mesh) != 3
+        or not whole
+        or list(config.mesh).count(-1) > 1
+        or any(n == 0 or n < -1 for n in config.mesh)
+    ):
         raise ConfigError(f"config.mesh: {config.mesh} is not (data, fsdp, tensor) with at most one -1")
     if not config.arms or not config.decode.methods:
         raise ConfigError("config.arms and config.decode.methods need at least one entry")
@@ -121,12 +143,15 @@ def patterns(stage: "Stage") -> list[tuple[str, float]]:
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1e30
 
 
 def _check_stage(name: str, stage: "Stage"):
     where = f"config.stages.{name}"
-    patterns(stage)
+    try:
+        patterns(stage)
+    except ConfigError as error:
+        raise ConfigError(f"{where}.train: {error}") from error
     weights = stage.losses.values()
     if not any(weights):
         raise ConfigError(f"{where}.losses: every weight is 0; a stage needs at least one loss")
@@ -138,3 +163,28 @@ def _check_stage(name: str, stage: "Stage"):
         raise ConfigError(f"{where}.accumulate={stage.accumulate} does not divide {where}.batch={stage.batch}")
     if stage.steps <= 0 and stage.epochs <= 0:
         raise ConfigError(f"{where}: epochs or steps must be positive")
+    if problem := warmup_problem(stage):
+        raise ConfigError(f"{where}.{problem}")
+
+
+def warmup_problem(stage: "Stage", per_epoch: int | None = None) -> str | None:
+    """Says of a warm-up that leaves nothing of its stage which fields decided both lengths; else None.
+
+    Args:
+      stage: as configured.
+      per_epoch: steps in an epoch; None before the data are read, where lengths in one unit alone can be compared.
+    """
+    if stage.warmup_epochs:
+        warmup = f"warmup_epochs={stage.warmup_epochs:g} (which overrides warmup_steps={stage.warmup_steps})"
+    else:
+        warmup = f"warmup_steps={stage.warmup_steps}"
+    length = f"steps={stage.steps} (which overrides epochs={stage.epochs})" if stage.steps else f"epochs={stage.epochs}"
+    if per_epoch is not None:
+        begun = round(stage.warmup_epochs * per_epoch) if stage.warmup_epochs else stage.warmup_steps
+        total = stage.steps or stage.epochs * per_epoch
+        warmup, length = f"{warmup} is {begun} steps, which", f"{length}, {total} steps"
+    elif bool(stage.warmup_epochs) != bool(stage.steps):
+        begun, total = (stage.warmup_steps, stage.steps) if stage.steps else (stage.warmup_epochs, stage.epochs)
+    else:
+        return None
+    return f"{warmup} leaves nothing of the stage's {length}: lower it" if begun >= total else None

@@ -160,7 +160,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if plain in (tuple, Any) and isinstance(value, (list, tuple)):
         return tuple(tuple(v) if isinstance(v, list) else v for v in value)
     if plain is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise ConfigError(f"{where}: a number of {len(str(value))} digits is no float") from error
     if plain is Any:
         return value
     kinds: Any = typing.get_args(hint) if plain in (typing.Union, types.UnionType) else (plain,)

@@ -153,6 +153,9 @@ class Checkpoint:
     """When the training state is saved; a finished stage always is. The newest one is kept."""
 
     every_steps: int = 1000
+    every_minutes: float = (
+        10.0  # also so long after the one before; 0: never by time (several processes: by steps alone)
+    )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Scores of a trained arm on its test split, by the task that the split names."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,11 @@ from eim_jax.evaluation.tasks.task import measured
 from eim_jax.generation.batched_inference import generate_text
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel.processes import barrier, is_first
-from eim_jax.parallel.signals import doing
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.files import read_json, write_json, write_text
+
+EVALS = "evals"  # in an arm's folder: a folder for each other settings that --mode=eval scored it by
 
 
 def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Path) -> dict[str, dict]:
@@ -27,12 +29,11 @@ def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Pa
       vlm: the arm's model.
       params: its parameters.
       split: the test split.
-      directory: the arm's.
+      directory: to write to; see `place`.
 
     Returns:
       {method: scores}; with several processes only the first has the scores of the texts.
     """
-    doing(f"scoring arm {directory.name}")
     task = task_of(split)
     asked = task.ask(split, inputs.config.data.eval_limit)
     predicted = task.predict(inputs, vlm, params, asked)
@@ -92,9 +93,30 @@ def read_scores(inputs: Inputs, directory: Path, test: Split) -> dict[str, dict]
     if not path.exists() or not (directory / "predictions_test.json").exists():
         return None
     scores = read_json(path, values=dict)
-    wanted = {method: settings_of(inputs, method, test) for method in inputs.config.decode.methods}
-    found = {method: _decoding(found) for method, found in scores.items()}
-    return scores if list(wanted.items()) == list(found.items()) else None
+    return scores if _wanted(inputs, test) == _found(scores) else None
+
+
+def place(inputs: Inputs, directory: Path, test: Split) -> Path:
+    """Returns where an arm's scores with these settings belong: the arm's folder, or one beside what it was scored by.
+
+    Args:
+      inputs: the run's.
+      directory: the arm's.
+      test: the test split.
+    """
+    path, wanted = directory / "scores_test.json", _wanted(inputs, test)
+    if not path.exists() or _found(read_json(path, values=dict)) == wanted:
+        return directory
+    digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:8]
+    return directory / EVALS / "-".join([*inputs.config.decode.methods, digest])
+
+
+def _wanted(inputs: Inputs, test: Split) -> list[tuple[str, str | None]]:
+    return [(method, settings_of(inputs, method, test)) for method in inputs.config.decode.methods]
+
+
+def _found(scores: Mapping[str, Any]) -> list[tuple[str, str | None]]:
+    return [(method, _decoding(found)) for method, found in scores.items()]
 
 
 def _decoding(scores: Mapping[str, Any]) -> str | None:

@@ -1,8 +1,9 @@
 """What an arm's folder holds, as the page reads it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from eim_jax.evaluation.scoring import EVALS
 from eim_jax.evaluation.tasks.task import Predictions, Task
 from eim_jax.training.log import read_metrics
 from eim_jax.utils.files import read_json
@@ -17,10 +18,11 @@ class Arm:
     metrics: list[dict]
     scores: dict[str, dict]
     predictions: Predictions | None
+    evals: dict[str, dict[str, dict]] = field(default_factory=dict)  # by other settings: {name: {method: scores}}
 
 
 def read_arm(task: Task, directory: Path) -> Arm:
-    """Reads run.json, metrics.jsonl, scores_test.json and predictions_test.json of an arm, each if it is there."""
+    """Reads run.json, metrics.jsonl, all scores_test.json and predictions_test.json of an arm, each if it is there."""
     run, scores, path = (directory / f"{name}.json" for name in ("run", "scores_test", "predictions_test"))
     return Arm(
         name=directory.name,
@@ -28,4 +30,8 @@ def read_arm(task: Task, directory: Path) -> Arm:
         metrics=read_metrics(directory / "metrics.jsonl"),
         scores=read_json(scores, values=dict) if scores.exists() else {},
         predictions=task.read_predictions(path, read_json(path, form=(dict, list))) if path.exists() else None,
+        evals={
+            file.parent.name: read_json(file, values=dict)
+            for file in sorted(directory.glob(f"{EVALS}/*/{scores.name}"))
+        },
     )

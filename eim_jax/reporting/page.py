@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from eim_jax.evaluation.scoring import EVALS
 from eim_jax.evaluation.tasks.task import Item, Task
 from eim_jax.losses.table import LOSSES, symbol_of, title_of
 from eim_jax.reporting.arm_files import Arm, read_arm
@@ -17,7 +18,7 @@ from eim_jax.reporting.charts import Line, panel
 from eim_jax.reporting.environment import environment
 from eim_jax.reporting.gallery import gallery
 from eim_jax.reporting.questions import questions
-from eim_jax.reporting.scores import BASELINE, table, verdict
+from eim_jax.reporting.scores import BASELINE, METHODS, table, verdict
 from eim_jax.utils.files import read_json, write_text
 
 DIAGNOSTICS = {  # key in metrics.jsonl -> title, unit, logarithmic axis, axis fixed to 0...1
@@ -74,7 +75,7 @@ def write_report(
             finished=bool(run.get("finished") or run.get("seconds")),
             verdicts=verdict(scores),
             has_baseline=compared,
-            scores=table(scores),
+            scores=table({arm.name: {**arm.scores, **_named(arm)} for arm in arms}),
             together=together(arms),
             queues=_queues(arms),
             categories=by_category(scores),
@@ -97,6 +98,15 @@ def _summary(task: Task, arms: Sequence[Arm]) -> str:
         parts.append(f"{arm.name}: {count} ({' → '.join(names)})" if names else f"{arm.name}: no finished stage")
     number = max((len(arm.predictions.outputs) for arm in arms if arm.predictions), default=0)
     return "; ".join(parts) + "." + (f" {task.told.format(number)}" if number else "")
+
+
+def _named(arm: Arm) -> dict[str, dict]:
+    """The scores by other settings than the arm's own, each under a name that the table shows."""
+    return {
+        f"{METHODS.get(method, method)} by other settings ({EVALS}/{name})": found
+        for name, scores in arm.evals.items()
+        for method, found in scores.items()
+    }
 
 
 def _noise(run: Mapping) -> str:

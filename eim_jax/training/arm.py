@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from eim_jax.config import ConfigError, Stage
+from eim_jax.config.checks import warmup_problem
 from eim_jax.data import loader
 from eim_jax.losses.table import losses_of, weights
 from eim_jax.models.vlm import VLM
@@ -15,7 +16,7 @@ from eim_jax.parallel.signals import Signals, doing
 from eim_jax.training import partition
 from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.training.context import check_context
-from eim_jax.training.log import RunLog, StageInfo, Trained
+from eim_jax.training.log import RunLog, StageInfo, Trained, read_metrics
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs, model, shapes, start
 from eim_jax.training.stage import run_stage
@@ -36,6 +37,8 @@ def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
     checkpoints = [directory / "checkpoints" / f"{i}-{s}" for i, s in enumerate(arm.sequence)]
     summaries = []
     resume = _resume_point(checkpoints)
+    if lost := _lost(directory / "metrics.jsonl", resume):
+        console.print(f"{name} {lost}", soft_wrap=True)
     with RunLog.open(directory, plan, resume, enabled=processes.is_first()) as log, Signals() as signals:
         for i, (stage_name, folder) in enumerate(zip(arm.sequence, checkpoints, strict=True)):
             stage = resolved(config.stages[stage_name], inputs)
@@ -84,10 +87,9 @@ def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
         if inputs.encoded is not None:  # a plan has no texts
             check_context(vlm, stage, config.losses, params, inputs.encoded, inputs.samples, where)
         info = stage_info(inputs, stage, stage_name, params)
-        try:
-            partition.learning_rate(stage, info.steps)
-        except ValueError as error:
-            raise ConfigError(f"{where}: {error}") from error
+        per_epoch = loader.steps_per_epoch(inputs.samples, stage.batch)
+        if problem := warmup_problem(config.stages[stage_name], per_epoch):
+            raise ConfigError(f"{where}.{problem}")
         plan.append(info)
     return plan
 
@@ -123,6 +125,20 @@ def stage_info(inputs: Inputs, stage: Stage, name: str, params: Flat | dict[str,
         steps=steps,
         epochs=round(steps / per_epoch, 3),
         batch=stage.batch,
+    )
+
+
+def _lost(metrics: Path, resume: tuple[int, int] | None) -> str:
+    """What is said of steps that the log has and no checkpoint; "" where there are none."""
+    index, first = resume or (0, 0)
+    found = [row for row in read_metrics(metrics) if row.get("stage_index") == index and row.get("step", 0) >= first]
+    if not found:
+        return ""
+    stage, last, done = found[-1]["stage"], found[-1]["step"], max(first - 1, 0)
+    kept = f"goes on after step {done}, its newest checkpoint" if done else "starts again: it had no checkpoint yet"
+    return (
+        f"{stage} was stopped without a save after step {last} or later, and {kept} (config.checkpoint says how often "
+        "one is made)"
     )
 
 

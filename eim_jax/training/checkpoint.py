@@ -7,6 +7,7 @@ from the pretrained towers and the results of the stages before. Both kinds appe
 middle of a save leaves the older state. Each holds the sha256 of its files, which are compared before it is read.
 """
 
+import logging
 import re
 import shutil
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import orbax.checkpoint as ocp
 
 from eim_jax.parallel import processes
 from eim_jax.training.partition import Flat
-from eim_jax.utils.files import Damaged, check_seal, flush, room_in, seal
+from eim_jax.utils.files import Damaged, check_seal, flush, full_disk, room_in, seal
 
 _TIMES = ("_CHECKPOINT_METADATA",)  # Orbax's note of when a save began and ended: written last, and not read here
 
@@ -143,6 +144,7 @@ class StageCheckpoints:
             return {path: restored["trained"][_dot(path)] for path in trained}, dict(restored["summary"])
 
     def _manager(self) -> ocp.CheckpointManager:
+        logging.getLogger("absl").addFilter(_is_news)
         if self._steps is None:
             self._steps = ocp.CheckpointManager(
                 self._directory / "steps",
@@ -156,6 +158,11 @@ class StageCheckpoints:
                 item_names=("state", "record"),
             )
         return self._steps
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a log record says what no error will: Orbax logs a full disk's traceback in each thread that meets it."""
+    return full_disk(record.exc_info[1] if record.exc_info else RuntimeError(record.getMessage())) is None
 
 
 def _seal(final: Path) -> None:

@@ -121,7 +121,7 @@ class _StageRun:
     def loop(self, signals: Signals) -> None:
         """Runs the steps that remain; logs, saves, and stops early where a signal asks for it."""
         config, steps = self.inputs.config, self.info.steps
-        self._begun = time.monotonic()
+        self._begun = self._saved = time.monotonic()
         traces = self.inputs.workdir / self.log.arm / "profile" / f"{self.index}-{self.info.name}"
         # Closed, so that its threads end with the stage, also where that ends early.
         with closing(self.iterator), Profile(config.profile, traces) as profile:
@@ -141,7 +141,7 @@ class _StageRun:
                     self.store.wait()
                     message = f"stopped after step {reached} of {self.info.name}, saved: the same command continues"
                     raise Interrupted(message, together=True)
-                if reached % config.checkpoint.every_steps == 0 and not last:
+                if (reached % config.checkpoint.every_steps == 0 or self._is_time()) and not last:
                     self._save(reached)
 
     def finish(self) -> tuple[Flat, dict]:
@@ -194,10 +194,16 @@ class _StageRun:
         place = {"stage": self.info.name, "stage_index": self.index, "step": reached, "epoch": epoch}
         self.log.write({**place, **means, **rates})
 
+    def _is_time(self) -> bool:
+        """Whether the newest checkpoint is too old; several processes, whose clocks differ, go by steps alone."""
+        minutes = self.inputs.config.checkpoint.every_minutes
+        return bool(minutes) and jax.process_count() == 1 and time.monotonic() - self._saved >= 60 * minutes
+
     def _save(self, number: int) -> None:
         record = {"meter": self.meter.state(), "seconds": self.seconds + time.monotonic() - self._begun}
         check_finite(self.trained, self.info.name, number)
         self.store.save(number, self.trained, self.opt_state, self.iterator, record)
+        self._saved = time.monotonic()
 
 
 def _batches(inputs: Inputs, vlm: VLM, stage: Stage, index: int, info: StageInfo, params: Flat) -> Any:
