@@ -25,6 +25,7 @@ for start in 1 2 3 4 5 6 7 8 9 10; do
   fi
   # Processes that wait for a lost one end by themselves; one that is left would hold the chips. Only the one started
   # above is ended, and only while its number still belongs to it.
+  # shellcheck disable=SC2016  # the hosts' shells expand it
   on_all_hosts 'cd eim_jax && pid=$(cat started.pid) && grep -q eim_jax "/proc/$pid/cmdline" && kill -9 "$pid" || true'
 done
 exit 1

@@ -61,13 +61,14 @@ def test_slurm_asks_for_one_process_a_gpu():
 
 def test_a_lost_tpu_host_has_the_same_command_started_again_on_all_hosts(tmp_path):
     failing_once = (
-        f'case "$*" in *pkill*) ;; *) test -e {tmp_path}/again || {{ touch {tmp_path}/again; exit 1; }};; esac'
+        f'case "$*" in *kill*) ;; *) test -e {tmp_path}/again || {{ touch {tmp_path}/again; exit 1; }};; esac'
     )
     code, calls = run_with_stubs(tmp_path, "tpu_vm.sh", ["pod", "zone", *ARGUMENTS], {"gcloud": failing_once})
     assert code == 0
     runs = [call for call in calls if "eim_jax.main --config" in call]
     assert len(runs) == 2 and runs[0] == runs[1]
-    assert "pkill" in calls[1] and all("--worker=all" in call for call in calls)
+    assert "kill -9" in calls[1] and "pkill" not in calls[1]  # the process that it started, no others
+    assert all("--worker=all" in call for call in calls)
     assert r"--workdir=/shared/a\ b" in runs[0]  # the space survives the remote shell
 
 
