@@ -13,6 +13,7 @@ import pytest
 
 from eim_jax import main
 from eim_jax.losses.queues import Queue, manifest
+from eim_jax.parallel import signals
 from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.utils.files import DiskFull, new_folder, new_rows, room_in, write_text
 
@@ -108,8 +109,10 @@ def test_whoever_finds_the_disk_full_the_message_is_one_line_with_the_folder(tmp
     ids=["host", "device"],
 )
 def test_exhausted_memory_names_what_the_run_did_and_the_fields_that_help(error, tmp_path):
+    signals.doing("compiling")
     message = main._in_words(error, str(tmp_path))
-    assert message is not None and "out of memory while starting" in message
+    signals.doing("starting")
+    assert message is not None and "out of memory while compiling" in message
     for field in ("stages.NAME.accumulate", "stages.NAME.batch", "towers.remat", "decode.batch"):
         assert f"--config.{field}" in message or f"config.{field}" in message
 

@@ -38,7 +38,7 @@ def test_a_second_run_is_told_who_holds_the_workdir_and_a_killed_one_holds_nothi
     other.send_signal(signal.SIGKILL)
     other.wait()
     with locked(tmp_path / "run"):
-        said = capsys.readouterr().out.replace("\n", " ")
+        said = capsys.readouterr().out
         assert f"process {other.pid} on" in said and "ended without a word" in said
         assert json.loads((tmp_path / "run" / lock.FILE).read_text())["pid"] == os.getpid()
         with pytest.raises(InUse, match=f"process {os.getpid()} "), locked(tmp_path / "run"):

@@ -71,7 +71,8 @@ def _take(workdir: Path, number: int) -> None:
     if holder and not free and not _is_gone(holder):
         raise _in_use(workdir, holder)
     if holder:
-        console.print(f"{workdir}: the run of {_described(holder)} ended without a word; going on from what it saved")
+        said = f"{workdir}: the run of {_described(holder)} ended without a word; going on from what it saved"
+        console.print(said, soft_wrap=True)
     own = psutil.Process()
     note = {
         "host": socket.gethostname(),
