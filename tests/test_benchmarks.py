@@ -23,12 +23,15 @@ finally:
 
 # What a machine with JAX, Flax and Optax may lack; without PyTorch the other side's columns stay empty.
 BARE = """
-import sys
+import importlib.util, sys
+ABSENT = {"grain", "ml_collections", "tensorboardX", "tensorflow_datasets", "nltk", "torch"}
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"grain", "ml_collections", "tensorboardX", "tensorflow_datasets", "nltk", "torch"}:
+        if name.split(".")[0] in ABSENT:
             raise ModuleNotFoundError(f"No module named {name!r}")
 sys.meta_path.insert(0, Absent())
+found = importlib.util.find_spec  # which gives None for what is not there
+importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] in ABSENT else found(name, package)
 """
 
 

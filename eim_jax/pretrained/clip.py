@@ -26,7 +26,7 @@ from eim_jax.models.hugging_face import WeightsError
 from eim_jax.models.stacks import Form
 from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.parallel.processes import fetch
-from eim_jax.pretrained import json_files, reader, tokenizer, weight_files
+from eim_jax.pretrained import json_files, reader, weight_files
 from eim_jax.pretrained.hub import resolve
 from eim_jax.pretrained.image_processor import image_processor
 
@@ -63,6 +63,8 @@ def clip_config(path: str | pathlib.Path, **form: Unpack[Form]) -> tuple[Any, An
     with json_files.naming(directory):
         v, t = family.read(theirs, statistics)
     weight_files.check_depth(directory, {"visual": v.layers, "text": t.layers})
+    from eim_jax.pretrained import tokenizer  # here, so that towers without a folder need no transformers
+
     if family.eos and (end := tokenizer.eos_id(directory)) is not None:
         if end >= t.vocab:
             raise WeightsError(
