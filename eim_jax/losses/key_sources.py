@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from eim_jax.config import ConfigError
-from eim_jax.data import tokenize
-from eim_jax.data.loader import eval_images
 from eim_jax.losses.kinds import KeySource
 
 
 def _clip_texts(inputs: Any) -> np.ndarray:
+    # Imported where samples are read: a step's program alone needs neither tokenizers nor a data loader.
+    from eim_jax.data import tokenize
+
     captions = [sample.caption or sample.response for sample in inputs.train.samples]
     return tokenize.encode_clip(captions, inputs.clip_tokenizer, inputs.clip.text.context)
 
@@ -55,6 +56,8 @@ class Crops:
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         """The crops of these rows [... h w 3]."""
+        from eim_jax.data.loader import eval_images
+
         found, wanted = self._images[rows], self._images[rows].ravel()
         options = {"rows": wanted.tolist(), "fit": self._data.fit, "threads": self._data.threads}
         [(_, crops)] = eval_images(self._split, len(wanted), self.shape[1], **options)
