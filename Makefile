@@ -28,7 +28,7 @@ demo: .venv/run$(EXTRAS)
 	@$(DEMO)
 
 # Most of the time goes to compiling programs that run for milliseconds: LLVM's costly passes are left out here, and
-# the fusion emitters, whose code takes three times as long to compile. `make isa` and `make parity` keep the latter.
+# the fusion emitters, whose code takes longer to compile. `make isa` and `make parity` keep the latter.
 BRIEF := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 QUICK := $(BRIEF) --xla_cpu_use_fusion_emitters=false
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/parity

@@ -54,27 +54,25 @@ def programs_of_one_module():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="session")
-def shared_data():
-    """Returns a function: name of a folder of small real data beside the checkout -> its path, or a skipped test."""
+def _shared(kind: str):
+    """Returns a function: name of a folder in shared/KIND beside the checkout -> its path, or a skipped test."""
 
     def find(name: str) -> pathlib.Path:
-        path = ROOT.parent / "shared" / "data" / name
+        path = ROOT.parent / "shared" / kind / name
         if not path.exists():
-            pytest.skip(f"no folder shared/data/{name} beside the checkout")
+            pytest.skip(f"no folder shared/{kind}/{name} beside the checkout")
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Finds a folder of small real data by its name."""
+    return _shared("data")
 
 
 @pytest.fixture(scope="session")
 def shared_case():
-    """Returns a function: name of a folder of small hard inputs beside the checkout -> its path, or a skipped test."""
-
-    def find(name: str) -> pathlib.Path:
-        path = ROOT.parent / "shared" / "cases" / name
-        if not path.exists():
-            pytest.skip(f"no folder shared/cases/{name} beside the checkout")
-        return path
-
-    return find
+    """Finds a folder of small hard inputs by its name."""
+    return _shared("cases")

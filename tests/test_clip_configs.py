@@ -2,14 +2,12 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from transformers import CLIPConfig
 
 from eim_jax.pretrained import WeightsError, clip_config, load_clip, resolve
 
-CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
 OURS = {"hidden_size": "width", "hidden_act": "activation", "num_hidden_layers": "layers", "intermediate_size": "mlp"}
 OLD = {"hidden_size": 48, "num_attention_heads": 4, "intermediate_size": 80, "num_hidden_layers": 3}
 
@@ -22,10 +20,8 @@ def assert_read_as_transformers_does(folder):
     return clip_config(folder)
 
 
-def test_fields_that_stand_in_the_older_parts_alone_are_read():
-    if not CASES.is_dir():
-        pytest.skip("no folder shared/cases beside the checkout")
-    vision, text = assert_read_as_transformers_does(CASES / "clip_config_dicts")
+def test_fields_that_stand_in_the_older_parts_alone_are_read(shared_case):
+    vision, text = assert_read_as_transformers_does(shared_case("clip_config_dicts"))
     assert vision.activation == text.activation == "gelu"
 
 

@@ -28,7 +28,7 @@ def command(workdir, *more):
         "decode.java": False,
         "data.cache": workdir.with_name("cache"),
         "towers.dropout": 0.1,
-        "towers.scan": True,  # compiles in half the time
+        "towers.scan": True,  # less to compile
         "checkpoint.every_steps": 2,
         "log_every": 3,  # saved every two steps: a run continues within a record's steps
     }

@@ -13,7 +13,6 @@ from eim_jax.models.hugging_face import LARGEST
 from eim_jax.pretrained import WeightsError, clip_config, fingerprint, lm_config, load_clip, load_lm, resolve
 
 GOLDENS = Path(__file__).parent / "goldens"
-CASES = Path(__file__).resolve().parents[2] / "shared" / "cases"
 
 
 @pytest.fixture
@@ -59,11 +58,9 @@ def test_an_index_of_wrong_types_is_named_by_field(folder, index, match):
 
 
 @pytest.mark.parametrize(("kind", "match"), [("int8w", r"bitsandbytes"), ("fp8", r"\(fp8\).* of F8_E4M3")])
-def test_int8_codes_and_fp8_are_refused_in_one_message_with_the_remedy(kind, match):
-    if not CASES.is_dir():
-        pytest.skip("no folder shared/cases beside the checkout")
+def test_int8_codes_and_fp8_are_refused_in_one_message_with_the_remedy(kind, match, shared_case):
     with pytest.raises(WeightsError, match=rf"weights_int8_fp8/{kind}/.*{match}.*(?i:dequantise them in transformers)"):
-        load_lm(CASES / "weights_int8_fp8" / kind)
+        load_lm(shared_case("weights_int8_fp8") / kind)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "compressed-tensors", None])

@@ -153,9 +153,7 @@ class Checkpoint:
     """When the training state is saved; a finished stage always is. The newest one is kept."""
 
     every_steps: int = 1000
-    every_minutes: float = (
-        10.0  # also so long after the one before; 0: never by time (several processes: by steps alone)
-    )
+    every_minutes: float = 10.0  # and so long after the one before; 0: by steps alone, as several processes do anyway
 
 
 @dataclass(frozen=True)

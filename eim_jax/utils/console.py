@@ -18,7 +18,7 @@ from rich.text import Text
 
 PLAIN_INTERVAL = 10.0  # seconds between the lines of a wait when nobody watches a terminal
 
-# Written as \\x1b and so on: what a caption, a file name or a message holds must not steer the reader's terminal.
+# Written as \x1b and so on: what a caption, a file name or a message holds must not steer the reader's terminal.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
