@@ -28,9 +28,10 @@ demo: .venv/run$(EXTRAS)
 	@$(DEMO)
 
 # Most of the time goes to compiling programs that run for milliseconds: LLVM's costly passes are left out here, and
-# the fusion emitters, whose code takes longer to compile. `make isa` and `make parity` keep the latter.
+# the fusion emitters, whose code takes longer to compile, and each program is compiled as one piece: both cores have
+# a worker. `make isa` and `make parity` keep the emitters.
 BRIEF := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
-QUICK := $(BRIEF) --xla_cpu_use_fusion_emitters=false
+QUICK := $(BRIEF) --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/parity
 
 test: .venv/test$(EXTRAS)

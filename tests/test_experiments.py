@@ -52,8 +52,14 @@ def world(tmp_path_factory):
 
 
 def test_the_patterns_of_every_row_find_their_parameters(world):
+    planned = set()
     for row in ALL["miniature"]:
         one = cell(row, "miniature", 0)
+        arm = one.config.arm[row.arm]
+        what = one.file, repr(arm), tuple(one.config.stages[name].train for name in arm.sequence)
+        if what in planned:  # another row with other rates, steps or weights
+            continue
+        planned.add(what)
         inputs = world(one)
         object.__setattr__(inputs, "config", one.config)
         plan = plan_arm(inputs, row.arm)
@@ -107,9 +113,12 @@ def test_every_committed_result_is_still_known_by_its_hash():
 
 
 def test_rates_are_compared_on_the_validation_split():
+    drawn = set()
     for row in TABLES["tuning"].rows:
         config = cell(row, "miniature", 0).config
-        assert load_split(config, "test", Path()).name == "val" != load_split(config, "train", Path()).name
+        if repr(config.data) not in drawn:
+            drawn.add(repr(config.data))
+            assert load_split(config, "test", Path()).name == "val" != load_split(config, "train", Path()).name
         (rate,) = (value for field, value in row.overrides.items() if field.endswith(".lr"))
         assert rate == config.stages[config.arm[row.arm].sequence[-1]].lr
 
