@@ -13,7 +13,7 @@ from llama_oracle import oracle, random_params, stacked, tokens_of
 
 from eim_jax.models.kv_cache import init_cache
 from eim_jax.models.language.llama import Llama, LlamaConfig
-from eim_jax.models.language.llama_block import rotate, rotation
+from eim_jax.models.language.rope import rotate, rotation
 from eim_jax.pretrained import lm_shapes
 
 TINY = dataclasses.replace(DEEP, layers=2)

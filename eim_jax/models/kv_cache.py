@@ -79,6 +79,24 @@ def visible(
     return cache.sees(jnp.ones((rows, tokens), bool) if valid is None else valid)
 
 
+def narrowed(mask: Bool[Array, "#b 1 t s"], window: int, start: Int[Array, ""] | None) -> Bool[Array, "#b 1 t s"]:
+    """Returns the mask of queries that see the last `window` of what they saw, themselves included.
+
+    Args:
+      mask: which keys (or cache slots) each of t new tokens sees.
+      window: tokens; padding between two of them counts for none.
+      start: the cache slot of the first new token; None without a cache. In a ring the oldest slot is the one behind
+        the newest.
+    """
+    t, s = mask.shape[-2:]
+    if s <= window:
+        return mask
+    oldest_first = mask if start is None else jnp.roll(mask, -(start + t), axis=-1)
+    later = jnp.cumsum(oldest_first[..., ::-1].astype(jnp.int32), axis=-1)[..., ::-1] - oldest_first  # seen, behind it
+    kept = oldest_first & (later < window)
+    return kept if start is None else jnp.roll(kept, start + t, axis=-1)
+
+
 def init_cache(config, batch: int, slots: int, dtype: DTypeLike | None = None) -> Cache:
     """Returns an empty cache for `batch` rows of at most `slots` tokens, pads included.
 

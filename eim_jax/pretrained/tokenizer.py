@@ -4,6 +4,7 @@ import functools
 import os
 import pathlib
 import re
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -82,6 +83,12 @@ def _with_special_tokens(own: Tokenizer, named: PreTrainedTokenizerBase) -> PreT
         **{name: getattr(named, name) for name in SPECIAL if getattr(named, name) is not None},
         **{name: getattr(named, name) for name in settings if getattr(named, name, None) is not None},
     )
+
+
+def bos_id(tokenizer: Any) -> int | None:
+    """Returns the token that the tokenizer itself starts every text with; None where it does not (GPT-2's, Qwen's)."""
+    bos = None if tokenizer is None else tokenizer.bos_token_id  # None: a plan of a family that needs none
+    return bos if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else None
 
 
 @functools.lru_cache(maxsize=16)

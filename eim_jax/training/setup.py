@@ -31,6 +31,7 @@ from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
 from eim_jax.parallel.sharding import make_mesh, param_shardings, shard_params
 from eim_jax.parallel.signals import doing
+from eim_jax.pretrained.tokenizer import bos_id
 from eim_jax.training import partition
 from eim_jax.training.partition import Flat
 from eim_jax.utils.console import console
@@ -227,11 +228,6 @@ def model(inputs: Inputs, arm: Arm) -> VLM:
             lm = replace(lm, adapter=adapter)
         except ValueError as error:
             raise ConfigError(f"config.arm.*.adapter={arm.adapter!r}: {error}") from error
-    bos = inputs.lm_tokenizer.bos_token_id if family.bos else None
-    if family.bos and bos is None:
-        raise ConfigError(
-            f"{inputs.config.towers.lm}: this {family.title}'s tokenizer has no BOS: set bos_token in its config"
-        )
     markers = {} if adapter is None else adapter.markers(inputs.lm_tokenizer)._asdict()
     return VLM(
         visual=towers.build(vision),
@@ -240,7 +236,7 @@ def model(inputs: Inputs, arm: Arm) -> VLM:
         lm=family.build(lm),
         features=arm.features,
         output_layer=arm.output_layer,
-        bos=bos,
+        bos=bos_id(inputs.lm_tokenizer),
         mesh=inputs.mesh,
         **markers,
     )

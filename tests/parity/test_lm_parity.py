@@ -1,4 +1,4 @@
-"""GPT-2 and LLaMA against transformers: values, gradients and exported directories."""
+"""Every family of language models against transformers: values, gradients and exported directories."""
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,16 @@ SMALL = {
 }
 TIED = {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}
 ROPE = {"rope_parameters": {"rope_theta": 5e5}}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {"rope_parameters": {**LLAMA3, "rope_theta": 5e3, "original_max_position_embeddings": 24}}
+LINEAR = {"rope_parameters": {"rope_theta": 1e3, "rope_type": "linear", "factor": 2.5}}
+FULL, NARROW = "full_attention", "sliding_attention"
+GROUPED = {**TINY, "num_key_value_heads": 2, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+WIDE_HEADS = {**GROUPED, "head_dim": 12}
+GEMMA = {**WIDE_HEADS, "layer_types": [NARROW, FULL, NARROW], "sliding_window": 5, "query_pre_attn_scalar": 9}
+GEMMA_ROPE = {NARROW: {"rope_type": "default", "rope_theta": 50.0}, FULL: {**LINEAR["rope_parameters"]}}
+GEMMA_ROPE = {"rope_parameters": GEMMA_ROPE}
+QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 # Ours, theirs, the config's fields, by how much the initial weights are moved, whether the blocks are scanned.
 CASES = {
     "gpt2-tiny": (GPT2, "GPT2", GPT2_TINY, 0.05, False),
@@ -42,18 +52,35 @@ CASES = {
     "llama-grouped-scan": (Llama, "Llama", {**TINY, **ROPE, "num_key_value_heads": 4}, 0.05, True),
     "llama-tied": (Llama, "Llama", {**TINY, **TIED, "num_key_value_heads": 2}, 0.05, False),
     "llama-small": (Llama, "Llama", SMALL, 0.01, True),
+    "llama3-scan": (Llama, "Llama", {**WIDE_HEADS, **LLAMA3}, 0.05, True),
+    "llama-linear": (Llama, "Llama", {**GROUPED, **LINEAR}, 0.05, False),
+    "mistral": (Llama, "Mistral", {**WIDE_HEADS, "sliding_window": 5}, 0.05, False),
+    "mistral-unbounded-scan": (Llama, "Mistral", {**GROUPED, "sliding_window": None}, 0.05, True),
+    "qwen2": (Llama, "Qwen2", GROUPED, 0.05, False),
+    "qwen2-window-scan": (Llama, "Qwen2", {**GROUPED, **QWEN_WINDOW}, 0.05, True),
+    "qwen3-scan": (Llama, "Qwen3", WIDE_HEADS, 0.05, True),
+    "smollm3": (Llama, "SmolLM3", {**GROUPED, "no_rope_layers": [1, 0, 1]}, 0.05, False),
+    "smollm3-scan": (Llama, "SmolLM3", {**GROUPED, "no_rope_layer_interval": 2}, 0.05, True),
+    "gemma3": (Llama, "Gemma3", GEMMA, 0.05, False),
+    "gemma3-scan": (Llama, "Gemma3", {**GEMMA, **GEMMA_ROPE}, 0.05, True),
 }
 EXPORTS = {
     "gpt2": ("GPT2", GPT2_TINY),
     "llama": ("Llama", {**TINY, "num_key_value_heads": 2}),
     "llama-tied": ("Llama", {**TINY, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "llama3": ("Llama", {**WIDE_HEADS, **LLAMA3}),
+    "mistral": ("Mistral", {**WIDE_HEADS, "sliding_window": 5}),
+    "qwen2": ("Qwen2", {**GROUPED, **QWEN_WINDOW}),
+    "qwen3": ("Qwen3", {**WIDE_HEADS, "tie_word_embeddings": True}),
+    "smollm3": ("SmolLM3", {**GROUPED, "no_rope_layers": [1, 0, 1]}),
+    "gemma3": ("Gemma3", {**GEMMA, **GEMMA_ROPE}),
 }
 
 
 def causal_lm(family, config, moved, perturbed):
     """A model of transformers with weights that are nowhere trivial."""
     ends = {"bos_token_id": 0, "eos_token_id": 0} if family == "GPT2" else {}
-    model = {"GPT2": transformers.GPT2LMHeadModel, "Llama": transformers.LlamaForCausalLM}[family]
+    model = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")
     return perturbed(model(model.config_class(**config, **ends)), moved)
 
 

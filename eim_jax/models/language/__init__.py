@@ -5,13 +5,28 @@ A family is added by writing its file and one line in `FAMILIES`; from outside t
 """
 
 from eim_jax.models.language.family import DecoderConfig, DecoderLM, Family
+from eim_jax.models.language.gemma3 import GEMMA3_FAMILY
 from eim_jax.models.language.gpt2 import GPT2_FAMILY
-from eim_jax.models.language.llama import LLAMA_FAMILY
+from eim_jax.models.language.llama_family import LLAMA_FAMILY
+from eim_jax.models.language.mistral import MISTRAL_FAMILY
+from eim_jax.models.language.qwen import QWEN2_FAMILY, QWEN3_FAMILY
+from eim_jax.models.language.smollm3 import SMOLLM3_FAMILY
 
 __all__ = ["FAMILIES", "DecoderConfig", "DecoderLM", "Family", "family_of"]
 
 # model_type of a config.json -> the family that reads it.
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2_FAMILY, LLAMA_FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        GPT2_FAMILY,
+        LLAMA_FAMILY,
+        MISTRAL_FAMILY,
+        QWEN2_FAMILY,
+        QWEN3_FAMILY,
+        SMOLLM3_FAMILY,
+        GEMMA3_FAMILY,
+    )
+}
 
 
 def family_of(config: DecoderConfig) -> Family:

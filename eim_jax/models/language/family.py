@@ -110,7 +110,6 @@ class Family:
       ignored: a regular expression over keys of the file that hold no parameter.
       prefix: what may stand before every key of the file, and does in what is written ("transformer.").
       published: hub ids -> shapes, for `--mode=plan` where config.json is not at hand.
-      bos: whether every text starts with the tokenizer's BOS.
       quantised: a regular expression over our paths: the kernels that towers.quant holds in 4 bits, as
         `quant.QDense` does by the shape's field `quant`; "" for a family that cannot.
       has_dropout: the shape has a field `dropout`, which towers.dropout sets.
@@ -127,7 +126,6 @@ class Family:
     ignored: str = r"(?!)"
     prefix: str = ""
     published: Mapping[str, Any] = field(default_factory=dict)
-    bos: bool = False
     quantised: str = ""
     has_dropout: bool = False
     takes_adapters: bool = False

@@ -1,29 +1,21 @@
-"""LLaMA (v1, Llama 2, grouped-query attention) with LM_e, LM_block and head callable by themselves, and its adapters.
+"""LLaMA and what is built like it, with LM_e, LM_block and head callable by themselves, and adapters.
 
 An adapter adds one subtree, "adapter", and changes the blocks only through what `steer` returns: without it, `hidden`
 is the untouched language model.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from eim_jax.models.adapters.adapter import LayerLeaves, Steering
-from eim_jax.models.hugging_face import (
-    TRANSPOSE,
-    Row,
-    WeightsError,
-    check_fixed,
-    our_fields,
-    their_fields,
-)
-from eim_jax.models.kv_cache import Cache, visible
-from eim_jax.models.language.family import Family
-from eim_jax.models.language.llama_block import LlamaBlock, LlamaConfig, make_blocks, rotation
+from eim_jax.models.kv_cache import Cache, narrowed, visible
+from eim_jax.models.language.llama_block import LlamaBlock, LlamaConfig, make_blocks, rms_norm
+from eim_jax.models.language.rope import rotation
 from eim_jax.models.layers import NORMAL
 from eim_jax.models.quant import QDense
 
@@ -37,7 +29,7 @@ class Llama(nn.Module):
         c = self.config
         self.token_embedding = nn.Embed(c.vocab, c.width, embedding_init=NORMAL, dtype=c.dtype)
         self.blocks = make_blocks(c)
-        self.norm_f = nn.RMSNorm(epsilon=c.eps, dtype=c.dtype)
+        self.norm_f = rms_norm(c)
         if not c.tied:
             self.head = QDense(c.width, c.vocab, dtype=c.dtype)
         if c.adapter is not None:
@@ -45,7 +37,9 @@ class Llama(nn.Module):
 
     def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         """Returns the token embeddings: LM_e."""
-        return self.token_embedding(tokens)
+        embeds = self.token_embedding(tokens)
+        c = self.config
+        return embeds * jnp.asarray(c.width**0.5, c.dtype) if c.embedding_scaled else embeds
 
     def hidden(
         self,
@@ -72,7 +66,7 @@ class Llama(nn.Module):
         """
         c, (b, t) = self.config, embeds.shape[:2]
         if t > c.context:
-            raise ValueError(f"{t} tokens do not fit LLaMA's context of {c.context}")
+            raise ValueError(f"{t} tokens do not fit the language model's context of {c.context}")
         if positions is None:
             if cache is not None:
                 raise ValueError("with a cache the positions of the new tokens must be given")
@@ -149,7 +143,7 @@ class Llama(nn.Module):
           kv: the cache's slots.
         """
         c = self.config
-        turn = rotation(positions, c.head_width, c.rope_theta)
+        turn, mask, which = _kinds(c, positions, mask, start)
         # The lowest layer with an adapter.
         first = 0 if leaves is None or c.adapter is None else c.layers - c.adapter.depth(c.layers)
         blocks: Any = self.blocks
@@ -158,14 +152,15 @@ class Llama(nn.Module):
                 leaves, steer = jax.tree.map(
                     lambda part: jnp.pad(part, [(first, 0)] + [(0, 0)] * (part.ndim - 1)), (leaves, steer)
                 )
-            x, (kv, reports) = blocks(x, turn, mask, train, start, leaves, steer, kv)
+            x, (kv, reports) = blocks(x, turn, mask, train, start, leaves, steer, kv, which)
             return x, kv, reports
         slots, reports = [], []
         for i, block in enumerate(blocks):
             leaf = row = None
             if i >= first:
                 leaf, row = (jax.tree.map(lambda part, i=i: part[i - first], tree) for tree in (leaves, steer))
-            x, (new, report) = block(x, turn, mask, train, start, leaf, row, None if kv is None else kv[i])
+            kind = None if which is None else which[i]
+            x, (new, report) = block(x, turn, mask, train, start, leaf, row, None if kv is None else kv[i], kind)
             slots.append(new)
             reports.append(report)
         reports = jax.tree.map(lambda *parts: jnp.stack(parts), *reports[first:])
@@ -191,109 +186,21 @@ class Llama(nn.Module):
         return self.logits(hidden)
 
 
-FIELDS = {
-    "vocab_size": "vocab",
-    "max_position_embeddings": "context",
-    "hidden_size": "width",
-    "num_hidden_layers": "layers",
-    "num_attention_heads": "heads",
-    "num_key_value_heads": "kv_heads",
-    "intermediate_size": "mlp",
-    "rms_norm_eps": "eps",
-    "rope_theta": "rope_theta",
-    "tie_word_embeddings": "tied",
-}
-# Values that a LLaMA config.json may not change.
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-
-
-def _kernel(ours: str, theirs: str) -> Row:
-    return Row(f"lm/blocks_{{i}}/{ours}/kernel", (f"model.layers.{{i}}.{theirs}_proj.weight",), TRANSPOSE)
-
-
-# q and k rows are already in the order of rotated halves, as our RoPE turns them.
-ROWS = (
-    Row("lm/token_embedding/embedding", ("model.embed_tokens.weight",)),
-    Row("lm/blocks_{i}/norm_1/scale", ("model.layers.{i}.input_layernorm.weight",)),
-    *(
-        _kernel(f"attn/{ours}", f"self_attn.{theirs}")
-        for ours, theirs in zip(("q", "k", "v", "out"), "qkvo", strict=True)
-    ),
-    Row("lm/blocks_{i}/norm_2/scale", ("model.layers.{i}.post_attention_layernorm.weight",)),
-    *(_kernel(f"mlp/{name}", f"mlp.{name}") for name in ("gate", "up", "down")),
-    Row("lm/norm_f/scale", ("model.norm.weight",)),
-)
-HEAD = Row("lm/head/kernel", ("lm_head.weight",), TRANSPOSE)  # absent where it is tied
-
-
-def read_config(theirs: Mapping[str, Any]) -> LlamaConfig:
-    """Returns the shape that a LLaMA's config.json states.
-
-    Raises:
-      WeightsError: it states what this LLaMA cannot do.
-    """
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # transformers 5, transformers 4
-    if not isinstance(rope, Mapping):
-        raise WeightsError(f"rope_parameters or rope_scaling is {rope!r:.60}, not an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise WeightsError(f"rope_type {kind!r} is not supported, only 'default'")
-    partial = rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor")) or 1
-    if partial != 1:
-        raise WeightsError(f"partial_rotary_factor {partial} is not supported, only 1")
-    check_fixed(theirs, FIXED)
-    theirs = {**theirs, "rope_theta": rope.get("rope_theta", theirs.get("rope_theta"))}
-    try:
-        ours = LlamaConfig(**our_fields(theirs, FIELDS, LlamaConfig))
-    except ValueError as error:
-        raise WeightsError(str(error)) from error
-    if theirs.get("head_dim") not in (None, ours.head_width):
-        raise WeightsError(
-            f"head_dim {theirs['head_dim']} is not hidden_size / num_attention_heads = {ours.head_width}, which is all "
-            "that is supported"
-        )
-    return ours
-
-
-def write_config(c: LlamaConfig) -> dict[str, Any]:
-    """Returns config.json's content; BOS and EOS are 1 and 2."""
-    return {
-        **their_fields(c, {field: name for field, name in FIELDS.items() if field != "rope_theta"}),
-        **FIXED,
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "rope_theta": c.rope_theta,  # transformers 4
-        "rope_parameters": {"rope_theta": c.rope_theta, "rope_type": "default"},  # transformers 5
-        "head_dim": c.head_width,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-
-
-class LlamaWords:
-    """What a plan needs of LLaMA's tokenizer where it is not at hand: BOS, and how many tokens LaVIN's markers have."""
-
-    bos_token_id = 1
-
-    def __call__(self, words: str, add_special_tokens: bool = False) -> dict:
-        """Returns {"input_ids": ...} of one of the two markers."""
-        return {"input_ids": {"Image: ": [7084, 29901, 29871], "Image: N/A": [7084, 29901, 405, 29914, 29909]}[words]}
-
-
-LLAMA_FAMILY = Family(
-    model_type="llama",
-    title="LLaMA",
-    build=Llama,
-    read=read_config,
-    write=write_config,
-    rows=lambda config: ROWS if config.tied else (*ROWS, HEAD),
-    ignored=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
-    published={
-        "huggyllama/llama-7b": LlamaConfig(),
-        "huggyllama/llama-13b": LlamaConfig(width=5120, layers=40, heads=40, mlp=13824),
-    },
-    bos=True,
-    quantised=r"lm/blocks.*/kernel",
-    takes_adapters=True,
-    plan_tokenizer=LlamaWords(),
-)
+def _kinds(c: LlamaConfig, positions, mask, start):
+    """RoPE's (cos, sin) and the mask, and each layer's number where layers differ: then both have an axis of kinds."""
+    plain = rotation(positions, c.head_width, c.rope_theta, c.rope_scaling)
+    narrow = c.window > 0 and mask is not None and mask.shape[-1] > c.window
+    every = (c.window > 0,) * c.layers
+    kinds = list(zip(c.narrow or every, c.no_rope or (False,) * c.layers, strict=True))
+    if not c.narrow_theta:  # all layers turn alike
+        kinds = [(is_narrow and narrow, unturned) for is_narrow, unturned in kinds]
+    distinct = sorted(set(kinds))
+    turns, masks = [], []
+    for is_narrow, unturned in distinct:
+        turn = rotation(positions, c.head_width, c.narrow_theta) if is_narrow and c.narrow_theta else plain
+        turns.append((jnp.ones_like(turn[0]), jnp.zeros_like(turn[1])) if unturned else turn)
+        masks.append(narrowed(mask, c.window, start) if is_narrow and narrow else mask)
+    if len(distinct) == 1:
+        return turns[0], masks[0], None
+    which = np.asarray([distinct.index(kind) for kind in kinds])
+    return *jax.tree.map(lambda *parts: jnp.stack(parts), *zip(turns, masks, strict=True)), which

@@ -1,0 +1,185 @@
+"""Families built like LLaMA: sliding windows, layers that differ, what config.json may say, and the start of a text.
+
+Values, gradients and exports are compared with transformers in tests/parity/test_lm_parity.py.
+"""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from close import assert_close
+from llama_oracle import random_params, stacked, tokens_of
+
+from eim_jax.models.hugging_face import WeightsError
+from eim_jax.models.kv_cache import init_cache, narrowed
+from eim_jax.models.language import FAMILIES
+from eim_jax.models.language.llama import Llama, LlamaConfig
+from eim_jax.models.language.rope import RopeScaling
+from eim_jax.pretrained import LM, export_lm, lm_config, lm_shapes, load_lm
+from eim_jax.pretrained.tokenizer import bos_id, load_tokenizer
+
+TINY = LlamaConfig(
+    vocab=61, context=40, width=32, layers=3, heads=4, kv_heads=2, head_width=10, mlp=40, rope_theta=50.0
+)
+SHAPES = {
+    "llama": {"rope_scaling": RopeScaling("llama3", 4.0, 1.0, 4.0, 16)},
+    "mistral": {"window": 3},
+    "qwen2": {"qkv_bias": True, "window": 3, "narrow": (False, True, True)},
+    "qwen3": {"qk_norm": True, "tied": True},
+    "smollm3": {"no_rope": (False, True, False), "tied": True},
+    "gemma3_text": {
+        "window": 3, "narrow": (True, False, True), "narrow_theta": 7.0, "query_scale": 9, "qk_norm": True, "tied": True,
+        "norm_offset": True, "post_norms": True, "activation": "gelu_new", "embedding_scaled": True,
+    },
+}  # fmt: skip
+SHAPES = {name: dataclasses.replace(TINY, model_type=name, **fields) for name, fields in SHAPES.items()}
+
+
+def test_every_family_but_gpt2_is_here():
+    assert FAMILIES.keys() - {"gpt2"} == SHAPES.keys()
+
+
+def whole(config, params, tokens, valid=None):
+    return jax.jit(Llama(config).apply)({"params": params}, tokens, valid)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_decoding_with_a_cache_gives_the_logits_of_the_whole_text(name, scan):
+    """Prompts of 6, 2 and 4 tokens, padded on the right to 6, then one token at a time: past every window."""
+    config, tokens, prompts = SHAPES[name], tokens_of((3, 14), SHAPES[name]), np.array([6, 2, 4])
+    params = random_params(config)
+    want = whole(config, params, tokens)
+    if scan:
+        config, params = dataclasses.replace(config, scan=True), stacked(params, config.layers)
+
+    @jax.jit
+    def read(cache, tokens, valid, positions):
+        def method(lm):
+            hidden, new = lm.hidden(lm.embed(tokens), valid=valid, positions=positions, cache=cache)
+            return lm.logits(hidden), new
+
+        return Llama(config).apply({"params": params}, method=method)
+
+    rows, scale = np.arange(3), float(jnp.abs(want).max())
+    valid = np.arange(6)[None] < prompts[:, None]
+    positions = np.broadcast_to(np.arange(6), (3, 6))
+    logits, cache = read(init_cache(config, 3, 14), tokens[:, :6], valid, positions)
+    for row, length in enumerate(prompts):
+        np.testing.assert_allclose(logits[row, :length], want[row, :length], atol=1e-5 * scale, rtol=0)
+    for step in range(8):
+        at = prompts + step
+        logits, cache = read(cache, tokens[rows, at][:, None], np.ones((3, 1), bool), at[:, None])
+        np.testing.assert_allclose(logits[:, 0], want[rows, at], atol=1e-5 * scale, rtol=0)
+
+
+def test_a_window_counts_tokens_and_not_the_padding_between_them():
+    """By hand: 7 slots, of which 1 and 2 are padding; the query in slot 6 sees 0, 3, 4, 5, 6."""
+    seen = jnp.asarray([[[[True, False, False, True, True, True, True]]]])
+    found = narrowed(seen, 4, jnp.int32(6))
+    np.testing.assert_array_equal(found[0, 0, 0], [False, False, False, True, True, True, True])
+    np.testing.assert_array_equal(narrowed(seen, 5, jnp.int32(6)), seen)
+    # A ring whose newest token is in slot 2: 3 is the oldest, then 4, 5, 6, 0, 1, 2.
+    ring = jnp.ones((1, 1, 1, 7), bool).at[..., 5].set(False)
+    np.testing.assert_array_equal(
+        narrowed(ring, 4, jnp.int32(2))[0, 0, 0], [True, True, True, False, False, False, True]
+    )
+    causal = jnp.tril(jnp.ones((1, 1, 5, 5), bool))
+    np.testing.assert_array_equal(narrowed(causal, 2, None)[0, 0], np.tril(np.triu(np.ones((5, 5), bool), -1)))
+
+
+def test_a_window_as_long_as_the_text_changes_no_bit():
+    config, tokens = SHAPES["mistral"], tokens_of((2, 12), TINY)
+    params = random_params(config)
+    one, other = (whole(dataclasses.replace(config, window=w), params, tokens) for w in (0, 12))
+    np.testing.assert_array_equal(one, other)
+    assert np.any(np.asarray(whole(config, params, tokens)) != np.asarray(one))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_folder_is_read_as_it_was_written(name, tmp_path):
+    config = dataclasses.replace(SHAPES[name], scan=True)
+    lm = LM(config, stacked(random_params(SHAPES[name]), config.layers))
+    export_lm(tmp_path / "one", lm)
+    again = load_lm(tmp_path / "one", scan=True)
+    assert again.config == config
+    jax.tree.map(np.testing.assert_array_equal, again.params, lm.params)
+    export_lm(tmp_path / "two", again)
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_all_linear_layers_of_the_blocks_can_be_held_in_4_bits(name):
+    config = dataclasses.replace(SHAPES[name], width=64, head_width=16, mlp=128, quant="nf4")
+    kernels = {
+        path.rpartition("/")[0] for path in lm_shapes(dataclasses.replace(config, quant="none")) if "kernel" in path
+    }
+    held = {path.rpartition("/")[0] for path in lm_shapes(config) if path.endswith("/codes")}
+    assert held == {path for path in kernels if "blocks" in path} and len(held) == 7 * config.layers
+
+
+STATED = {"model_type": "llama", "vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+GEMMA = {**STATED, "model_type": "gemma3_text", "intermediate_size": 40}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+REFUSED = {
+    "dynamic": (
+        {**STATED, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "rope_type 'dynamic' is not supported, only 'default', 'linear' and 'llama3'",
+    ),
+    "yarn": ({**STATED, "rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' is not supported"),
+    "factor": (
+        {**STATED, "rope_scaling": {**LINEAR, "factor": "2"}},
+        "rope_parameters.factor is '2', not a number above 0",
+    ),
+    "shrunk": ({**STATED, "rope_scaling": {**LINEAR, "factor": 0.5}}, "the factor of rope_type 'linear' is 0.5"),
+    "window": ({**STATED, "model_type": "mistral", "sliding_window": -4}, "sliding_window is -4, not a whole number"),
+    "layers": ({**STATED, "model_type": "smollm3", "no_rope_layers": [1, 0, 1]}, "no_rope is given for 3 layers of 2"),
+    "flags": (
+        {**STATED, "model_type": "smollm3", "no_rope_layers": [1, "0"]},
+        r"no_rope_layers is \[1, '0'\], not a list of 0 and 1",
+    ),
+    "capped": ({**GEMMA, "final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported, only None"),
+    "scaled": (
+        {**GEMMA, "rope_parameters": {"full_attention": {}, "sliding_attention": LINEAR}},
+        "rope_parameters.sliding_attention is scaled",
+    ),
+}
+
+
+@pytest.mark.parametrize(("stated", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_done_is_refused_by_its_field(stated, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    with pytest.raises(WeightsError, match=message):
+        lm_config(tmp_path)
+
+
+def test_older_files_say_the_same_in_other_words(tmp_path):
+    """Fields of transformers before 4.53: no layer_types; Gemma's two thetas side by side."""
+
+    def shape(**content):
+        (tmp_path / "config.json").write_text(json.dumps({**STATED, "num_hidden_layers": 7, **content}))
+        return lm_config(tmp_path)
+
+    qwen = {"model_type": "qwen2", "sliding_window": 8, "max_window_layers": 5}
+    assert shape(**qwen, use_sliding_window=True).narrow == (False,) * 5 + (True,) * 2
+    assert shape(**qwen).window == 0
+    gemma = shape(model_type="gemma3_text", sliding_window=8, rope_theta=1e6, rope_local_base_freq=1e4)
+    assert (gemma.rope_theta, gemma.narrow_theta, gemma.narrow) == (1e6, 1e4, (True,) * 5 + (False, True))
+    assert shape(model_type="smollm3").no_rope == (False, False, False, True) + (False,) * 3
+
+
+def test_a_text_starts_with_bos_where_the_tokenizer_says_so():
+    assert bos_id(load_tokenizer("miniature/llama")) == 1
+    assert bos_id(load_tokenizer("miniature/gpt2")) is None
+    assert bos_id(FAMILIES["llama"].plan_tokenizer) == 1
+
+
+def test_the_frequencies_of_llama_3_by_the_formula_of_its_paper():
+    """Turns within the pretraining context: above 4 as they are, below 1 divided by 8, between in proportion."""
+    frequency = 2 * np.pi / np.array([100.0, 2048.0, 4096.0, 8192.0, 20000.0])  # 81.92, 4, 2, 1, 0.4096 turns
+    found = RopeScaling("llama3", 8.0).scaled(frequency)
+    assert_close(found / frequency, np.array([1, 1, (2 / 3) / 8 + 1 / 3, 1 / 8, 1 / 8]), 1e-12)
