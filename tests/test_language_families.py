@@ -22,7 +22,7 @@ from eim_jax.pretrained import LM, export_lm, lm_config, lm_shapes, load_lm
 from eim_jax.pretrained.tokenizer import bos_id, load_tokenizer
 
 TINY = LlamaConfig(
-    vocab=61, context=40, width=32, layers=3, heads=4, kv_heads=2, head_width=10, mlp=40, rope_theta=50.0
+    vocab=61, context=40, width=32, layers=3, heads=4, kv_heads=2, own_head_width=10, mlp=40, rope_theta=50.0
 )
 SHAPES = {
     "llama": {"rope_scaling": RopeScaling("llama3", 4.0, 1.0, 4.0, 16)},
@@ -31,8 +31,8 @@ SHAPES = {
     "qwen3": {"qk_norm": True, "tied": True},
     "smollm3": {"no_rope": (False, True, False), "tied": True},
     "gemma3_text": {
-        "window": 3, "narrow": (True, False, True), "narrow_theta": 7.0, "query_scale": 9, "qk_norm": True, "tied": True,
-        "norm_offset": True, "post_norms": True, "activation": "gelu_new", "embedding_scaled": True,
+        "window": 3, "narrow": (True, False, True), "narrow_theta": 7.0, "query_scale": 9, "qk_norm": True,
+        "tied": True, "norm_offset": True, "post_norms": True, "activation": "gelu_new", "embedding_scaled": True,
     },
 }  # fmt: skip
 SHAPES = {name: dataclasses.replace(TINY, model_type=name, **fields) for name, fields in SHAPES.items()}
@@ -114,7 +114,7 @@ def test_a_folder_is_read_as_it_was_written(name, tmp_path):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_all_linear_layers_of_the_blocks_can_be_held_in_4_bits(name):
-    config = dataclasses.replace(SHAPES[name], width=64, head_width=16, mlp=128, quant="nf4")
+    config = dataclasses.replace(SHAPES[name], width=64, own_head_width=0, mlp=128, quant="nf4")
     kernels = {
         path.rpartition("/")[0] for path in lm_shapes(dataclasses.replace(config, quant="none")) if "kernel" in path
     }

@@ -199,7 +199,7 @@ def _kinds(c: LlamaConfig, positions, mask, start):
     for is_narrow, unturned in distinct:
         turn = rotation(positions, c.head_width, c.narrow_theta) if is_narrow and c.narrow_theta else plain
         turns.append((jnp.ones_like(turn[0]), jnp.zeros_like(turn[1])) if unturned else turn)
-        masks.append(narrowed(mask, c.window, start) if is_narrow and narrow else mask)
+        masks.append(narrowed(mask, c.window, start) if is_narrow and mask is not None else mask)
     if len(distinct) == 1:
         return turns[0], masks[0], None
     which = np.asarray([distinct.index(kind) for kind in kinds])

@@ -25,7 +25,7 @@ class LlamaConfig:
 
     Attributes:
       kv_heads: heads of keys and values, each read by heads/kv_heads queries; 0 for as many as heads.
-      head_width: of one head; 0 for width / heads.
+      own_head_width: of one head where it is not width / heads; else 0.
       eps: of RMSNorm (v1: 1e-6, Llama 2: 1e-5).
       tied: the head is the embedding.
       adapter: one of the adapters' objects (models/adapters), or None.
@@ -54,7 +54,7 @@ class LlamaConfig:
     layers: int = 32
     heads: int = 32
     kv_heads: int = 0
-    head_width: int = 0
+    own_head_width: int = 0
     mlp: int = 11008
     eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -81,9 +81,10 @@ class LlamaConfig:
 
     def __post_init__(self):  # noqa: D105
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
-        if self.heads % self.kv_heads or (not self.head_width and self.width % self.heads):
+        if self.own_head_width * self.heads == self.width:
+            object.__setattr__(self, "own_head_width", 0)
+        if self.heads % self.kv_heads or (not self.own_head_width and self.width % self.heads):
             raise ValueError(f"width {self.width}, heads {self.heads}, kv_heads {self.kv_heads}: each divides the last")
-        object.__setattr__(self, "head_width", self.head_width or self.width // self.heads)
         if self.head_width % 2:
             raise ValueError(f"head width {self.head_width} is odd: RoPE turns pairs")
         for name in ("no_rope", "narrow"):
@@ -99,6 +100,11 @@ class LlamaConfig:
     def dropout(self) -> float:
         """LLaMA has none."""
         return 0.0
+
+    @property
+    def head_width(self) -> int:
+        """Width of a head."""
+        return self.own_head_width or self.width // self.heads
 
 
 class OffsetRMSNorm(nn.Module):

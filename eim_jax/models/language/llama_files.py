@@ -25,7 +25,7 @@ FIELDS = {
     "num_hidden_layers": "layers",
     "num_attention_heads": "heads",
     "num_key_value_heads": "kv_heads",
-    "head_dim": "head_width",
+    "head_dim": "own_head_width",
     "intermediate_size": "mlp",
     "rms_norm_eps": "eps",
     "tie_word_embeddings": "tied",
@@ -34,12 +34,8 @@ FIELDS = {
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 IGNORED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # computed, not trained
 QUANTISED = r"lm/blocks.*/kernel"
-_ROPE_FIELDS = {
-    "factor": "factor",
-    "low_freq_factor": "low",
-    "high_freq_factor": "high",
-    "original_max_position_embeddings": "original",
-}
+_LINEAR = {"factor": "factor"}
+_LLAMA3 = {"low_freq_factor": "low", "high_freq_factor": "high", "original_max_position_embeddings": "original"}
 
 
 def read_shape(theirs: Mapping[str, Any], fixed: Mapping[str, Any] = FIXED, **ours: Any) -> LlamaConfig:
@@ -87,8 +83,14 @@ def read_rope(
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return found, None
+    fields = {**_LINEAR, **(_LLAMA3 if kind == "llama3" else {})}
     try:
-        return found, RopeScaling(kind, **our_fields(rope, _ROPE_FIELDS, RopeScaling, "rope_parameters."))
+        scaling = RopeScaling(kind, **our_fields(rope, fields, RopeScaling, "rope_parameters."))
+        if missing := [field for field in fields if rope.get(field) is None]:
+            raise WeightsError(
+                f"rope_type {kind!r} without {', '.join(missing)}: nothing says how far RoPE is stretched"
+            )
+        return found, scaling
     except ValueError as error:
         raise WeightsError(str(error)) from error
 
@@ -131,6 +133,7 @@ def write_shape(c: LlamaConfig, architecture: str, **more: Any) -> dict[str, Any
     rope = {"rope_type": "default"} if c.rope_scaling is None else c.rope_scaling.as_theirs()
     found = {
         **their_fields(c, FIELDS),
+        "head_dim": c.head_width,
         **FIXED,
         "architectures": [architecture],
         "model_type": c.model_type,
