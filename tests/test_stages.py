@@ -18,6 +18,7 @@ from eim_jax.losses.objective import fields, make_objective, normalisers
 from eim_jax.losses.table import queues_of
 from eim_jax.models.batch import Batch
 from eim_jax.training import partition
+from eim_jax.training.assembly import assemble
 from eim_jax.training.step import make_step
 
 ALL = ("visual/prompt/.*", "st/.*", "lm/.*")
@@ -203,6 +204,19 @@ def test_dropout_follows_the_key_and_the_step(world):
     (_, _, other), _ = run_step(vlm, params, one, batch, train=True, key=1)
     assert float(a["loss"]) == float(again["loss"])
     assert float(a["loss"]) != float(other["loss"])
+
+
+@pytest.mark.parametrize("train", [("st/.*",), ("st/.*", "lm/.*")], ids=["frozen", "trained"])
+def test_a_language_model_that_the_stage_does_not_train_runs_without_dropout(train):
+    vlm, params = tiny.model(dropout=0.3)
+    one, batch = stage(train=train, base=1.0, lm=1.0), tiny.batch()
+    made = assemble(vlm, one, Losses(), params, 10, lambda kind: tiny.queues()[kind.name])
+    objective = make_objective(vlm.for_stage(made.trained), one, Losses())
+    norms = normalisers(vlm, one, batch)
+    keys = [None, *(jax.random.key(i) for i in range(3))]
+    losses = {float(objective(partition.unflatten(params), batch, made.queues, norms, key)[0]) for key in keys}
+    assert len(losses) == (1 if train == ("st/.*",) else 4)
+    assert (vlm.for_stage(made.trained).dropout == 0) == (train == ("st/.*",))
 
 
 def gradients(vlm, params, batch, weights):

@@ -15,6 +15,7 @@ class ConfigError(ValueError):
 _RANGES = {
     "data.max_tokens": (2, 1 << 20),
     "data.threads": (0, 1024),
+    "data.ignore_token": (-1, 1 << 30),
     "data.buckets": (1, 64),
     "data.length_window": (1, 1 << 20),
     "data.eval_limit": (0, 1 << 40),
@@ -30,6 +31,7 @@ _RANGES = {
     "checkpoint.every_minutes": (0.0, 1e6),
     "log_every": (1, 1 << 40),
     "arm.*.st_tokens": (1, 1 << 20),
+    "arm.*.st_clip_length": (1, 1 << 20),
     "arm.*.st_hidden": (1, 1 << 24),
     "arm.*.st_layers": (1, 1 << 12),
     "arm.*.st_heads": (1, 1 << 12),
@@ -68,6 +70,8 @@ _CHOICES = {
     "decode.answers": ("generated", "likelihood"),
     "decode.unparsed": ("wrong", "random"),
     "stages.*.schedule": ("linear", "cosine", "constant"),
+    "stages.*.eps_added": ("after", "before"),
+    "arm.*.st_bias": ("zeros", "uniform"),
 }
 
 
@@ -161,6 +165,13 @@ def _check_stage(name: str, stage: "Stage"):
         raise ConfigError(f"{where}.train is empty: a stage trains at least one pattern")
     if stage.accumulate < 1 or stage.batch % stage.accumulate:
         raise ConfigError(f"{where}.accumulate={stage.accumulate} does not divide {where}.batch={stage.batch}")
+    if stage.decay_also:
+        if not stage.weight_decay:
+            raise ConfigError(f"{where}.decay_also names leaves to decay, but {where}.weight_decay is 0: set it too")
+        try:
+            re.compile(stage.decay_also)
+        except re.error as error:
+            raise ConfigError(f"{where}.decay_also: {stage.decay_also!r} is no regular expression: {error}") from error
     if stage.steps <= 0 and stage.epochs <= 0:
         raise ConfigError(f"{where}: epochs or steps must be positive")
     if problem := warmup_problem(stage):

@@ -13,6 +13,7 @@ What the LM reads (`lm_input`) depends on its family, which says whether texts s
 | LLaMA with LLaMA-Adapter's prompts | BOS, text; the visual tokens are added to the prompts | BOS, text |
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -47,7 +48,10 @@ class VLM:
       lm: a DecoderLM.
       features: which visual tokens the ST receives, one of the vision tower's `features`.
       output_layer: apply the tower's output layer before the ST (stock ClipCap does, EIM does not).
+      normalize: divide what the ST reads by its L2 norm, token by token (ClipCap's normalize_prefix).
       bos: the token that every text starts with; None where the LM's family has none.
+      noisy: towers ("visual", "lm") that run with their dropout where a key is given; a stage leaves out those of which
+        it trains nothing.
       with_image, without_image: the adapter's markers (adapters.Markers).
       mesh: over whose data axes the rows of activations lie.
     """
@@ -58,16 +62,28 @@ class VLM:
     lm: nn.Module
     features: str = "full"
     output_layer: bool = False
+    normalize: bool = False
     bos: int | None = None
+    noisy: tuple[str, ...] = ("visual", "lm")
     with_image: tuple[int, ...] = ()
     without_image: tuple[int, ...] = ()
     mesh: Mesh | None = None
 
     @property
     def dropout(self) -> float:
-        """The highest dropout rate in training, of the LM or of adapters."""
-        adapters = (self.visual.config.adapter, self.lm.config.adapter)
-        return max(self.lm.config.dropout, *(a.dropout_rate for a in adapters if a is not None), 0.0)
+        """The highest dropout rate in training, of the `noisy` towers or of adapters in them."""
+        towers = {"visual": self.visual.config, "lm": self.lm.config}
+        rates = [getattr(towers[name], "dropout", 0.0) for name in self.noisy]
+        adapters = [towers[name].adapter for name in self.noisy]
+        return max([0.0, *rates, *(a.dropout_rate for a in adapters if a is not None)])
+
+    def for_stage(self, trained: Iterable[str]) -> "VLM":
+        """Returns the same modules for a stage that trains these paths: the other towers run without dropout.
+
+        A frozen tower is a fixed function of its input, as PyTorch's in eval mode (ClipCap's GPT-2 under only_prefix).
+        """
+        heads = {path.partition("/")[0] for path in trained}
+        return replace(self, noisy=tuple(name for name in self.noisy if name in heads))
 
     def untouched(self) -> "VLM":
         """Returns the pretrained towers without this arm's prompts and adapters, and every visual token of theirs.
@@ -81,6 +97,7 @@ class VLM:
             lm=self.lm if lm.adapter is None else self.lm.clone(config=replace(lm, adapter=None)),
             features="full",
             output_layer=False,
+            normalize=False,
             with_image=(),
             without_image=(),
         )
@@ -97,7 +114,8 @@ class VLM:
         """
         config = self.visual.config
         pixels = normalise(images, config.mean, config.std)
-        options = {"train": True, "rngs": {"dropout": dropout}} if dropout is not None and config.adapter else {}
+        noisy = dropout is not None and config.adapter and "visual" in self.noisy
+        options = {"train": True, "rngs": {"dropout": dropout}} if noisy else {}
         tokens = _apply(self.visual, {"params": params["visual"]}, pixels, self.features, method="tokens", **options)
         return by_row(tokens, self.mesh)
 
@@ -114,6 +132,9 @@ class VLM:
         """Returns the ST's output tokens, in the LM's embedding space, from `encode_image`'s tokens."""
         if self.output_layer:
             seen = _apply(self.visual, {"params": params["visual"]}, seen, method="project")
+        if self.normalize:
+            exact = seen.astype(jnp.float32)
+            seen = (exact / jnp.linalg.norm(exact, axis=-1, keepdims=True)).astype(seen.dtype)
         return by_row(_apply(self.st, {"params": params["st"]}, seen), self.mesh)
 
     def embed(self, params: dict, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
@@ -171,6 +192,7 @@ class VLM:
 
     def run_lm(self, params: dict, read: LMInput, dropout: Array | None = None) -> Float[Array, "b s d"]:
         """Returns LM_block's output for what `lm_input` gave; `dropout` is a key, None = deterministic."""
+        dropout = dropout if "lm" in self.noisy else None
         hidden, _ = _apply(
             self.lm,
             {"params": params["lm"]},
