@@ -108,6 +108,28 @@ def test_accumulated_micro_batches_are_the_big_batch(world):
         assert_close(parts[2][name], value, 2e-5, size=max(abs(float(value)), 1.0), rtol=1e-4, err_msg=name)
 
 
+def test_a_micro_batch_without_a_scored_token_adds_nothing_and_is_not_counted(world):
+    """loss_mean="microbatch": the update is that of the others, where the originals' is NaN and skipped."""
+    vlm, params, batch, _ = world
+    silent = (jnp.arange(8) % 4 == 2)[:, None]  # the third of four micro-batches
+    batch = batch._replace(supervised=batch.supervised & ~silent)
+    kept = jax.tree.map(lambda x: x[jnp.asarray([0, 1, 3, 4, 5, 7])], batch)
+    settings = {"losses": LossWeights(base=1.0), "loss_mean": "microbatch"}
+    (_, state, metrics), _ = run_step(vlm, params, dataclasses.replace(stage(), **settings, accumulate=4), batch)
+    (_, others, expected), _ = run_step(
+        vlm, params, dataclasses.replace(stage(), **settings, accumulate=3, batch=6), kept
+    )
+    assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=1e-4)
+    for found, one in ((s, t) for s, t in zip(jax.tree.leaves(state), jax.tree.leaves(others), strict=True) if s.ndim):
+        assert_close(found, one, 2e-5, rtol=1e-4)
+    nothing = batch._replace(supervised=jnp.zeros_like(batch.supervised))
+    for mean in ("tokens", "rows", "microbatch"):
+        one = dataclasses.replace(stage(), losses=LossWeights(base=1.0), loss_mean=mean, accumulate=4)
+        (_, _, metrics), _ = run_step(vlm, params, one, nothing)
+        assert (float(metrics["loss"]), float(metrics["grad_norm"])) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("train", "weights"),
     [(("st/.*",), {"st": 1.0}), (("lm/.*",), {"lm": 1.0}), (ALL, {"base": 1.0, "ie": 1.0})],

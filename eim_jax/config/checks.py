@@ -41,6 +41,7 @@ _RANGES = {
     "arm.*.adapter_layers": (1, 1 << 20),
     "arm.*.adapter_temperature": (1e-6, 1e6),
     "arm.*.adapter_dropout": (0.0, 0.99),
+    "arm.*.adapter_scale": (1e-6, 1e6),
     "stages.*.epochs": (0, 1 << 40),
     "stages.*.steps": (0, 1 << 40),
     "stages.*.batch": (1, 1 << 30),
@@ -71,6 +72,9 @@ _CHOICES = {
     "decode.unparsed": ("wrong", "random"),
     "stages.*.schedule": ("linear", "cosine", "constant"),
     "stages.*.eps_added": ("after", "before"),
+    "stages.*.loss_mean": ("tokens", "rows", "microbatch"),
+    "arm.*.visual_routing": ("sample", "position"),
+    "decode.rope": ("training", "lavin"),
     "arm.*.st_bias": ("zeros", "uniform"),
 }
 
@@ -172,6 +176,10 @@ def _check_stage(name: str, stage: "Stage"):
             re.compile(stage.decay_also)
         except re.error as error:
             raise ConfigError(f"{where}.decay_also: {stage.decay_also!r} is no regular expression: {error}") from error
+    if stage.loss_mean == "microbatch" and stage.accumulate == 1:
+        raise ConfigError(
+            f"{where}.loss_mean='microbatch' is a mean over micro-batches, and there is one: set {where}.accumulate too"
+        )
     if stage.steps <= 0 and stage.epochs <= 0:
         raise ConfigError(f"{where}: epochs or steps must be positive")
     if problem := warmup_problem(stage):

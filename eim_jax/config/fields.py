@@ -93,7 +93,7 @@ class Stage:
     epochs: int = 10
     steps: int = 0  # overrides epochs when > 0
     batch: int = 40  # global: over all devices and micro-batches
-    accumulate: int = 1  # micro-batches an update; exact: the same gradient as one big batch
+    accumulate: int = 1  # micro-batches an update; the big batch's gradient, unless loss_mean is "microbatch"
     lr: float = 2e-5
     schedule: str = "linear"  # after the warm-up: linear (to 0) | cosine (to 0) | constant
     warmup_steps: int = 5000
@@ -104,6 +104,9 @@ class Stage:
     # Where eps joins the root of the second moment: after its bias correction (Adam's paper, PyTorch) | before it
     # (the AdamW of transformers 4, by which ClipCap was trained).
     eps_added: str = "after"
+    # What loss_base is the mean of: tokens (all scored ones of the batch) | rows (of each row's mean) | microbatch (of
+    # each of the `accumulate` micro-batches' mean, for every loss: LaVIN's and LLaMA-Adapter's scripts).
+    loss_mean: str = "tokens"
     weight_decay: float = 0.0  # on tensors of two and more dimensions
     # A pattern of further leaves that it takes (full match): "lm/adapter/gate", which LLaMA-Adapter's script decays.
     decay_also: str = ""
@@ -137,7 +140,11 @@ class Arm:
     adapter_temperature: float = 10.0  # of lavin's router
     adapter_dropout: float = 0.1  # of lavin
     adapter_layers: int = 30  # of prompts: so many topmost layers
+    adapter_scale: float = 1.0  # of lavin: factor of what the adapters add
     visual_adapter: bool = False  # router adapters in CLIP.visual too (lavin)
+    # What routes them: sample (each image's own [CLS]) | position (LaVIN's code: the token at a position by the one
+    # there of the batch's first image, so that what an image gives depends on its batch).
+    visual_routing: str = "sample"
     sequence: tuple = ()  # names of stages, in order
 
 
@@ -152,6 +159,9 @@ class Decode:
     top_p: float = 0.8
     temperature: float = 1.0
     batch: int = 40
+    raw_gates: bool = False  # LLaMA-Adapter's gates without tanh while text is generated (its v1 inference)
+    # Positions of generated tokens: training (those of the training forward) | lavin (its generator's, one too low).
+    rope: str = "training"
     answers: str = "generated"  # questions with options: read in the generated text | likelihood (each option's)
     unparsed: str = "wrong"  # an answer that cannot be read: wrong | random (an option drawn by the seed)
     java: bool = True  # METEOR and SPICE of captions by the reference's jars, where Java is installed

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from eim_jax.config import Decode
 from eim_jax.models.adapters.adapter import Steering
 from eim_jax.parallel.sharding import by_row
 from eim_jax.utils.images import normalise
@@ -35,6 +36,12 @@ class LMInput(NamedTuple):
     valid: Bool[Array, "b s"]
     positions: Int[Array, "b s"]
     steer: Steering | None = None  # what the adapter changes inside the LM
+    newest: Int[Array, "b"] | None = None  # the position after which a generated token stands; None: the last one's
+
+    @property
+    def last_position(self) -> Int[Array, "b"]:
+        """The position after which a row's first generated token stands."""
+        return self.positions[:, -1] if self.newest is None else self.newest
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,14 @@ class VLM:
         heads = {path.partition("/")[0] for path in trained}
         return replace(self, noisy=tuple(name for name in self.noisy if name in heads))
 
+    def in_generation(self, settings: Decode) -> "VLM":
+        """Returns the same modules as they generate text by config.decode; parameters stay as they are."""
+        config = self.lm.config
+        if config.adapter is None:
+            return self
+        adapter = config.adapter.in_generation(settings)
+        return replace(self, lm=self.lm.clone(config=replace(config, adapter=adapter)))
+
     def untouched(self) -> "VLM":
         """Returns the pretrained towers without this arm's prompts and adapters, and every visual token of theirs.
 
@@ -103,7 +118,11 @@ class VLM:
         )
 
     def encode_image(
-        self, params: dict, images: UInt8[Array, "b h w 3"], dropout: Array | None = None
+        self,
+        params: dict,
+        images: UInt8[Array, "b h w 3"],
+        dropout: Array | None = None,
+        has_image: Bool[Array, "b"] | None = None,
     ) -> Float[Array, "b n v"]:
         """Returns the visual tokens that `features` names, before the tower's output layer.
 
@@ -111,9 +130,13 @@ class VLM:
           params: the tree; "visual" is read.
           images: resized and cropped to the tower's image size; normalised here.
           dropout: a key for the dropout of adapters in the tower; None outside training.
+          has_image: which rows have one. Where images are seen together (`Adapter.mixes_rows`) a row without is seen as
+            zeros after normalisation, as in LaVIN; elsewhere nobody sees it.
         """
         config = self.visual.config
         pixels = normalise(images, config.mean, config.std)
+        if has_image is not None and config.adapter is not None and config.adapter.mixes_rows:
+            pixels = jnp.where(has_image[:, None, None, None], pixels, 0)
         noisy = dropout is not None and config.adapter and "visual" in self.noisy
         options = {"train": True, "rngs": {"dropout": dropout}} if noisy else {}
         tokens = _apply(self.visual, {"params": params["visual"]}, pixels, self.features, method="tokens", **options)
@@ -149,6 +172,7 @@ class VLM:
         *,
         visual: Float[Array, "b m d"] | None = None,
         has_image: Bool[Array, "b"] | None = None,
+        generating: bool = False,
     ) -> LMInput:
         """Returns what the LM reads for these texts (its last t slots) and images; see the module's table.
 
@@ -158,6 +182,7 @@ class VLM:
           valid: which of them are no padding.
           visual: the ST's output; None reads text alone (loss_LM: then markers are left out too).
           has_image: False hides a row's visual tokens; None means that all rows have an image, if `visual` is given.
+          generating: new tokens follow: the adapter says at which positions (`generation_positions`).
         """
         b, adapter = tokens.shape[0], self.lm.config.adapter
         texts, flags = [], []  # token ids before the text, [b k] each
@@ -185,10 +210,12 @@ class VLM:
             valid = jnp.concatenate([valid[:, :before], shown, valid[:, before:]], axis=1)
         first = 0 if adapter is None else adapter.first_position
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0) + first
-        steer = None
+        steer = newest = None
         if adapter is not None:
+            if generating:
+                positions, newest = adapter.generation_positions(positions)
             steer = _apply(self.lm, {"params": params["lm"]}, visual, pictured, method="steer")
-        return LMInput(embeds, valid, positions, steer)
+        return LMInput(embeds, valid, positions, steer, newest)
 
     def run_lm(self, params: dict, read: LMInput, dropout: Array | None = None) -> Float[Array, "b s d"]:
         """Returns LM_block's output for what `lm_input` gave; `dropout` is a key, None = deterministic."""

@@ -216,7 +216,7 @@ def model(inputs: Inputs, arm: Arm) -> VLM:
         inputs.clip.vision,
         prompts=arm.prompts,
         prompt_hidden=arm.prompt_hidden if arm.prompts else 0,
-        adapter=adapter if arm.visual_adapter else None,
+        adapter=adapter.in_vision(arm) if adapter is not None and arm.visual_adapter else None,
     )
     towers = VISION_TOWERS[vision.model_type]
     if arm.features not in towers.features:

@@ -1,11 +1,16 @@
 """The fields of a config that make a run an original's reach the model, the texts and the optimizer."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny
 
 from eim_jax.config import ConfigError
-from eim_jax.training import setup
+from eim_jax.data.datasets import load_split
+from eim_jax.evaluation import scoring
+from eim_jax.models.adapters.lavin import LateRouter, PositionRouter, Router
+from eim_jax.training import kinds, setup
 
 CLIPCAP = {
     "data.scenes": 24,
@@ -45,6 +50,13 @@ def test_an_id_that_the_vocabulary_lacks_is_refused(tmp_path):
         ({"stages.base.decay_also": "st/.*"}, "weight_decay is 0: set it too"),
         ({"stages.base.decay_also": "(", "stages.base.weight_decay": 0.1}, "is no regular expression"),
         ({"data.ignore_token": -2}, "-2 is not in -1"),
+        ({"stages.base.loss_mean": "mean"}, "'mean' is none of tokens, rows, microbatch"),
+        ({"stages.base.loss_mean": "microbatch"}, "there is one: set config.stages.base.accumulate too"),
+        ({"arm.baseline.visual_routing": "position"}, "needs config.arm.baseline.visual_adapter=True"),
+        ({"decode.raw_gates": True}, "decode.raw_gates changes LLaMA-Adapter's prompts alone, which no arm"),
+        ({"decode.rope": "lavin"}, "decode.rope changes LaVIN's router alone, which no arm"),
+        ({"decode.rope": "theirs"}, "'theirs' is none of training, lavin"),
+        ({"arm.baseline.adapter_scale": 0.0}, "adapter_scale: 0.0 is not in"),
     ],
 )
 def test_values_that_cannot_be_meant_are_refused(changes, said):
@@ -60,3 +72,44 @@ def test_clipcaps_presets_take_its_choices_and_the_miniature_keeps_its_own():
     demo = tiny.config_of("miniature")
     assert demo.data.ignore_token == -1 and {arm.st_bias for arm in demo.arm.values()} == {"zeros"}
     assert {stage.eps_added for stage in demo.stages.values()} == {"after"}
+
+
+def test_llama_adapters_and_lavins_presets_take_their_choices_and_their_miniatures_keep_their_own():
+    for name in ("llama_adapter_scienceqa", "llama_adapter_eim_scienceqa"):
+        config = tiny.config_of(name)
+        gates = {stage: one.decay_also for stage, one in config.stages.items()}
+        assert gates == {stage: "" if stage == "st" else "lm/adapter/gate" for stage in gates}
+        assert config.arm[config.arms[0]].st_bias == "uniform"
+    for name in ("lavin7b_scienceqa", "lavin13b_scienceqa", "lavin7b_eim_scienceqa", "lavin7b_eim_chat"):
+        assert {arm.visual_routing for arm in tiny.config_of(name).arm.values()} == {"position"}
+    for name in ("miniature_lavin", "miniature_llama_adapter"):
+        config = tiny.config_of(name)
+        assert {stage.decay_also for stage in config.stages.values()} == {""}
+        assert {(arm.visual_routing, arm.st_bias) for arm in config.arm.values()} == {("sample", "zeros")}
+
+
+def test_adapters_fields_reach_the_towers_and_the_generator(tmp_path):
+    changes = {"arm.baseline.visual_routing": "position", "arm.baseline.adapter_scale": 0.5, "decode.rope": "lavin"}
+    config = tiny.config_of("miniature_lavin", **{"data.scenes": 24, "arms": ("baseline",), **changes})
+    inputs = setup.load(config, tmp_path, data=False)
+    vlm = setup.model(inputs, config.arm["baseline"])
+    assert isinstance(vlm.visual.config.adapter, PositionRouter) and vlm.visual.config.adapter.scale == 0.5
+    assert type(vlm.lm.config.adapter) is Router and vlm.lm.config.adapter.scale == 0.5
+    assert isinstance(vlm.in_generation(config.decode).lm.config.adapter, LateRouter)
+    test = load_split(config, "test", tmp_path)
+    assert ", positions as LaVIN's generator" in scoring.settings_of(inputs, "greedy", test)
+    plain = tiny.config_of("miniature_lavin", **{"data.scenes": 24, "arms": ("baseline",)})
+    vlm = setup.model(dataclasses.replace(inputs, config=plain), plain.arm["baseline"])
+    assert type(vlm.visual.config.adapter) is Router
+    # Caches of features of older runs know their tower by these words.
+    assert repr(vlm.visual.config.adapter) == "Router(rank=8, groups=2, temperature=10.0, dropout=0.1)"
+
+
+def test_micro_batches_decide_the_result_where_each_has_its_own_mean():
+    """Elsewhere a run may be resumed with other ones: the gradient is the same."""
+    for mean, decides in (("tokens", False), ("rows", False), ("microbatch", True)):
+        two, four = (
+            tiny.config_of("miniature", **{"stages.base.loss_mean": mean, "stages.base.accumulate": parts})
+            for parts in (2, 4)
+        )
+        assert bool(kinds.differences(two, four)) == decides
