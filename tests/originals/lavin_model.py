@@ -52,8 +52,7 @@ class LaVIN:
         whole = meta_llama(read_torch(self.folder / "7B" / "consolidated.00.pth"), c["layers"], c["heads"])
         whole |= openai_vision(read_torch(self.folder / "clip.pt"), clip["layers"])
         self.frozen = placed(stacked(stacked(whole, "lm", c["layers"]), "visual", clip["layers"]))
-        start = read_torch(self.folder / "checkpoint-start.pth")["model"]
-        self.start = self.leaves({name.removeprefix("module."): leaf for name, leaf in start.items()})
+        self.start = self.checkpoint("checkpoint-start.pth")
         self.params = {**self.frozen, **self.start}
 
     @property
@@ -63,6 +62,11 @@ class LaVIN:
     def leaves(self, held: dict) -> dict:
         """Their 93 leaves, or gradients of them, under our paths."""
         return placed(lavin_leaves(held, self.config["layers"], self.config["clip"]["layers"]))
+
+    def checkpoint(self, file: str) -> dict:
+        """The 93 of a file that their save_model wrote."""
+        held = read_torch(self.folder / file)["model"]
+        return self.leaves({name.removeprefix("module."): leaf for name, leaf in held.items()})
 
     def saved(self, prefix: str) -> dict:
         """The 93 under "prefix/" of the variant's arrays."""

@@ -9,6 +9,8 @@ import tiny
 from eim_jax.config import ConfigError
 from eim_jax.data.datasets import load_split
 from eim_jax.evaluation import scoring
+from eim_jax.generation import batched_inference
+from eim_jax.generation.visual_tokens import VisualTokens
 from eim_jax.models.adapters.lavin import LateRouter, PositionRouter, Router
 from eim_jax.training import kinds, setup
 
@@ -113,3 +115,30 @@ def test_micro_batches_decide_the_result_where_each_has_its_own_mean():
             for parts in (2, 4)
         )
         assert bool(kinds.differences(two, four)) == decides
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"), [("miniature_lavin", "rope", "lavin"), ("miniature_llama_adapter", "raw_gates", True)]
+)
+def test_generated_text_is_read_by_the_configs_fields(tmp_path, monkeypatch, name, field, value):
+    class Read(Exception):
+        """What the language model was given, and itself."""
+
+    def stop(lm, params, read, config, **options):
+        raise Read(lm.config.adapter, read)
+
+    monkeypatch.setattr(batched_inference, "continue_text", stop)
+    config = tiny.config_of(name, **{"data.scenes": 24, "arms": ("baseline",), f"decode.{field}": value})
+    inputs = setup.load(config, tmp_path, data=False)
+    vlm, params = setup.start(inputs, config.arm["baseline"])
+    nothing = np.zeros((1, vlm.st.config.tokens, vlm.st.config.width_out), np.float32)
+    seen, prompts = VisualTokens(nothing, {None: 0}), ["What is it?", "What colour is the large circle?"]
+    with pytest.raises(Read) as found:
+        batched_inference.generate_text(inputs, vlm, params, seen, [None, None], prompts, "greedy", "text", quiet=True)
+    adapter, read = found.value.args
+    if field == "raw_gates":
+        assert not adapter.squashed and vlm.lm.config.adapter.squashed
+    else:
+        last = np.asarray(read.valid).sum(1)  # the modality row stands at 0, so that the n-th token is at n
+        np.testing.assert_array_equal(read.last_position, last - 1)
+        np.testing.assert_array_equal(read.positions[:, -1], np.where(last > last.min(), last - 1, last))
