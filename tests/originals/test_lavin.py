@@ -67,7 +67,7 @@ def test_features_and_visual_tokens_are_theirs(case):
     seen, connected = see(case.tree)
     assert off(seen[pictured], case.held["clip_features"][pictured]) <= 2e-5
     assert off(connected[pictured], case.held["visual_tokens"][pictured]) <= 5e-5  # sums over the features' errors
-    # The two routings give different features of the same pictures: by 3 of 40 here.
+    # The two routings give different features of the same pictures: by 3 of 16 here.
     other = arrays(case.folder / ("batch_first.npz" if case.variant == "authors" else "authors.npz"))
     assert off(seen[pictured], other["clip_features"][pictured]) > 1
 
