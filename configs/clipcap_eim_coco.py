@@ -28,6 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
         description="EIM: full features -> FFN -> LM, trained in stages ST -> LM -> IE",
         prompts=10,
         prompt_hidden=1408,
+        st_bias="uniform",  # as the baseline's
         sequence=("st", "lm", "ie"),
     )
     with config.unlocked():

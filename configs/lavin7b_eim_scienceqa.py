@@ -18,7 +18,7 @@ from eim_jax.configs import lavin7b_scienceqa
 def get_config() -> ml_collections.ConfigDict:
     config = lavin7b_scienceqa.get_config()
     eim = dataclasses.replace(
-        lavin7b_scienceqa.BASELINE,
+        lavin7b_scienceqa.ORIGINAL,
         description="EIM on LaVIN: 50 CLIP tokens, stages ST -> LM -> Adapter -> IE",
         features="grid",
         sequence=("st", "lm", "adapter", "ie"),

@@ -20,7 +20,7 @@ from eim_jax.configs import llama_adapter_scienceqa
 def get_config() -> ml_collections.ConfigDict:
     config = llama_adapter_scienceqa.get_config()
     three = dataclasses.replace(
-        llama_adapter_scienceqa.BASELINE,
+        llama_adapter_scienceqa.ORIGINAL,
         description="EIM on LLaMA-Adapter without new parameters: full CLIP features, stages ST -> LM -> Adapter",
         output_layer=False,
         sequence=("st", "lm", "adapter"),

@@ -10,6 +10,7 @@ import pytest
 from close import assert_close
 
 from eim_jax.models.connector import STConfig, make_st
+from eim_jax.training.partition import flatten
 
 CONFIGS = {
     "mlp": STConfig(kind="mlp", width_in=6, width_out=8, tokens=3),
@@ -107,6 +108,26 @@ def test_linear_layers_start_as_in_pytorch():
     bound = 400**-0.5
     assert bound * 0.99 < float(jnp.abs(kernel).max()) <= bound
     np.testing.assert_allclose(kernel.std(), bound / math.sqrt(3), rtol=0.01)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "transformer", "queries"])
+def test_uniform_biases_start_as_in_pytorch_and_the_default_ones_at_zero(kind):
+    """U(+-1/sqrt(fan_in)) by each layer's own fan-in: standard deviation bound / sqrt(3), none beyond the bound."""
+    shape = {"width_in": 400, "width_out": 192, "tokens": 6, "hidden": 160, "layers": 1, "heads": 2}
+    params = {}
+    for bias in ("zeros", "uniform"):
+        st = make_st(STConfig(kind=kind, bias=bias, **shape))
+        params[bias] = flatten(st.init(jax.random.key(0), jnp.zeros((1, 1, 400)))["params"])
+    layers = [path for path in params["uniform"] if path.endswith("/bias") and "ln_" not in path]
+    assert len(layers) == {"mlp": 2, "transformer": 4, "queries": 6}[kind]
+    for path in layers:
+        bound = params["uniform"][path.replace("/bias", "/kernel")].shape[0] ** -0.5
+        biases = np.asarray(params["uniform"][path])
+        assert not np.any(params["zeros"][path])
+        assert 0.9 * bound < np.abs(biases).max() <= bound, path
+        np.testing.assert_allclose(biases.std(), bound / math.sqrt(3), rtol=0.15, err_msg=path)
+    for path in params["zeros"].keys() - set(layers):  # kernels are drawn from the same keys either way
+        np.testing.assert_array_equal(params["zeros"][path], params["uniform"][path], err_msg=path)
 
 
 def test_the_projector_starts_from_xaviers_uniform_weights_and_zero_biases():

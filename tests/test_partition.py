@@ -1,5 +1,7 @@
 """The partition: what trains, what optax holds for it, and at which rate."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,8 +75,11 @@ def test_a_warmup_longer_than_the_stage_is_an_error():
         partition.learning_rate(stage(train=("st/.*",), warmup_steps=5), 5)
 
 
-def test_two_adamw_steps_equal_float64_numpy_with_the_groups_own_rates_and_decay_on_matrices_only():
+@pytest.mark.parametrize("added", ["after", "before"])
+@pytest.mark.parametrize("also", ["", "st/up/bias"])
+def test_two_adamw_steps_equal_float64_numpy_with_the_groups_own_rates_and_decay_on_matrices_only(added, also):
     one = stage(train=("st/.*", ("lm/.*", 0.25)), b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.1)
+    one = dataclasses.replace(one, eps_added=added, decay_also=also)
     tx = partition.optimizer(one, partition.groups(one, PARAMS), PARAMS, 10)
     rng = np.random.default_rng(0)
     grads = [{p: rng.normal(size=leaf.shape) for p, leaf in PARAMS.items()} for _ in range(2)]
@@ -87,9 +92,18 @@ def test_two_adamw_steps_equal_float64_numpy_with_the_groups_own_rates_and_decay
         rate = {"st": 0.1, "lm": 0.025, "visual": 0.0}[path.split("/")[0]]
         for t, g in enumerate(grads, start=1):
             m, v = 0.8 * m + 0.2 * g[path], 0.9 * v + 0.1 * g[path] ** 2
-            step = (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.9**t)) + 1e-3)
-            want = want - rate * (step + (0.1 * want if want.ndim >= 2 else 0.0))
+            if added == "after":
+                step = (m / (1 - 0.8**t)) / (np.sqrt(v / (1 - 0.9**t)) + 1e-3)
+            else:  # transformers' AdamW: the step's size is corrected, not its two parts
+                step = np.sqrt(1 - 0.9**t) / (1 - 0.8**t) * m / (np.sqrt(v) + 1e-3)
+            want = want - rate * (step + (0.1 * want if want.ndim >= 2 or path == also else 0.0))
         np.testing.assert_allclose(got[path], want, rtol=2e-6)
+
+
+def test_a_pattern_of_leaves_to_decay_that_matches_no_trained_one_is_an_error():
+    one = stage(train=("st/.*",), weight_decay=0.1, decay_also="lm/adapter/gate")
+    with pytest.raises(partition.PartitionError, match="decay_also='lm/adapter/gate' matches no parameter"):
+        partition.optimizer(one, partition.groups(one, PARAMS), PARAMS, 10)
 
 
 def test_clipping_measures_the_trained_gradients_together():

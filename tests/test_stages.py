@@ -18,6 +18,7 @@ from eim_jax.losses.objective import fields, make_objective, normalisers
 from eim_jax.losses.table import queues_of
 from eim_jax.models.batch import Batch
 from eim_jax.training import partition
+from eim_jax.training.assembly import assemble
 from eim_jax.training.step import make_step
 
 ALL = ("visual/prompt/.*", "st/.*", "lm/.*")
@@ -105,6 +106,28 @@ def test_accumulated_micro_batches_are_the_big_batch(world):
         assert_trees_close(found, expected, 2e-5, rtol=1e-4)
     for name, value in whole[2].items():
         assert_close(parts[2][name], value, 2e-5, size=max(abs(float(value)), 1.0), rtol=1e-4, err_msg=name)
+
+
+def test_a_micro_batch_without_a_scored_token_adds_nothing_and_is_not_counted(world):
+    """loss_mean="microbatch": the update is that of the others, where the originals' is NaN and skipped."""
+    vlm, params, batch, _ = world
+    silent = (jnp.arange(8) % 4 == 2)[:, None]  # the third of four micro-batches
+    batch = batch._replace(supervised=batch.supervised & ~silent)
+    kept = jax.tree.map(lambda x: x[jnp.asarray([0, 1, 3, 4, 5, 7])], batch)
+    settings = {"losses": LossWeights(base=1.0), "loss_mean": "microbatch"}
+    (_, state, metrics), _ = run_step(vlm, params, dataclasses.replace(stage(), **settings, accumulate=4), batch)
+    (_, others, expected), _ = run_step(
+        vlm, params, dataclasses.replace(stage(), **settings, accumulate=3, batch=6), kept
+    )
+    assert float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(expected["grad_norm"]), rel=1e-4)
+    for found, one in ((s, t) for s, t in zip(jax.tree.leaves(state), jax.tree.leaves(others), strict=True) if s.ndim):
+        assert_close(found, one, 2e-5, rtol=1e-4)
+    nothing = batch._replace(supervised=jnp.zeros_like(batch.supervised))
+    for mean in ("tokens", "rows", "microbatch"):
+        one = dataclasses.replace(stage(), losses=LossWeights(base=1.0), loss_mean=mean, accumulate=4)
+        (_, _, metrics), _ = run_step(vlm, params, one, nothing)
+        assert (float(metrics["loss"]), float(metrics["grad_norm"])) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +226,19 @@ def test_dropout_follows_the_key_and_the_step(world):
     (_, _, other), _ = run_step(vlm, params, one, batch, train=True, key=1)
     assert float(a["loss"]) == float(again["loss"])
     assert float(a["loss"]) != float(other["loss"])
+
+
+@pytest.mark.parametrize("train", [("st/.*",), ("st/.*", "lm/.*")], ids=["frozen", "trained"])
+def test_a_language_model_that_the_stage_does_not_train_runs_without_dropout(train):
+    vlm, params = tiny.model(dropout=0.3)
+    one, batch = stage(train=train, base=1.0, lm=1.0), tiny.batch()
+    made = assemble(vlm, one, Losses(), params, 10, lambda kind: tiny.queues()[kind.name])
+    objective = make_objective(vlm.for_stage(made.trained), one, Losses())
+    norms = normalisers(vlm, one, batch)
+    keys = [None, *(jax.random.key(i) for i in range(3))]
+    losses = {float(objective(partition.unflatten(params), batch, made.queues, norms, key)[0]) for key in keys}
+    assert len(losses) == (1 if train == ("st/.*",) else 4)
+    assert (vlm.for_stage(made.trained).dropout == 0) == (train == ("st/.*",))
 
 
 def gradients(vlm, params, batch, weights):

@@ -71,6 +71,24 @@ def test_sum_and_gradients_are_those_of_float64_on_every_mesh(shape, chunk, voca
     assert_close(to_head, 0.25 * expected_head, 2e-6)
 
 
+@pytest.mark.parametrize("shape", MESHES.values(), ids=MESHES)
+def test_a_mask_of_floats_weighs_each_position(shape):
+    """Each row's own mean: a weight of one over its supervised positions."""
+    hidden, head, targets, mask = problem()
+    weight = (mask / np.maximum(mask.sum(1, keepdims=True), 1)).astype(np.float32)
+    mesh = make_mesh(shape) if shape else None
+    inputs = hidden.astype(np.float32), head.astype(np.float32), targets, weight
+    (total, count), to_hidden, to_head = both(*inputs, chunk=3, mesh=mesh)
+    rows = [oracle(hidden[[row]], head, targets[[row]], mask[[row]]) for row in range(B) if mask[row].any()]
+    number = mask.sum(1)[mask.any(1)]
+    np.testing.assert_allclose(total, sum(loss / n for (loss, _, _), n in zip(rows, number, strict=True)), rtol=1e-6)
+    np.testing.assert_allclose(count, mask.any(1).sum(), rtol=1e-6)
+    expected = np.zeros_like(hidden)
+    expected[mask.any(1)] = np.concatenate([slope / n for (_, slope, _), n in zip(rows, number, strict=True)])
+    assert_close(to_hidden, 0.25 * expected, 2e-6)
+    assert_close(to_head, 0.25 * sum(slope / n for (_, _, slope), n in zip(rows, number, strict=True)), 2e-6)
+
+
 def test_gradients_agree_with_autodiff_through_the_logits():
     hidden, head, targets, mask = problem(1)
     hidden, head = jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32)

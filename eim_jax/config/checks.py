@@ -15,6 +15,7 @@ class ConfigError(ValueError):
 _RANGES = {
     "data.max_tokens": (2, 1 << 20),
     "data.threads": (0, 1024),
+    "data.ignore_token": (-1, 1 << 30),
     "data.buckets": (1, 64),
     "data.length_window": (1, 1 << 20),
     "data.eval_limit": (0, 1 << 40),
@@ -30,6 +31,7 @@ _RANGES = {
     "checkpoint.every_minutes": (0.0, 1e6),
     "log_every": (1, 1 << 40),
     "arm.*.st_tokens": (1, 1 << 20),
+    "arm.*.st_clip_length": (1, 1 << 20),
     "arm.*.st_hidden": (1, 1 << 24),
     "arm.*.st_layers": (1, 1 << 12),
     "arm.*.st_heads": (1, 1 << 12),
@@ -39,6 +41,7 @@ _RANGES = {
     "arm.*.adapter_layers": (1, 1 << 20),
     "arm.*.adapter_temperature": (1e-6, 1e6),
     "arm.*.adapter_dropout": (0.0, 0.99),
+    "arm.*.adapter_scale": (1e-6, 1e6),
     "stages.*.epochs": (0, 1 << 40),
     "stages.*.steps": (0, 1 << 40),
     "stages.*.batch": (1, 1 << 30),
@@ -68,6 +71,11 @@ _CHOICES = {
     "decode.answers": ("generated", "likelihood"),
     "decode.unparsed": ("wrong", "random"),
     "stages.*.schedule": ("linear", "cosine", "constant"),
+    "stages.*.eps_added": ("after", "before"),
+    "stages.*.loss_mean": ("tokens", "rows", "microbatch"),
+    "arm.*.visual_routing": ("sample", "position"),
+    "decode.rope": ("training", "lavin"),
+    "arm.*.st_bias": ("zeros", "uniform"),
 }
 
 
@@ -161,6 +169,17 @@ def _check_stage(name: str, stage: "Stage"):
         raise ConfigError(f"{where}.train is empty: a stage trains at least one pattern")
     if stage.accumulate < 1 or stage.batch % stage.accumulate:
         raise ConfigError(f"{where}.accumulate={stage.accumulate} does not divide {where}.batch={stage.batch}")
+    if stage.decay_also:
+        if not stage.weight_decay:
+            raise ConfigError(f"{where}.decay_also names leaves to decay, but {where}.weight_decay is 0: set it too")
+        try:
+            re.compile(stage.decay_also)
+        except re.error as error:
+            raise ConfigError(f"{where}.decay_also: {stage.decay_also!r} is no regular expression: {error}") from error
+    if stage.loss_mean == "microbatch" and stage.accumulate == 1:
+        raise ConfigError(
+            f"{where}.loss_mean='microbatch' is a mean over micro-batches, and there is one: set {where}.accumulate too"
+        )
     if stage.steps <= 0 and stage.epochs <= 0:
         raise ConfigError(f"{where}: epochs or steps must be positive")
     if problem := warmup_problem(stage):

@@ -42,6 +42,7 @@ class Data:
     # Texts of a batch are cut to the smallest of so many lengths that holds them; the step is compiled once for each.
     buckets: int = 4  # 1: every batch is as long as the longest text
     length_window: int = 1  # batches whose samples are put together by length (then take 8 buckets); 1: none
+    ignore_token: int = -1  # loss_base does not score tokens of this id (ClipCap: 0, GPT-2's "!"); -1: scores all
     eos: bool = True  # supervise an end-of-text token (ClipCap itself does not: then decode with stop_at_period)
     cache_features: bool = True  # keep a frozen CLIP's features on disk instead of recomputing them every epoch
     cache: str = ""  # folder for features, validation verdicts, compiled programs; "" = <workdir>/cache
@@ -92,7 +93,7 @@ class Stage:
     epochs: int = 10
     steps: int = 0  # overrides epochs when > 0
     batch: int = 40  # global: over all devices and micro-batches
-    accumulate: int = 1  # micro-batches an update; exact: the same gradient as one big batch
+    accumulate: int = 1  # micro-batches an update; the big batch's gradient, unless loss_mean is "microbatch"
     lr: float = 2e-5
     schedule: str = "linear"  # after the warm-up: linear (to 0) | cosine (to 0) | constant
     warmup_steps: int = 5000
@@ -100,7 +101,15 @@ class Stage:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-6
+    # Where eps joins the root of the second moment: after its bias correction (Adam's paper, PyTorch) | before it
+    # (the AdamW of transformers 4, by which ClipCap was trained).
+    eps_added: str = "after"
+    # What loss_base is the mean of: tokens (all scored ones of the batch) | rows (of each row's mean) | microbatch (of
+    # each of the `accumulate` micro-batches' mean, for every loss: LaVIN's and LLaMA-Adapter's scripts).
+    loss_mean: str = "tokens"
     weight_decay: float = 0.0  # on tensors of two and more dimensions
+    # A pattern of further leaves that it takes (full match): "lm/adapter/gate", which LLaMA-Adapter's script decays.
+    decay_also: str = ""
     clip_norm: float = 0.0  # of the trained gradients together; 0 = no clipping
 
 
@@ -116,9 +125,12 @@ class Arm:
     # ffn (EIM) | mlp, transformer (ClipCap's mappers, on one token) | projector (LaVIN's) | queries (LLaMA-Adapter's)
     st: str = "ffn"
     st_tokens: int = 10  # of mlp, transformer and queries; ffn and projector keep their input's number
+    st_clip_length: int = 10  # of transformer: tokens that it makes from the image feature (prefix_length_clip)
     st_hidden: int = 3072  # of ffn, projector and queries (its width); mlp: half its output width
     st_layers: int = 8  # of transformer and queries
     st_heads: int = 8  # of transformer and queries
+    st_bias: str = "zeros"  # its linear layers' first biases: zeros | uniform (PyTorch's U(+-1/sqrt(fan_in)))
+    normalize_prefix: bool = False  # every token that the ST reads is divided by its L2 norm (ClipCap)
     prompts: int = 0  # deep visual prompt tokens a CLIP block; 0 = none
     prompt_hidden: int = 1408  # width of the MLP that re-parametrises them; 0 = plain prompts
     # What adapts a LLaMA: none | lavin (router adapters; the image enters as tokens) | prompts (LLaMA-Adapter's gated
@@ -128,7 +140,11 @@ class Arm:
     adapter_temperature: float = 10.0  # of lavin's router
     adapter_dropout: float = 0.1  # of lavin
     adapter_layers: int = 30  # of prompts: so many topmost layers
+    adapter_scale: float = 1.0  # of lavin: factor of what the adapters add
     visual_adapter: bool = False  # router adapters in CLIP.visual too (lavin)
+    # What routes them: sample (each image's own [CLS]) | position (LaVIN's code: the token at a position by the one
+    # there of the batch's first image, so that what an image gives depends on its batch).
+    visual_routing: str = "sample"
     sequence: tuple = ()  # names of stages, in order
 
 
@@ -143,6 +159,9 @@ class Decode:
     top_p: float = 0.8
     temperature: float = 1.0
     batch: int = 40
+    raw_gates: bool = False  # LLaMA-Adapter's gates without tanh while text is generated (its v1 inference)
+    # Positions of generated tokens: training (those of the training forward) | lavin (its generator's, one too low).
+    rope: str = "training"
     answers: str = "generated"  # questions with options: read in the generated text | likelihood (each option's)
     unparsed: str = "wrong"  # an answer that cannot be read: wrong | random (an option drawn by the seed)
     java: bool = True  # METEOR and SPICE of captions by the reference's jars, where Java is installed

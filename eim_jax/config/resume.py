@@ -74,6 +74,8 @@ def deciding(config: Config, arms: Sequence[str], free: Collection[str] = ()) ->
       {dotted name: value}, without other arms and without stages that none of these reaches.
     """
     reached = {stage for name in arms for stage in config.arm[name].sequence}
+    # The parts of a batch decide nothing but where each of them has a mean of its own.
+    parts = {f"stages.{name}.accumulate" for name, stage in config.stages.items() if stage.loss_mean == "microbatch"}
     kept = {}
     for name, value in flatten(config).items():
         group, _, rest = name.partition(".")
@@ -82,6 +84,6 @@ def deciding(config: Config, arms: Sequence[str], free: Collection[str] = ()) ->
         decides_nothing = (
             name in FREE_ON_RESUME or name in free or name.startswith(FREE_GROUPS) or rest.endswith(FREE_OF_ENTRIES)
         )
-        if not unreached and not decides_nothing:
+        if not unreached and (not decides_nothing or name in parts):
             kept[name] = value
     return kept

@@ -75,7 +75,10 @@ def settings_of(inputs: Inputs, method: str, test: Split) -> str:
         "beam": f"{decode.beams} beams ranked by mean log-probability",
         "nucleus": f"nucleus sampling, top_p {decode.top_p:g}, temperature {decode.temperature:g}",
     }[method]
-    stop = (", stops at a period" if decode.stop_at_period else "") + task.settings(inputs)
+    stop = ", stops at a period" if decode.stop_at_period else ""
+    stop += ", gates without tanh" if decode.raw_gates else ""
+    stop += ", positions as LaVIN's generator" if decode.rope == "lavin" else ""
+    stop += task.settings(inputs)
     number = task.count(test)
     number = min(limit or number, number)
     return f"{words}, at most {decode.max_tokens} tokens{stop}; {number:,} {task.counted} {test.fingerprint()[:8]}"

@@ -57,6 +57,7 @@ def generate_text(
     Raises:
       ConfigError: the prompts leave the LM's context no room.
     """
+    vlm = vlm.in_generation(inputs.config.decode)
     tree, tokenizer = tree_of(params), inputs.lm_tokenizer
     tokens, valid = tokenize.encode_prompts(prompts, tokenizer, inputs.config.data.max_tokens)
     batch = rounded(inputs.config.decode.batch, inputs.mesh)
@@ -191,7 +192,7 @@ def _period_id(tokenizer) -> int | None:
 @functools.partial(jax.jit, static_argnums=0)
 def _read(vlm, params, visual, has_image, tokens, valid):
     """Returns what the LM reads before the first new token."""
-    return vlm.lm_input(params, tokens, valid, visual=visual, has_image=has_image)
+    return vlm.lm_input(params, tokens, valid, visual=visual, has_image=has_image, generating=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)

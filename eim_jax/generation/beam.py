@@ -37,7 +37,7 @@ def beam(lm, config, ends, mesh, params, logits, cache, read, index) -> State:
     tokens = jnp.zeros((b * k, config.max_tokens), jnp.int32).at[:, 0].set(last)
     one = jnp.ones(b * k, jnp.int32)
     sees = jnp.broadcast_to(cache.valid[:, None], (b, k, cache.valid.shape[1]))
-    position = jnp.repeat(read.positions[:, -1], k)
+    position = jnp.repeat(read.last_position, k)
     start = State(jnp.int32(1), cache, last, position, tokens, one, first.reshape(-1), ended(last, ends), sees)
     state = loop(lambda state: _grow(lm, params, ends, mesh, read, state), start, config.max_tokens)
     winner = jnp.argmax((state.total / state.length).reshape(b, k), axis=1) + jnp.arange(b) * k

@@ -131,7 +131,7 @@ def _admit(lm, config, eos_id, period_id, mesh, params, held: _Places, read: LMI
     A text whose place does not exist (the group's padding) is dropped.
     """
     logits, cache = prefill(lm, params, read, 0, mesh)
-    new = begin(cache, read.positions[:, -1], config.max_tokens)
+    new = begin(cache, read.last_position, config.max_tokens)
     new = extend(config, stops(config, eos_id, period_id), new, logits, index)
 
     def put(a: Array, b: Array) -> Array:

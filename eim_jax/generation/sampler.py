@@ -151,5 +151,5 @@ def _single(lm, config, ends, mesh, params, logits, cache, read, index) -> State
         logits, state = advance(lm, params, state, read.steer, mesh)
         return extend(config, ends, state, logits, index)
 
-    start = extend(config, ends, begin(cache, read.positions[:, -1], config.max_tokens), logits, index)
+    start = extend(config, ends, begin(cache, read.last_position, config.max_tokens), logits, index)
     return loop(step, start, config.max_tokens)

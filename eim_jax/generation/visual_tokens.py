@@ -60,7 +60,9 @@ def encode_images(
         wanted[~np.resize(own_rows(inputs.mesh, batch), len(wanted))] = -1  # other processes decode their own
         for at, (_, pixels) in enumerate(eval_images(split, batch, size, rows=wanted.tolist(), **options)):
             real = min(batch, len(rows) - at * batch)
-            found.append(fetch(_connect(vlm, tree, *place_rows(inputs.mesh, [pixels])))[:real])
+            pictured = np.zeros(len(pixels), bool)
+            pictured[:real] = [row is not None for row in rows[at * batch :][:real]]
+            found.append(fetch(_connect(vlm, tree, *place_rows(inputs.mesh, [pixels, pictured])))[:real])
             advance(real)
     return VisualTokens(np.concatenate(found), {row: place for place, row in enumerate(rows)})
 
@@ -82,5 +84,5 @@ def progress_or_quiet(quiet: bool, *words):
 
 # Parameters are arguments: closed over, they would be compiled into the program as constants.
 @functools.partial(jax.jit, static_argnums=0)
-def _connect(vlm, params, images):
-    return vlm.connect(params, vlm.encode_image(params, images))
+def _connect(vlm, params, images, has_image):
+    return vlm.connect(params, vlm.encode_image(params, images, has_image=has_image))

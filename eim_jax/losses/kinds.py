@@ -94,7 +94,8 @@ class Forward:
         cached = self.batch.features
         if cached is not None:
             return cached
-        return self.vlm.encode_image(self.params, self.batch.read("image"), dropout=self.dropout(2))
+        batch = self.batch
+        return self.vlm.encode_image(self.params, batch.read("image"), self.dropout(2), batch.has_image)
 
     @functools.cached_property
     def connected(self) -> Float[Array, "b m d"]:

@@ -1,6 +1,6 @@
 """loss_base: next-token cross-entropy of the response."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -17,24 +17,31 @@ from eim_jax.models.vlm import VLM
 class NextTokenLoss:
     """The language model's own loss, with the same interface as a contrastive one; it reads no queue.
 
-    Rows without an image are read as text alone, so data of texts alone is fine.
+    Rows without an image are read as text alone, so data of texts alone is fine. `mean` is what it is the mean of:
+    "tokens", the supervised ones; "rows", of each row's own mean, where a row without one does not count.
     """
 
     name: str
     title: str
     queue: None = None
     needs_image: bool = False
+    mean: str = "tokens"
+
+    def averaged(self, mean: str) -> "NextTokenLoss":
+        """Returns the loss as a stage's `loss_mean` has it; within a micro-batch all tokens weigh the same."""
+        return replace(self, mean="rows" if mean == "rows" else "tokens")
 
     def fields(self, settings: Losses) -> frozenset[str]:
         """The batch fields that it reads besides `index`."""
         return frozenset({"image", "has_image", "tokens", "valid", "supervised"})
 
     def normaliser(self, vlm: VLM, batch: Batch) -> Float[Array, ""]:
-        """The supervised tokens."""
-        return _supervised(vlm, batch).sum().astype(jnp.float32)
+        """The supervised tokens, or the rows that have one."""
+        supervised = _supervised(vlm, batch)
+        return (supervised.any(axis=1) if self.mean == "rows" else supervised).sum().astype(jnp.float32)
 
     def value(self, forward: Forward, queue: Queue | None) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        """The sum of -log p(token) over the supervised tokens, in nats; nothing more to log."""
+        """The sum of -log p(token) over the supervised tokens, or of rows' means, in nats; nothing more to log."""
         vlm, params, batch = forward.vlm, forward.params, forward.batch
         hidden = vlm.lm_hidden(
             params,
@@ -46,6 +53,8 @@ class NextTokenLoss:
         )
         head, axis = vlm.head_weights(params)
         supervised = _supervised(vlm, batch)
+        if self.mean == "rows":
+            supervised = supervised / jnp.maximum(supervised.sum(axis=1, keepdims=True), 1)
         value, _ = head_xent(hidden, head, batch.read("tokens"), supervised, vocab_axis=axis, mesh=forward.mesh)
         return value, {}
 

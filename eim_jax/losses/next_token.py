@@ -29,7 +29,7 @@ def head_xent(
     hidden: Float[Array, "b t d"],
     head: Float[Array, "_ _"],
     targets: Int[Array, "b t"],
-    mask: Bool[Array, "b t"],
+    mask: Bool[Array, "b t"] | Float[Array, "b t"],
     *,
     vocab_axis: int = 0,
     chunk: int = 0,
@@ -39,7 +39,8 @@ def head_xent(
 
     `head` is [V d] (vocab_axis 0, a tied embedding) or [d V] (1); it is cast to hidden's dtype, products add up in f32,
     and its gradient is f32 at once. What is not differentiated costs nothing: a frozen head gets no gradient of its
-    size. Positions outside `mask` give no loss and no gradient, even where `hidden` is not finite there.
+    size. Positions outside `mask` give no loss and no gradient, even where `hidden` is not finite there. A `mask` of
+    floats weighs each position, and then the weights' sum is returned in place of a number.
 
     `chunk` positions have their logits at a time (0: what fits into CHUNK_BYTES). With `mesh`, the rows of `hidden` lie
     over ("data", "fsdp") and the vocabulary over "tensor" (padded here where it does not divide): the head is gathered
@@ -106,7 +107,7 @@ def _run(how: _How, wanted: tuple[bool, bool], hidden, head, targets, mask):
 def _sweep(how: _How, wanted: tuple[bool, bool], split: str | None, hidden, head, targets, mask):
     """One device's part: its rows of `hidden`, its columns of the vocabulary; see _run."""
     (b, t, width), dtype, axis = hidden.shape, hidden.dtype, how.axis
-    rows, columns = b * t, head.shape[axis]
+    rows, columns, weighted = b * t, head.shape[axis], mask.dtype != jnp.bool_
     chunk = -(-rows // how.number)
     sharded = how.mesh is not None
     kernel = head.astype(dtype)
@@ -117,9 +118,10 @@ def _sweep(how: _How, wanted: tuple[bool, bool], split: str | None, hidden, head
     dot = functools.partial(lax.dot_general, preferred_element_type=jnp.float32)
 
     # Supervised positions are moved to the front, so that the loop can end where they do.
-    order = jnp.argsort(~mask, stable=True).astype(jnp.int32)
+    counted = mask > 0 if weighted else mask
+    order = jnp.argsort(~counted, stable=True).astype(jnp.int32)
     padded = jnp.pad(order, (0, how.number * chunk - rows))
-    supervised = jnp.sum(mask, dtype=jnp.int32)
+    supervised = jnp.sum(counted, dtype=jnp.int32)
 
     def step(i, carry):
         total, to_hidden, to_head = carry
@@ -129,6 +131,9 @@ def _sweep(how: _How, wanted: tuple[bool, bool], split: str | None, hidden, head
         logits = dot(h, kernel, (((1,), (1 - axis,)), ((), ())))
         logits = jnp.where(column < how.vocab, logits, OUTSIDE)
         loss, slope = _loss_and_slope(logits, targets[place][:, None] == column, sharded)
+        if weighted:
+            weight = mask[place][:, None]
+            loss, slope = loss * weight, slope * weight
         total += jnp.sum(jnp.where(live, loss, 0))
         slope = jnp.where(live, slope, 0).astype(dtype)
         if wanted[0]:

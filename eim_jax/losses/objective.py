@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from eim_jax.config import Losses, Stage
-from eim_jax.losses.kinds import Forward
+from eim_jax.losses.kinds import Forward, Loss
 from eim_jax.losses.queues import Queue
-from eim_jax.losses.table import LOSSES, losses_of, weights
+from eim_jax.losses.table import losses_of, weights
 from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
 
@@ -19,12 +20,39 @@ def fields(stage: Stage, settings: Losses) -> frozenset[str]:
     return frozenset({"index"}).union(*(loss.fields(settings) for loss in losses_of(stage)))
 
 
+def losses_as_averaged(stage: Stage) -> list[Loss]:
+    """The stage's losses, each as the stage's `loss_mean` has it; a loss that is a mean over rows stays as it is."""
+    found = []
+    for loss in losses_of(stage):
+        averaged = getattr(loss, "averaged", None)
+        found.append(loss if averaged is None else averaged(stage.loss_mean))
+    return found
+
+
 def normalisers(vlm: VLM, stage: Stage, batch: Batch) -> dict[str, Float[Array, ""]]:
     """What each loss's sum is divided by, over the whole batch; at least 1.
 
     Known before any forward pass, so that micro-batches divide by the whole batch's count: accumulation is exact.
     """
-    return {loss.name: jnp.maximum(loss.normaliser(vlm, batch), 1.0) for loss in losses_of(stage)}
+    return {loss.name: jnp.maximum(loss.normaliser(vlm, batch), 1.0) for loss in losses_as_averaged(stage)}
+
+
+def microbatch_normalisers(vlm: VLM, stage: Stage, parts: Batch) -> dict[str, Float[Array, "a"]]:
+    """What the sums of each micro-batch are divided by, where every micro-batch's mean weighs the same.
+
+    Its own count, times the number of micro-batches that have one. One without a scored token (or, for a loss of
+    images, without an image) adds nothing and is not counted, so that the update is that of the others.
+
+    Args:
+      vlm: the arm's modules.
+      stage: its losses.
+      parts: the batch, micro-batches first [a rows ...].
+    """
+    found = {}
+    for loss in losses_as_averaged(stage):
+        counts = jax.vmap(lambda rows, loss=loss: loss.normaliser(vlm, rows))(parts)
+        found[loss.name] = jnp.maximum(counts, 1.0) * jnp.maximum((counts > 0).sum(), 1)
+    return found
 
 
 def make_objective(vlm: VLM, stage: Stage, settings: Losses, mesh: Mesh | None = None) -> Callable:
@@ -40,13 +68,13 @@ def make_objective(vlm: VLM, stage: Stage, settings: Losses, mesh: Mesh | None =
       (params, batch, queues {kind: Queue}, normalisers, key of dropout or None) -> (loss f32[], metrics {name: f32[]}).
       Loss and metrics are shares of the whole batch's means, so that they add up over micro-batches.
     """
-    active = weights(stage)
+    active, losses = weights(stage), {loss.name: loss for loss in losses_as_averaged(stage)}
 
     def objective(params: dict, batch: Batch, queues: dict[str, Queue], norms: dict, key: Array | None):
         forward = Forward(vlm, settings, params, batch, key, mesh)
         total, metrics = jnp.float32(0.0), {}
         for name, weight in active.items():
-            loss = LOSSES[name]
+            loss = losses[name]
             value, diagnostics = loss.value(forward, queues[loss.queue.name] if loss.queue else None)
             metrics |= {f"queue/{name}/{field}": sums / norms[name] for field, sums in diagnostics.items()}
             metrics[f"loss/{name}"] = value / norms[name]

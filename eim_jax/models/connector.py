@@ -13,12 +13,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from eim_jax.config import Config, ConfigError
-from eim_jax.models.layers import ACTIVATIONS, BlockConfig, layer_norm
+from eim_jax.models.layers import ACTIVATIONS, BlockConfig, layer_norm, uniform_bias, zero_bias
 from eim_jax.models.linear import Dense
 from eim_jax.models.stacks import make_blocks, run_blocks
 
 # torch.nn.Linear's own initialisation, U(+-1/sqrt(fan_in)), from which ClipCap's mappers start.
 LINEAR_INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# config.arm.*.st_bias -> (fan-in -> the biases' initialiser).
+BIASES = {"zeros": zero_bias, "uniform": uniform_bias}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,7 @@ class STConfig:
       layers, heads: of the kinds that are Transformers; 0 for the kind's own.
       clip_length: tokens that the "transformer" makes from the image feature.
       activation: None for the kind's own.
+      bias: how biases start, a name in BIASES.
     """
 
     kind: str = "ffn"
@@ -47,6 +50,7 @@ class STConfig:
     heads: int = 0
     clip_length: int = 10
     activation: str | None = None
+    bias: str = "zeros"
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self):  # noqa: D105
@@ -57,6 +61,11 @@ class STConfig:
         layers, heads = ST_KINDS[self.kind].depth
         object.__setattr__(self, "layers", self.layers or layers)
         object.__setattr__(self, "heads", self.heads or heads)
+
+    @property
+    def bias_init(self) -> Callable[[int], Callable]:
+        """How the biases of a layer of some fan-in start."""
+        return BIASES[self.bias]
 
     @property
     def activation_name(self) -> str:
@@ -76,8 +85,9 @@ class MLPMapper(nn.Module):
 
     def setup(self):  # noqa: D102
         c = self.config
-        self.up = Dense(c.hidden_width, kernel_init=LINEAR_INIT, dtype=c.dtype)
-        self.down = Dense(c.width_out * c.tokens, kernel_init=LINEAR_INIT, dtype=c.dtype)
+        bias, hidden = c.bias_init, c.hidden_width
+        self.up = Dense(hidden, kernel_init=LINEAR_INIT, bias_init=bias(c.width_in), dtype=c.dtype)
+        self.down = Dense(c.width_out * c.tokens, kernel_init=LINEAR_INIT, bias_init=bias(hidden), dtype=c.dtype)
 
     def __call__(self, seen: Float[Array, "b n v"]) -> Float[Array, "b m d"]:
         """Maps token 0 of each image."""
@@ -92,7 +102,8 @@ class TransformerMapper(nn.Module):
 
     def setup(self):  # noqa: D102
         c = self.config
-        self.linear = Dense(c.clip_length * c.width_out, kernel_init=LINEAR_INIT, dtype=c.dtype)
+        bias = c.bias_init(c.width_in)
+        self.linear = Dense(c.clip_length * c.width_out, kernel_init=LINEAR_INIT, bias_init=bias, dtype=c.dtype)
         self.constant = self.param("constant", nn.initializers.normal(1.0), (c.tokens, c.width_out))
         block = BlockConfig(
             width=c.width_out,
@@ -102,6 +113,7 @@ class TransformerMapper(nn.Module):
             qkv_bias=False,
             init=LINEAR_INIT,
             residual_init=LINEAR_INIT,
+            bias_init=c.bias_init,
             dtype=c.dtype,
         )
         self.blocks = make_blocks(block, c.layers, scan=False, remat="none")
@@ -127,8 +139,9 @@ class FFN(nn.Module):
 
     def setup(self):  # noqa: D102
         c = self.config
-        self.up = Dense(c.hidden_width, kernel_init=self.kernel_init, dtype=c.dtype)
-        self.down = Dense(c.width_out, kernel_init=self.kernel_init, dtype=c.dtype)
+        bias, hidden = c.bias_init, c.hidden_width
+        self.up = Dense(hidden, kernel_init=self.kernel_init, bias_init=bias(c.width_in), dtype=c.dtype)
+        self.down = Dense(c.width_out, kernel_init=self.kernel_init, bias_init=bias(hidden), dtype=c.dtype)
 
     def __call__(self, seen: Float[Array, "b n v"]) -> Float[Array, "b n d"]:
         """Maps every token."""
@@ -146,7 +159,8 @@ class QueryMapper(nn.Module):
 
     def setup(self):  # noqa: D102
         c, width = self.config, self.config.hidden_width
-        self.down = Dense(width, kernel_init=LINEAR_INIT, dtype=c.dtype)
+        bias = c.bias_init
+        self.down = Dense(width, kernel_init=LINEAR_INIT, bias_init=bias(c.width_in), dtype=c.dtype)
         self.ln_in = layer_norm(1e-5, c.dtype)
         self.queries = self.param("queries", nn.initializers.normal(1.0), (c.tokens, width))
         block = BlockConfig(
@@ -156,10 +170,11 @@ class QueryMapper(nn.Module):
             activation=c.activation_name,
             init=LINEAR_INIT,
             residual_init=LINEAR_INIT,
+            bias_init=c.bias_init,
             dtype=c.dtype,
         )
         self.blocks = make_blocks(block, c.layers, scan=False, remat="none")
-        self.up = Dense(c.width_out, kernel_init=LINEAR_INIT, dtype=c.dtype)
+        self.up = Dense(c.width_out, kernel_init=LINEAR_INIT, bias_init=bias(width), dtype=c.dtype)
         self.ln_out = layer_norm(1e-5, c.dtype)
 
     def __call__(self, seen: Float[Array, "b n v"]) -> Float[Array, "b m d"]:

@@ -28,6 +28,18 @@ ACTIVATIONS: dict[str, Callable] = {
 
 NORMAL = nn.initializers.normal(0.02)
 
+
+def zero_bias(fan_in: int) -> Callable:
+    """Returns the initialiser of biases that start at zero, whatever the number of their layer's inputs."""
+    return nn.initializers.zeros
+
+
+def uniform_bias(fan_in: int) -> Callable:
+    """Returns the initialiser U(+-1/sqrt(fan_in)), from which the biases of a torch.nn.Linear start."""
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
 ATTENTIONS = ("softmax", "xla", "cudnn")  # ours, float32 softmax; or jax.nn.dot_product_attention's implementations
 
 
@@ -38,7 +50,8 @@ KeyValue = tuple[Float[Array, "b s h e"], Float[Array, "b s h e"]]
 class BlockConfig:
     """Shape of one block; `init` is for kernels that read the residual stream, `residual_init` for those that write.
 
-    An `adapter` stands between ln_1 and attention; its leaves come with the block's input.
+    `bias_init` gives the biases' initialiser by their layer's fan-in. An `adapter` stands between ln_1 and attention;
+    its leaves come with the block's input.
     """
 
     width: int
@@ -51,6 +64,7 @@ class BlockConfig:
     adapter: Adapter | None = None
     init: Callable = NORMAL
     residual_init: Callable = NORMAL
+    bias_init: Callable[[int], Callable] = zero_bias
     attention: str = "softmax"
     dtype: DTypeLike = jnp.float32
 
@@ -96,8 +110,9 @@ class Attention(nn.Module):
     def setup(self):  # noqa: D102
         c = self.config
         # [d, 3, d], not [d, 3 d]: split over devices along its last dimension, it is split by heads.
-        self.qkv = DenseGeneral((3, c.width), use_bias=c.qkv_bias, kernel_init=c.init, dtype=c.dtype)
-        self.out = Dense(c.width, kernel_init=c.residual_init, dtype=c.dtype)
+        bias = c.bias_init(c.width)
+        self.qkv = DenseGeneral((3, c.width), use_bias=c.qkv_bias, kernel_init=c.init, bias_init=bias, dtype=c.dtype)
+        self.out = Dense(c.width, kernel_init=c.residual_init, bias_init=bias, dtype=c.dtype)
         self.drop = nn.Dropout(c.dropout)
 
     def _heads(self, x: Float[Array, "b t d"]) -> list[Float[Array, "b t h e"]]:
@@ -149,8 +164,8 @@ class MLP(nn.Module):
 
     def setup(self):  # noqa: D102
         c = self.config
-        self.up = Dense(c.mlp, kernel_init=c.init, dtype=c.dtype)
-        self.down = Dense(c.width, kernel_init=c.residual_init, dtype=c.dtype)
+        self.up = Dense(c.mlp, kernel_init=c.init, bias_init=c.bias_init(c.width), dtype=c.dtype)
+        self.down = Dense(c.width, kernel_init=c.residual_init, bias_init=c.bias_init(c.mlp), dtype=c.dtype)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Maps every token by itself."""

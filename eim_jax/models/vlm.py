@@ -13,6 +13,7 @@ What the LM reads (`lm_input`) depends on its family, which says whether texts s
 | LLaMA with LLaMA-Adapter's prompts | BOS, text; the visual tokens are added to the prompts | BOS, text |
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from eim_jax.config import Decode
 from eim_jax.models.adapters.adapter import Steering
 from eim_jax.parallel.sharding import by_row
 from eim_jax.utils.images import normalise
@@ -34,6 +36,12 @@ class LMInput(NamedTuple):
     valid: Bool[Array, "b s"]
     positions: Int[Array, "b s"]
     steer: Steering | None = None  # what the adapter changes inside the LM
+    newest: Int[Array, "b"] | None = None  # the position after which a generated token stands; None: the last one's
+
+    @property
+    def last_position(self) -> Int[Array, "b"]:
+        """The position after which a row's first generated token stands."""
+        return self.positions[:, -1] if self.newest is None else self.newest
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,10 @@ class VLM:
       lm: a DecoderLM.
       features: which visual tokens the ST receives, one of the vision tower's `features`.
       output_layer: apply the tower's output layer before the ST (stock ClipCap does, EIM does not).
+      normalize: divide what the ST reads by its L2 norm, token by token (ClipCap's normalize_prefix).
       bos: the token that every text starts with; None where the LM's family has none.
+      noisy: towers ("visual", "lm") that run with their dropout where a key is given; a stage leaves out those of which
+        it trains nothing.
       with_image, without_image: the adapter's markers (adapters.Markers).
       mesh: over whose data axes the rows of activations lie.
     """
@@ -58,16 +69,36 @@ class VLM:
     lm: nn.Module
     features: str = "full"
     output_layer: bool = False
+    normalize: bool = False
     bos: int | None = None
+    noisy: tuple[str, ...] = ("visual", "lm")
     with_image: tuple[int, ...] = ()
     without_image: tuple[int, ...] = ()
     mesh: Mesh | None = None
 
     @property
     def dropout(self) -> float:
-        """The highest dropout rate in training, of the LM or of adapters."""
-        adapters = (self.visual.config.adapter, self.lm.config.adapter)
-        return max(self.lm.config.dropout, *(a.dropout_rate for a in adapters if a is not None), 0.0)
+        """The highest dropout rate in training, of the `noisy` towers or of adapters in them."""
+        towers = {"visual": self.visual.config, "lm": self.lm.config}
+        rates = [getattr(towers[name], "dropout", 0.0) for name in self.noisy]
+        adapters = [towers[name].adapter for name in self.noisy]
+        return max([0.0, *rates, *(a.dropout_rate for a in adapters if a is not None)])
+
+    def for_stage(self, trained: Iterable[str]) -> "VLM":
+        """Returns the same modules for a stage that trains these paths: the other towers run without dropout.
+
+        A frozen tower is a fixed function of its input, as PyTorch's in eval mode (ClipCap's GPT-2 under only_prefix).
+        """
+        heads = {path.partition("/")[0] for path in trained}
+        return replace(self, noisy=tuple(name for name in self.noisy if name in heads))
+
+    def in_generation(self, settings: Decode) -> "VLM":
+        """Returns the same modules as they generate text by config.decode; parameters stay as they are."""
+        config = self.lm.config
+        if config.adapter is None:
+            return self
+        adapter = config.adapter.in_generation(settings)
+        return replace(self, lm=self.lm.clone(config=replace(config, adapter=adapter)))
 
     def untouched(self) -> "VLM":
         """Returns the pretrained towers without this arm's prompts and adapters, and every visual token of theirs.
@@ -81,12 +112,17 @@ class VLM:
             lm=self.lm if lm.adapter is None else self.lm.clone(config=replace(lm, adapter=None)),
             features="full",
             output_layer=False,
+            normalize=False,
             with_image=(),
             without_image=(),
         )
 
     def encode_image(
-        self, params: dict, images: UInt8[Array, "b h w 3"], dropout: Array | None = None
+        self,
+        params: dict,
+        images: UInt8[Array, "b h w 3"],
+        dropout: Array | None = None,
+        has_image: Bool[Array, "b"] | None = None,
     ) -> Float[Array, "b n v"]:
         """Returns the visual tokens that `features` names, before the tower's output layer.
 
@@ -94,10 +130,15 @@ class VLM:
           params: the tree; "visual" is read.
           images: resized and cropped to the tower's image size; normalised here.
           dropout: a key for the dropout of adapters in the tower; None outside training.
+          has_image: which rows have one. Where images are seen together (`Adapter.mixes_rows`) a row without is seen as
+            zeros after normalisation, as in LaVIN; elsewhere nobody sees it.
         """
         config = self.visual.config
         pixels = normalise(images, config.mean, config.std)
-        options = {"train": True, "rngs": {"dropout": dropout}} if dropout is not None and config.adapter else {}
+        if has_image is not None and config.adapter is not None and config.adapter.mixes_rows:
+            pixels = jnp.where(has_image[:, None, None, None], pixels, 0)
+        noisy = dropout is not None and config.adapter and "visual" in self.noisy
+        options = {"train": True, "rngs": {"dropout": dropout}} if noisy else {}
         tokens = _apply(self.visual, {"params": params["visual"]}, pixels, self.features, method="tokens", **options)
         return by_row(tokens, self.mesh)
 
@@ -114,6 +155,9 @@ class VLM:
         """Returns the ST's output tokens, in the LM's embedding space, from `encode_image`'s tokens."""
         if self.output_layer:
             seen = _apply(self.visual, {"params": params["visual"]}, seen, method="project")
+        if self.normalize:
+            exact = seen.astype(jnp.float32)
+            seen = (exact / jnp.linalg.norm(exact, axis=-1, keepdims=True)).astype(seen.dtype)
         return by_row(_apply(self.st, {"params": params["st"]}, seen), self.mesh)
 
     def embed(self, params: dict, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
@@ -128,6 +172,7 @@ class VLM:
         *,
         visual: Float[Array, "b m d"] | None = None,
         has_image: Bool[Array, "b"] | None = None,
+        generating: bool = False,
     ) -> LMInput:
         """Returns what the LM reads for these texts (its last t slots) and images; see the module's table.
 
@@ -137,6 +182,7 @@ class VLM:
           valid: which of them are no padding.
           visual: the ST's output; None reads text alone (loss_LM: then markers are left out too).
           has_image: False hides a row's visual tokens; None means that all rows have an image, if `visual` is given.
+          generating: new tokens follow: the adapter says at which positions (`generation_positions`).
         """
         b, adapter = tokens.shape[0], self.lm.config.adapter
         texts, flags = [], []  # token ids before the text, [b k] each
@@ -164,13 +210,16 @@ class VLM:
             valid = jnp.concatenate([valid[:, :before], shown, valid[:, before:]], axis=1)
         first = 0 if adapter is None else adapter.first_position
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0) + first
-        steer = None
+        steer = newest = None
         if adapter is not None:
+            if generating:
+                positions, newest = adapter.generation_positions(positions)
             steer = _apply(self.lm, {"params": params["lm"]}, visual, pictured, method="steer")
-        return LMInput(embeds, valid, positions, steer)
+        return LMInput(embeds, valid, positions, steer, newest)
 
     def run_lm(self, params: dict, read: LMInput, dropout: Array | None = None) -> Float[Array, "b s d"]:
         """Returns LM_block's output for what `lm_input` gave; `dropout` is a key, None = deterministic."""
+        dropout = dropout if "lm" in self.noisy else None
         hidden, _ = _apply(
             self.lm,
             {"params": params["lm"]},

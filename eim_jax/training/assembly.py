@@ -68,6 +68,7 @@ def assemble(
     """
     groups = partition.groups(stage, params)
     trained, frozen = partition.split(params, groups)
+    vlm = vlm.for_stage(trained)
     tx = partition.optimizer(stage, groups, params, steps)
     opt_state = jax.eval_shape(tx.init, {**trained, **frozen})
     queues = {kind.name: queue_of(kind) for kind in queues_of(stage)}

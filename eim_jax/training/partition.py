@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -145,14 +145,20 @@ def optimizer(stage: Stage, stage_groups: tuple[Group, ...], paths, total_steps:
     """
     rate = learning_rate(stage, total_steps)
 
+    trained = [path for group in stage_groups for path in group.paths]
+    if stage.decay_also and not any(re.fullmatch(stage.decay_also, path) for path in trained):
+        raise PartitionError(f"decay_also={stage.decay_also!r} matches no parameter that the stage trains")
+
+    def decays(where, leaf) -> bool:
+        return _is_matrix(where, leaf) or bool(re.fullmatch(stage.decay_also, where[-1].key))
+
+    adam = optax.scale_by_adam if stage.eps_added == "after" else _scale_by_adam_before
+
     def adamw(factor):
-        return optax.adamw(
-            lambda count: factor * rate(count),
-            b1=stage.b1,
-            b2=stage.b2,
-            eps=stage.eps,
-            weight_decay=stage.weight_decay,
-            mask=lambda tree: jax.tree_util.tree_map_with_path(_is_matrix, tree),
+        return optax.chain(
+            adam(stage.b1, stage.b2, stage.eps),
+            optax.add_decayed_weights(stage.weight_decay, lambda tree: jax.tree_util.tree_map_with_path(decays, tree)),
+            optax.scale_by_learning_rate(lambda count: factor * rate(count)),
         )
 
     transforms = {group.pattern: adamw(group.factor) for group in stage_groups}
@@ -160,6 +166,26 @@ def optimizer(stage: Stage, stage_groups: tuple[Group, ...], paths, total_steps:
     if stage.clip_norm > 0:
         return optax.chain(optax.clip_by_global_norm(stage.clip_norm), partition)
     return partition
+
+
+def _scale_by_adam_before(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam with eps added to the root of v before the bias correction, as transformers' AdamW (up to 4) did.
+
+    By optax's own moments: m' / (sqrt(v') + eps / sqrt(1 - b2^t)) with m', v' corrected, so that a step's first
+    hundreds have a larger eps than Adam's paper gives them (31 times at t = 1 and b2 = 0.999).
+    """
+    moments = optax.scale_by_adam(b1, b2, eps)
+
+    def update(updates, state: Any, params=None):
+        state = cast(Any, moments.update(updates, state, params)[1])
+        first, second = 1 - b1**state.count, 1 - b2**state.count
+
+        def direction(m, v):
+            return None if m is None else m / first / (jnp.sqrt(v / second) + eps / jnp.sqrt(second))
+
+        return jax.tree.map(direction, state.mu, state.nu), state
+
+    return optax.GradientTransformation(moments.init, update)
 
 
 def _is_matrix(where, leaf) -> bool:

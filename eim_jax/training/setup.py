@@ -149,6 +149,7 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
         assert train is not None, "every data set has training samples"
         doing("tokenising")
         encoded = tokenize.encode_split(train, lm_tokenizer, config.data.max_tokens, eos=config.data.eos)
+        encoded = _without_ignored(encoded, config.data.ignore_token, lm.config.vocab)
         console.print(f"{len(train):,} training samples ({len(train.images):,} images)", soft_wrap=True)
     towers = partition.flatten({**clip.params, "lm": lm.params})
     console.print(
@@ -166,6 +167,21 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     return Inputs(
         config, workdir, mesh, dtype, clip, lm, towers, lm_tokenizer, clip_tokenizer, train, encoded, fingerprints
     )
+
+
+def _without_ignored(encoded: tokenize.Encoded, token: int, vocab: int) -> tokenize.Encoded:
+    """The texts with no token of this id supervised; -1 leaves them as they are.
+
+    Raises:
+      ConfigError: the vocabulary has no such id.
+    """
+    if token < 0:
+        return encoded
+    if token >= vocab:
+        raise ConfigError(
+            f"config.data.ignore_token={token}: config.towers.lm has {vocab:,} tokens, 0 to {vocab - 1:,}"
+        )
+    return encoded._replace(supervised=encoded.supervised & (encoded.tokens != token))
 
 
 def _ever_trained(config: Config, path: str) -> bool:
@@ -201,7 +217,7 @@ def model(inputs: Inputs, arm: Arm) -> VLM:
         inputs.clip.vision,
         prompts=arm.prompts,
         prompt_hidden=arm.prompt_hidden if arm.prompts else 0,
-        adapter=adapter if arm.visual_adapter else None,
+        adapter=adapter.in_vision(arm) if adapter is not None and arm.visual_adapter else None,
     )
     towers = VISION_TOWERS[vision.model_type]
     if arm.features not in towers.features:
@@ -213,6 +229,8 @@ def model(inputs: Inputs, arm: Arm) -> VLM:
         width_in=vision.joint if arm.output_layer else vision.width,
         width_out=inputs.lm.config.width,
         tokens=arm.st_tokens,
+        clip_length=arm.st_clip_length,
+        bias=arm.st_bias,
         hidden=arm.st_hidden if ST_KINDS[arm.st].sized_by_arm else 0,
         layers=arm.st_layers,
         heads=arm.st_heads,
@@ -236,6 +254,7 @@ def model(inputs: Inputs, arm: Arm) -> VLM:
         lm=family.build(lm),
         features=arm.features,
         output_layer=arm.output_layer,
+        normalize=arm.normalize_prefix,
         bos=bos_id(inputs.lm_tokenizer),
         mesh=inputs.mesh,
         **markers,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from eim_jax.config import Stage
-from eim_jax.losses.objective import normalisers
+from eim_jax.losses.objective import microbatch_normalisers, normalisers
 from eim_jax.models.vlm import VLM
 from eim_jax.training import partition
 
@@ -20,8 +20,8 @@ def make_step(vlm: VLM, stage: Stage, objective: Callable, tx: optax.GradientTra
     """The stage's update as a pure function.
 
     (trained, opt_state, frozen, batch, queues, key, step) -> (trained, opt_state, metrics). The micro-batches of
-    `stage.accumulate` divide by the whole batch's counts: the gradient is the big batch's. `train=False` switches
-    dropout off.
+    `stage.accumulate` divide by the whole batch's counts: the gradient is the big batch's. With `loss_mean` at
+    "microbatch" each divides by its own: the mean of their gradients. `train=False` switches dropout off.
     """
 
     def loss_of(trained, frozen, batch, queues, norms, key):
@@ -36,14 +36,18 @@ def make_step(vlm: VLM, stage: Stage, objective: Callable, tx: optax.GradientTra
         # Every accumulate-th row: where each device's rows divide by accumulate, they stay on it.
         micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, stage.accumulate, *x.shape[1:]), 1, 0), batch)
 
+        own = stage.loss_mean == "microbatch"
+        each = microbatch_normalisers(vlm, stage, micro) if own else {}
+
         def add(total, part):
-            i, rows = part
-            more = differentiate(trained, frozen, rows, queues, norms, jax.random.fold_in(key, i))
+            i, rows, counts = part
+            divide = counts if own else norms
+            more = differentiate(trained, frozen, rows, queues, divide, jax.random.fold_in(key, i))
             return jax.tree.map(jnp.add, total, more), None
 
         shapes = jax.eval_shape(differentiate, trained, frozen, jax.tree.map(lambda x: x[0], micro), queues, norms, key)
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zero, (jnp.arange(stage.accumulate), micro))[0]
+        return jax.lax.scan(add, zero, (jnp.arange(stage.accumulate), micro, each))[0]
 
     def step(trained, opt_state, frozen, batch, queues, key, number):
         grads, metrics = gradients(trained, frozen, batch, queues, jax.random.fold_in(key, number))

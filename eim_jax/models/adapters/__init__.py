@@ -6,7 +6,7 @@ package, `ADAPTERS["mine"] = Mine` does the same.
 
 import re
 
-from eim_jax.config import Config, ConfigError, patterns
+from eim_jax.config import Config, ConfigError, Decode, patterns
 from eim_jax.models.adapters.adapter import Adapter, Markers
 from eim_jax.models.adapters.lavin import Router
 from eim_jax.models.adapters.llama_adapter import ZeroInit
@@ -28,11 +28,23 @@ def check(config: Config) -> None:
     for name, arm in config.arm.items():
         if arm.adapter not in ADAPTERS:
             raise ConfigError(f"config.arm.{name}.adapter: {arm.adapter!r} is none of {', '.join(ADAPTERS)}")
+    kinds = [ADAPTERS[config.arm[name].adapter] for name in config.arms]
+    for kind in filter(None, ADAPTERS.values()):
+        for field in getattr(kind, "decode_fields", ()):
+            changed = getattr(config.decode, field) != getattr(Decode(), field)
+            if changed and not any(field in getattr(used, "decode_fields", ()) for used in kinds):
+                raise ConfigError(
+                    f"config.decode.{field} changes {kind.title} alone, which no arm of config.arms has: leave it out"
+                )
     for name in config.arms:
         arm, kind = config.arm[name], ADAPTERS[config.arm[name].adapter]
         if arm.visual_adapter and (kind is None or not kind.adapts_vision):
             able = " or ".join(repr(n) for n, k in ADAPTERS.items() if k is not None and k.adapts_vision)
             raise ConfigError(f"config.arm.{name}.visual_adapter needs config.arm.{name}.adapter={able}")
+        if arm.visual_routing != "sample" and not arm.visual_adapter:
+            raise ConfigError(
+                f"config.arm.{name}.visual_routing={arm.visual_routing!r} needs config.arm.{name}.visual_adapter=True"
+            )
         trained = [p for stage in arm.sequence for p, _ in patterns(config.stages[stage])]
         if kind is None:
             continue

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 if TYPE_CHECKING:
-    from eim_jax.config import Arm
+    from eim_jax.config import Arm, Decode
 
 # Pytrees. Leaves [L ...] are an adapter's parameters, steering [L b ...] is what an image changes for each row.
 LayerLeaves = Any
@@ -38,6 +38,8 @@ class Adapter:
       visual_tokens: the ST's output enters as input tokens; False where `steer` takes it elsewhere.
       first_position: the position of a text's first token.
       adapts_vision: `arm.visual_adapter` may put it into the vision tower's blocks too.
+      mixes_rows: in the vision tower, what an image gives depends on the images beside it.
+      decode_fields: fields of config.decode that it alone reads (`in_generation`).
     """
 
     title: ClassVar[str] = "the adapter"
@@ -46,6 +48,8 @@ class Adapter:
     visual_tokens: ClassVar[bool] = True
     first_position: ClassVar[int] = 0
     adapts_vision: ClassVar[bool] = False
+    mixes_rows: ClassVar[bool] = False
+    decode_fields: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_arm(cls, arm: "Arm") -> "Adapter":
@@ -58,6 +62,22 @@ class Adapter:
     def markers(self, tokenizer) -> Markers:
         """Returns the token ids that it wants before an image, or in its place."""
         return Markers()
+
+    def in_vision(self, arm: "Arm") -> "Adapter":
+        """Returns what stands in the vision tower's blocks, by an arm's settings; its parameters are the same."""
+        return self
+
+    def in_generation(self, settings: "Decode") -> "Adapter":
+        """Returns what stands in the LM while it generates text, by config.decode; its parameters are the same."""
+        return self
+
+    def generation_positions(self, positions: Int[Array, "b s"]) -> tuple[Int[Array, "b s"], Int[Array, "b"]]:
+        """Returns the positions of what is read before the first new token, and the one after which that stands.
+
+        Args:
+          positions: as in the training forward; a row's padding, all behind its tokens, repeats its last one.
+        """
+        return positions, positions[:, -1]
 
     @property
     def dropout_rate(self) -> float:

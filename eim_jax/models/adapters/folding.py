@@ -43,6 +43,7 @@ def fold_router(lm: nn.Module, params: Mapping, modality: int) -> tuple[Any, dic
         raise ValueError(f"kernels in {config.quant} cannot take in an adapter: load the LM with quant='none'")
     both = jnp.array([False, True])
     table = jax.jit(lambda p: lm.apply({"params": p}, None, both, method="steer"))(params)  # [L 2 2]
+    table = lm.config.adapter.scale * table
     leaves = {name: params["adapter"][name] for name in ("down", "up")}
     fold = jax.jit(_fold_layer)
     folded = {name: leaf for name, leaf in params.items() if name != "adapter"}

@@ -1,5 +1,6 @@
 """LaVIN's mixture-of-modality adapter: a router a layer that mixes two paths by what the modality embedding says."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -7,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from eim_jax.models.adapters.adapter import Adapter, Markers
 from eim_jax.models.adapters.folding import fold_router
 
 if TYPE_CHECKING:
-    from eim_jax.config import Arm
+    from eim_jax.config import Arm, Decode
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Router(Adapter):
       groups: of the second linear map: its first width/groups outputs read the first rank/groups inputs, and so on.
       temperature: of the routing softmax (LaVIN: 10 for 7B, 5 for 13B).
       dropout: on the inner vector, in training.
+      scale: factor of both paths (LaVIN's adapter_scale).
     """
 
     title: ClassVar[str] = "LaVIN's router"
@@ -32,16 +34,36 @@ class Router(Adapter):
     unstacked: ClassVar[tuple[str, ...]] = ("modality",)
     first_position: ClassVar[int] = 1  # the modality row has position 0, though it is nowhere among the slots
     adapts_vision: ClassVar[bool] = True
+    decode_fields: ClassVar[tuple[str, ...]] = ("rope",)
 
     rank: int = 8
     groups: int = 2
     temperature: float = 10.0
     dropout: float = 0.1
+    scale: float = 1.0
+
+    def __repr__(self) -> str:
+        """Leaves a scale of 1 out: caches of features know their tower by its repr, and older ones lack the field."""
+        shown = [f.name for f in dataclasses.fields(self) if f.name != "scale" or self.scale != 1.0]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in shown)})"
 
     @classmethod
     def from_arm(cls, arm: "Arm") -> "Router":
         """Returns the router with an arm's settings."""
-        return cls(arm.adapter_rank, temperature=arm.adapter_temperature, dropout=arm.adapter_dropout)
+        return cls(
+            arm.adapter_rank,
+            temperature=arm.adapter_temperature,
+            dropout=arm.adapter_dropout,
+            scale=arm.adapter_scale,
+        )
+
+    def in_vision(self, arm: "Arm") -> "Router":
+        """Returns the router that each image's own first token steers, or LaVIN's own, which positions do."""
+        return PositionRouter(**vars(self)) if arm.visual_routing == "position" else self
+
+    def in_generation(self, settings: "Decode") -> "Router":
+        """Returns the router with the positions of the training forward, or with those of LaVIN's generator."""
+        return LateRouter(**vars(self)) if settings.rope == "lavin" else self
 
     def check(self, width: int, layers: int) -> None:
         """Raises ValueError when the groups divide neither the rank nor a tower's width evenly."""
@@ -91,11 +113,47 @@ class Router(Adapter):
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b 2"]]:
         """Returns the adapter's output and the routing weights used: the row's, or those of z's own first token."""
         weights = route(leaf, z[:, 0], self.temperature) if row is None else row
-        return mix(leaf, z, drop(shrink(leaf, z)), weights), weights
+        return mix(leaf, z, drop(shrink(leaf, z)), self._scaled(weights)), weights
+
+    def _scaled(self, weights: Float[Array, "_ 2"]) -> Float[Array, "_ 2"]:
+        """The routing weights times `scale`: both paths are linear in them."""
+        return weights if self.scale == 1.0 else self.scale * weights
 
     def fold(self, lm: nn.Module, params: dict, modality: int) -> tuple[Any, dict]:
         """Returns the LM with the adapters inside its query, key and value maps (folding.py)."""
         return fold_router(lm, params, modality)
+
+
+@dataclass(frozen=True, repr=False)
+class PositionRouter(Router):
+    """In CLIP as LaVIN's code runs it: the token at position p of every image is routed by the first image's at p.
+
+    Their adapter takes the first entry of the second axis for the class token, but CLIP's tensors are [tokens batch
+    width] there. What an image gives depends on which image stands first in its batch.
+    """
+
+    mixes_rows: ClassVar[bool] = True
+
+    def attention_input(
+        self, leaf: Mapping, row: Float[Array, "b 2"] | None, z: Float[Array, "b t d"], drop: Callable[[Array], Array]
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "t 2"]]:
+        """Returns the adapter's output, and the routing weights of each position."""
+        weights = route(leaf, z[0], self.temperature)
+        return mix(leaf, z, drop(shrink(leaf, z)), self._scaled(weights), axis=0), weights
+
+
+@dataclass(frozen=True, repr=False)
+class LateRouter(Router):
+    """In generation as LaVIN's code runs it: what is read token by token stands one position too low.
+
+    Its first read ends with the shortest prompt of the batch and holds the modality row, which is not counted later:
+    of longer prompts the rest, and every new token, has the position of the token before it.
+    """
+
+    def generation_positions(self, positions: Int[Array, "b s"]) -> tuple[Int[Array, "b s"], Int[Array, "b"]]:
+        """Returns theirs: beyond the batch's shortest prompt one lower, so that one position occurs twice."""
+        last = positions[:, -1]
+        return positions - (positions > last.min()), last - 1
 
 
 class RouterAdapter(nn.Module):
@@ -155,13 +213,18 @@ def shrink(leaf: Mapping, z: Float[Array, "b t d"]) -> Float[Array, "b t r"]:
 
 
 def mix(
-    leaf: Mapping, z: Float[Array, "b t d"], u: Float[Array, "b t r"], w: Float[Array, "b 2"]
+    leaf: Mapping, z: Float[Array, "b t d"], u: Float[Array, "b t r"], w: Float[Array, "_ 2"], axis: int = 1
 ) -> Float[Array, "b t d"]:
-    """Returns z + sum_k w_k (B_k u + b_k), the output of one layer's adapter (LaVIN, equations 3 and 5)."""
+    """Returns z + sum_k w_k (B_k u + b_k), the output of one layer's adapter (LaVIN, equations 3 and 5).
+
+    The weights w are each row's [b 2], or with axis=0 each position's [t 2].
+    """
     up, (b, t, d) = leaf["up"], z.shape
     kernel = up["kernel"].astype(z.dtype)
     _, groups, width, _ = kernel.shape
-    inner = u[:, :, None] * w.astype(z.dtype)[:, None, :, None]  # B_k (w_k u): one product serves both paths
+    inner = (
+        u[:, :, None] * jnp.expand_dims(w.astype(z.dtype), axis)[..., None]
+    )  # B_k (w_k u): one product serves both paths
     out = jnp.einsum("btkgi,kgio->btgo", inner.reshape(b, t, 2, groups, width), kernel).reshape(b, t, d)
     bias = jnp.dot(w, up["bias"], precision="highest").astype(z.dtype)
-    return z + out + bias[:, None]
+    return z + out + jnp.expand_dims(bias, axis)

@@ -1,7 +1,7 @@
 """LLaMA-Adapter's prompts: keys and values of their own in the topmost layers, behind gates that start at zero."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax.numpy as jnp
@@ -11,19 +11,24 @@ from jaxtyping import Array, Bool, Float
 from eim_jax.models.adapters.adapter import Adapter
 
 if TYPE_CHECKING:
-    from eim_jax.config import Arm
+    from eim_jax.config import Arm, Decode
 
 
 @dataclass(frozen=True)
 class ZeroInit(Adapter):
-    """LLaMA-Adapter's prompts with zero-initialised gates, on the topmost `layers` layers."""
+    """LLaMA-Adapter's prompts with zero-initialised gates, on the topmost `layers` layers.
+
+    `squashed`: the gates pass through tanh; always in training.
+    """
 
     title: ClassVar[str] = "LLaMA-Adapter's prompts"
     trained_leaf: ClassVar[str] = "tokens"
     visual_tokens: ClassVar[bool] = False  # they are added to the prompts
+    decode_fields: ClassVar[tuple[str, ...]] = ("raw_gates",)
 
     prompts: int = 10
     layers: int = 30
+    squashed: bool = True
 
     @classmethod
     def from_arm(cls, arm: "Arm") -> "ZeroInit":
@@ -34,6 +39,10 @@ class ZeroInit(Adapter):
         """Raises ValueError when the tower has fewer layers."""
         if not 1 <= self.layers <= layers:
             raise ValueError(f"the adapter's {self.layers} topmost layers are not among {layers}")
+
+    def in_generation(self, settings: "Decode") -> "ZeroInit":
+        """Returns the prompts with gates as in training, or without tanh as in LLaMA-Adapter's v1 inference."""
+        return replace(self, squashed=not settings.raw_gates)
 
     def depth(self, layers: int) -> int:
         """Returns how many of the topmost layers have prompts."""
@@ -65,9 +74,10 @@ class ZeroInit(Adapter):
     def attention_beside(
         self, leaf: Float[Array, "h"], row: tuple[Array, Array], attend: Callable[[Array, Array], Array]
     ) -> Float[Array, "b t kv g e"]:
-        """Returns tanh(gate) times a softmax of its own over the prompts."""
+        """Returns tanh(gate), or the gate where it is not `squashed`, times a softmax of its own over the prompts."""
         mixed = attend(*row)
-        gate = jnp.tanh(leaf.astype(jnp.float32)).astype(mixed.dtype)
+        gate = leaf.astype(jnp.float32)
+        gate = (jnp.tanh(gate) if self.squashed else gate).astype(mixed.dtype)
         return gate.reshape(1, 1, mixed.shape[2], -1, 1) * mixed
 
 
