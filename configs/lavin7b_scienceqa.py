@@ -43,7 +43,14 @@ def get_config() -> ml_collections.ConfigDict:
             remat="full",
         ),
         data=Data(
-            kind="scienceqa", folder="data/scienceqa", form="QCM-ALE", fit="stretch", max_tokens=text_length(VISUAL)
+            kind="scienceqa",
+            folder="data/scienceqa",
+            form="QCM-ALE",
+            wording="official",
+            fit="stretch",
+            max_tokens=text_length(VISUAL),
+            max_tokens_text_only=LENGTH - 7,  # less the modality row, BOS and "Image: N/A" (5)
+            cut="end",
         ),
         arms=("baseline",),
         arm={"baseline": BASELINE},

@@ -54,7 +54,14 @@ def stages(petl: tuple, recipe: dict) -> dict[str, Stage]:
 def get_config() -> ml_collections.ConfigDict:
     config = Config(
         towers=Towers(clip="openai/clip-vit-large-patch14", lm="huggyllama/llama-7b", scan=True, remat="full"),
-        data=Data(kind="scienceqa", folder="data/scienceqa", form="QCM-ALE", max_tokens=LENGTH - 1),
+        data=Data(
+            kind="scienceqa",
+            folder="data/scienceqa",
+            form="QCM-ALE",
+            wording="official",
+            max_tokens=LENGTH - 1,
+            cut="end",
+        ),
         arms=("baseline",),
         arm={"baseline": BASELINE},
         stages=stages(("visual/prompt/.*",), RECIPE),

@@ -80,6 +80,8 @@ def prepare(config: Config, folder: Path, shard_bytes: int = SHARD_BYTES) -> Non
     if strange:
         raise ConfigError(f"--out={folder} holds other things ({', '.join(strange[:3])}): choose an empty folder")
     plans, manifest = {}, {"version": VERSION, "kind": kind.name, "settings": shards.settings(own), "splits": {}}
+    if shards.holds_turns and data.seam != "auto":  # else there are no earlier answers, or reading the rows says so
+        manifest["settings"]["seam"] = data.seam
     manifest["sources"] = {what: digest(file) for what, file in shards.sources(own).items()}
     for name in shards.splits:
         split, bad = load_files(data, name, user_path(data.cache) if data.cache else folder / "cache")
