@@ -157,12 +157,6 @@ def test_an_earlier_answer_has_the_ids_that_it_had_as_an_answer(tmp_path):
             assert chat_prompt(data, "c", turns[:1]) == samples[1].instruction
 
 
-def test_an_unsettled_seam_is_refused_where_prompts_hold_answers():
-    assert chat_prompt(Data(kind="instruct"), "Hello?") == "Instruction: Hello?\nResponse:"
-    with pytest.raises(ConfigError, match=r"config\.data\.seam=auto is settled by the LM's tokenizer"):
-        chat_prompt(Data(kind="instruct", multi_turn=True), "Hello?", [("a", "b")])
-
-
 def test_a_work_directory_keeps_its_seam(tmp_path):
     assert recorded_seam(tmp_path) is None and read_saved(tmp_path) is None
     values = as_dict(from_config_dict(miniature.get_config()))

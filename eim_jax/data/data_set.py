@@ -69,7 +69,6 @@ class Shards:
       from_files: which splits are read from their own files even where the others are prepared.
       settings: own fields -> {field: value} of those that decide what is written, where they are given.
       sources: own fields -> {what: file} of the text files that the config names.
-      holds_turns: prompts may hold earlier answers, which stand in the shards as `data.seam` joins them.
       needs: own fields -> {field: source} that a field's value asks for, e.g. {"captions_in_context": "captions.json"}.
     """
 
@@ -84,7 +83,6 @@ class Shards:
     settings: Callable[[Any], dict[str, Any]] = lambda own: {}
     sources: Callable[[Any], dict[str, Path]] = lambda own: {}
     needs: Callable[[Any], dict[str, str]] = lambda own: {}
-    holds_turns: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

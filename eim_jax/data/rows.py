@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from eim_jax.config import ConfigError, Data
+from eim_jax.config import Data
 
 SEAMS = ("one_string", "spaced", "apart")
 _CHUNK = 8192  # texts given to the tokenizer at once
@@ -75,14 +75,8 @@ def settled(data: Data, tokenizer: Any, recorded: str | None = None) -> Data:
 def separator(seam: str) -> str:
     """Returns what stands between a prompt and its answer, in a conversation's earlier turns too.
 
-    Raises:
-      ConfigError: the seam is not settled: no tokenizer was read.
+    A seam that is not settled, where no tokenizer is read (preparing, planning), is "one_string".
     """
-    if seam == "auto":
-        raise ConfigError(
-            "config.data.seam=auto is settled by the LM's tokenizer, which is not read here, but prompts hold earlier "
-            "answers: set it to one_string (LLaMA, Vicuna) or spaced (towers with a byte-level BPE: SmolLM2, LLaMA 3)"
-        )
     return " " if seam == "spaced" else ""
 
 

@@ -73,8 +73,7 @@ def load(data: Data, kind: DataSet, name: str) -> Split:
     folder, shards, own = user_path(data.prepared), kind.shards, kind.settings(data)
     manifest = read_manifest(folder)
     _same_data(kind, own, folder, manifest)
-    if shards.holds_turns:
-        _same_turns(data.seam, folder, manifest["settings"])
+    _same_turns(data.seam, folder, manifest["settings"])
     if name not in manifest["splits"]:
         raise ValueError(f"{folder} holds the splits {', '.join(manifest['splits'])}, not {name!r}")
     stored = manifest["splits"][name].get("same_as", name)

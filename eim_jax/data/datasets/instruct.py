@@ -43,6 +43,13 @@ class InstructReport:
         return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class InstructSplit(Split):
+    """A split that also knows whether prompts hold earlier answers, which `data.seam` joins to their questions."""
+
+    turns: bool = dataclasses.field(default=False, kw_only=True)
+
+
 class Instructions(NamedTuple):
     """A split and what was wrong with its sources."""
 
@@ -116,7 +123,6 @@ def load_instruct(
       BadDataError: bad items, with on_bad="error"; all are listed.
       ValueError: a file is not UTF-8 or JSON, a share is outside (0, 1], rows have images and no folder is given,
         no rows are left, or the template is none.
-      ConfigError: the seam is not settled, and prompts hold earlier answers.
     """
     check_on_bad(on_bad)
     template_of(template)
@@ -220,7 +226,8 @@ def _build(
         image = None if item.row.image is None else row_of[file_of[item.row.image]]
         for turn, (_, answer) in enumerate(item.row.pairs):
             samples.append(Sample(f"{item.id}/{turn}", image, words.prompt(item.row, turn), answer))
-    return Split(name, tuple(samples), source)
+    turns = any(item.row.history or (words.multi_turn and item.row.dialogue) for item in placed)
+    return InstructSplit(name, tuple(samples), source, turns=turns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +297,5 @@ INSTRUCT = DataSet(
         from_files=("val", "test"),
         settings=_prepared_settings,
         sources=_source_files,
-        holds_turns=True,
     ),
 )
