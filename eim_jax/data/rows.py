@@ -62,7 +62,7 @@ def seam_of(tokenizer: Any) -> str:
             raise ValueError(f"tokenizer_config.json: seam is {said!r}, none of {', '.join(SEAMS)}")
         return said
     behind, alone = (
-        str(tokenizer.convert_ids_to_tokens(ids)[-1]) for ids in ids_of(["a: a", "a"], tokenizer, "the seam")
+        "".join(tokenizer.convert_ids_to_tokens(ids)[-1:]) for ids in ids_of(["a: a", "a"], tokenizer, "the seam")
     )
     return "spaced" if behind != alone and behind.endswith(alone) else "one_string"
 
