@@ -44,4 +44,6 @@ def get_config() -> ml_collections.ConfigDict:
         },
         checkpoint=Checkpoint(every_steps=2000),
     )
-    return to_config_dict(config)
+    values = to_config_dict(config)
+    values.data.strip = False  # ClipCap keeps the white space around captions
+    return values

@@ -22,6 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.sources = ("data/alpaca_data.json", *(f"{folder}/{name}" for name in llava))
     config.data.images = "data/coco/train2014"
     config.data.on_bad = "drop"
+    config.data.template = "lavin"
     config.data.mme = "data/mme"
     config.decode.max_tokens = 20
     for name in config.stages:

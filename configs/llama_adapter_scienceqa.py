@@ -67,7 +67,14 @@ def with_decayed_gates(stage: Stage) -> Stage:
 def get_config() -> ml_collections.ConfigDict:
     config = Config(
         towers=Towers(clip="openai/clip-vit-large-patch14", lm="huggyllama/llama-7b", scan=True, remat="full"),
-        data=Data(kind="scienceqa", folder="data/scienceqa", form="QCM-ALE", max_tokens=LENGTH - 1),
+        data=Data(
+            kind="scienceqa",
+            folder="data/scienceqa",
+            form="QCM-ALE",
+            wording="official",
+            max_tokens=LENGTH - 1,
+            cut="end",
+        ),
         arms=("baseline",),
         arm={"baseline": ORIGINAL},
         stages={name: with_decayed_gates(one) for name, one in stages(("visual/prompt/.*",), RECIPE).items()},

@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
         stage.lr = 1e-5 if name == "lm" else 5e-4
     config.stages.lm.warmup_epochs = 2.5  # a few hundred captions have too few steps in 5 epochs for 20 of them
     config.data.eval_annotations = ""
+    config.data.strip = True
     config.log_every = 20
     config.checkpoint.every_steps = 200
     return config

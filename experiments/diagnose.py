@@ -21,6 +21,7 @@ from eim_jax.commands.trained_arms import after_stages
 from eim_jax.config import LossWeights, Stage, read_saved
 from eim_jax.data import loader, tokenize
 from eim_jax.data.datasets import load_split
+from eim_jax.data.rows import row_options
 from eim_jax.data.samples import Split
 from eim_jax.losses.kinds import ContrastiveLoss, Forward
 from eim_jax.losses.objective import make_objective, normalisers
@@ -157,7 +158,9 @@ def _texts(inputs: Inputs, vlm: VLM, test: Split) -> Batch:
     settings, number = inputs.config.data, min(ROWS, len(test))
     samples = tuple(test.samples[i * len(test) // number] for i in range(number))
     alone = Split(test.name, tuple(replace(sample, image=None) for sample in samples), test.images)
-    encoded = tokenize.encode_split(alone, inputs.lm_tokenizer, settings.max_tokens, eos=settings.eos)
+    encoded = tokenize.encode_split(
+        alone, inputs.lm_tokenizer, settings.max_tokens, settings.eos, **row_options(settings)
+    )
     size = vlm.visual.config.image_size
     return Batch(
         index=jnp.arange(number),

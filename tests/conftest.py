@@ -76,3 +76,9 @@ def shared_data():
 def shared_case():
     """Finds a folder of small hard inputs by its name."""
     return _shared("cases")
+
+
+@pytest.fixture(scope="session")
+def shared_original():
+    """Finds a folder of what the originals' own code gave by its name."""
+    return _shared("originals")

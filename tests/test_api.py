@@ -15,6 +15,7 @@ from eim_jax import config as settings
 from eim_jax.commands import caption, chat
 from eim_jax.config import ConfigError
 from eim_jax.data.datasets import load_split
+from eim_jax.losses.key_sources import LM_TEXTS
 from eim_jax.training import setup
 from eim_jax.training.arm import run_arm
 from eim_jax.utils.files import write_json
@@ -108,3 +109,15 @@ def test_answers_are_those_of_a_conversation_s_first_turn(tmp_path):
         assert run.ask(picture, "What is this?") == said
     with pytest.raises(ConfigError, match="use ask"):
         run.caption([file])
+
+
+def test_how_prompt_and_answer_are_joined_is_settled_once_and_kept(tmp_path):
+    config = config_of("miniature_lavin")
+    assert config.data.seam == "auto"
+    fresh = setup.load(config, tmp_path, data=False)
+    assert fresh.config.data.seam == "one_string"
+    assert LM_TEXTS.described(fresh).endswith(", at most 140 tokens, one_string, cut balanced")
+    write_json(tmp_path / "run.json", {"config": settings.as_dict(config)})  # of a version that did not say
+    earlier = setup.load(config, tmp_path, data=False)
+    assert earlier.config.data.seam == "apart" == settings.read_saved(tmp_path).data.seam
+    assert LM_TEXTS.described(earlier).endswith(", at most 140 tokens")

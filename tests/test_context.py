@@ -27,8 +27,8 @@ def encoded(longest):
     return Encoded(np.ones((2, longest), np.int32), valid, valid)
 
 
-def check(shapes, longest, **losses):
-    samples = tuple(Sample(name, 0, "", "a") for name in ("short", "long"))
+def check(shapes, longest, image=0, **losses):
+    samples = (Sample("short", 0, "", "a"), Sample("long", image, "", "a"))
     split = Split("train", samples, DrawnImages(["i"], lambda row: Image.new("RGB", (8, 8)), ["i"]))
     vlm, params = shapes
     check_context(vlm, Stage(losses=LossWeights(losses)), Losses(), params, encoded(longest), split, "config.stages.a")
@@ -49,6 +49,12 @@ def test_the_longest_row_that_fits_is_taken_and_one_more_token_is_refused(shapes
     check(shapes, CONTEXT - VISUAL - 1, base=1)
     with pytest.raises(ConfigError, match=r"that of sample 'long', is 27 tokens, and 6 stand .* at most 26"):
         check(shapes, CONTEXT - VISUAL, base=1)
+
+
+def test_a_row_without_a_picture_has_the_slots_that_no_picture_takes(shapes):
+    check(shapes, CONTEXT - 1, image=None, base=1)
+    with pytest.raises(ConfigError, match=r"32 tokens, and 1 stand .*max_tokens_text_only to at most 31"):
+        check(shapes, CONTEXT, image=None, base=1)
 
 
 def test_a_stage_of_texts_alone_has_the_visual_tokens_room_and_one_without_the_lm_any(shapes):

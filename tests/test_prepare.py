@@ -370,9 +370,13 @@ def test_a_shard_damaged_inside_names_the_picture(made, tmp_path):
 def test_data_of_other_files_or_settings_is_refused_by_the_field(made, tmp_path):
     raw, shard, folder = made("instruct")
     questions, asked, _ = made("scienceqa")
+    captions, _, their = made("coco")
     refused = [
+        (reading(captions, their, strip=False), "config.data.strip is False, but .* was prepared with True"),
         (reading(questions, folder), r"prepared from data of kind 'instruct', but config.data.kind is 'scienceqa'"),
         (reading(raw, folder, multi_turn=False), "config.data.multi_turn is False, but .* was prepared with True"),
+        (reading(raw, folder, template="alpaca"), "config.data.template is alpaca, but .* was prepared with plain"),
+        (reading(raw, folder, seam="spaced"), "seam is spaced, but the conversations in .* prepared with one_string"),
         (reading(raw, folder, sources=raw.data.own["sources"][:1]), "config.data.sources is"),
         (
             dataclasses.replace(asked, data=dataclasses.replace(asked.data, splits=("test",) * 3)),

@@ -42,7 +42,7 @@ def _train(config: Config, workdir: Path, record: dict) -> None:
     check_identity(inputs)
     doing("checking the test data")
     with processes.first_alone("test data"):
-        test = load_split(config, "test", workdir)
+        test = load_split(inputs.config, "test", workdir)
     doing("checking the stages")
     for arm in config.arms:
         plan_arm(inputs, arm)  # what cannot run is said before anything has
@@ -51,7 +51,7 @@ def _train(config: Config, workdir: Path, record: dict) -> None:
     saved = read_record(workdir)
     spent = saved.get("seconds", 0.0)
     kept = {key: saved[key] for key in ("started", "finished", "seconds") if key in saved}
-    record = {**record, "identity": inputs.identity(), **kept}
+    record = {**record, "seam": inputs.config.data.seam, "identity": inputs.identity(), **kept}
     write_json(workdir / "run.json", record)
     news, table = False, {}
     for arm in config.arms:

@@ -14,6 +14,7 @@ class ConfigError(ValueError):
 
 _RANGES = {
     "data.max_tokens": (2, 1 << 20),
+    "data.max_tokens_text_only": (0, 1 << 20),
     "data.threads": (0, 1024),
     "data.ignore_token": (-1, 1 << 30),
     "data.buckets": (1, 64),
@@ -64,6 +65,8 @@ _CHOICES = {
     "towers.image_stats": ("clip", "imagenet"),
     "data.fit": ("crop", "stretch"),
     "data.on_bad": ("error", "drop"),
+    "data.seam": ("auto", "one_string", "spaced", "apart"),
+    "data.cut": ("balanced", "end"),
     "data.scored": ("test", "val"),
     "losses.similarity": ("cosine", "dot"),
     "losses.positives": ("self", "group", "mask"),
@@ -107,6 +110,7 @@ def check(config: "Config", flat: dict[str, Any]) -> None:
         or any(n == 0 or n < -1 for n in config.mesh)
     ):
         raise ConfigError(f"config.mesh: {config.mesh} is not (data, fsdp, tensor) with at most one -1")
+    _check_texts(config)
     if not config.arms or not config.decode.methods:
         raise ConfigError("config.arms and config.decode.methods need at least one entry")
     for method in config.decode.methods:
@@ -130,6 +134,21 @@ def check(config: "Config", flat: dict[str, Any]) -> None:
                 f"config.arm.{name}.prompts={arm.prompts}, but no stage of its sequence trains it: it would stay as it "
                 "was drawn. Leave it out, or add a stage that trains 'visual/prompt/.*'"
             )
+
+
+def _check_texts(config: "Config"):
+    data = config.data
+    if 0 < data.max_tokens_text_only < data.max_tokens:
+        raise ConfigError(
+            f"config.data.max_tokens_text_only={data.max_tokens_text_only} is less than "
+            f"config.data.max_tokens={data.max_tokens}: rows without a picture have more room, not less; 0 is as much"
+        )
+    # Runs of earlier versions ("apart") ended a text at EOS whether they had been taught to or not.
+    if not data.eos and not config.decode.stop_at_period and data.seam != "apart":
+        raise ConfigError(
+            "config.data.eos=False teaches no end of a text, and config.decode.stop_at_period=False ends none: set "
+            "config.decode.stop_at_period=True (ClipCap's rule), or config.data.eos=True"
+        )
 
 
 def patterns(stage: "Stage") -> list[tuple[str, float]]:

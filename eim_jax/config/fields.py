@@ -39,11 +39,18 @@ class Data:
     fit: str = "crop"  # how an image becomes square: crop (CLIP) | stretch (LaVIN)
     on_bad: str = "error"  # a bad item stops the run (error) or leaves data and queues, counted in the log (drop)
     max_tokens: int = 40  # instruction + response + EOS, what precedes them not counted; ClipCap's length on COCO
+    max_tokens_text_only: int = 0  # of a row without a picture, which may use a picture's slots; 0: max_tokens
+    # How prompt and answer become one row (data/rows.py): one_string (LaVIN, LLaMA-Adapter) | spaced (a space between)
+    # | apart (earlier versions) | auto (by the LM's tokenizer, kept in run.json).
+    seam: str = "auto"
+    # What too long a row loses: balanced (the answer's end, EOS stays, then the prompt's beginning) | end (LaVIN,
+    # LLaMA-Adapter: what lies beyond, the whole answer perhaps).
+    cut: str = "balanced"
     # Texts of a batch are cut to the smallest of so many lengths that holds them; the step is compiled once for each.
     buckets: int = 4  # 1: every batch is as long as the longest text
     length_window: int = 1  # batches whose samples are put together by length (then take 8 buckets); 1: none
     ignore_token: int = -1  # loss_base does not score tokens of this id (ClipCap: 0, GPT-2's "!"); -1: scores all
-    eos: bool = True  # supervise an end-of-text token (ClipCap itself does not: then decode with stop_at_period)
+    eos: bool = True  # supervise an end-of-text token (ClipCap itself does not: it needs decode.stop_at_period)
     cache_features: bool = True  # keep a frozen CLIP's features on disk instead of recomputing them every epoch
     cache: str = ""  # folder for features, validation verdicts, compiled programs; "" = <workdir>/cache
     threads: int = 4  # that decode images

@@ -1,6 +1,7 @@
 """Which fields a resumed run must share with the run that began, and the config that a work directory holds."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,29 @@ def read_saved(workdir: Path) -> Config | None:
       Damaged: it holds none.
     """
     path = workdir / "run.json"
-    return from_config_dict(read_json(path, {"config": dict})["config"]) if path.exists() else None
+    if not path.exists():
+        return None
+    values = read_json(path, {"config": dict})["config"]
+    data = values.get("data")
+    if isinstance(data, dict) and data.get("seam", "auto") == "auto":
+        data["seam"] = recorded_seam(workdir)
+    return from_config_dict(values)
+
+
+def recorded_seam(workdir: Path) -> str | None:
+    """Reads how a work directory's run joins prompt and answer (`data.seam`), as its tokenizer settled it.
+
+    Args:
+      workdir: a run's work directory.
+
+    Returns:
+      The seam in its run.json, "apart" for a run of an earlier version, None for a fresh directory.
+
+    Raises:
+      Damaged: run.json holds no text there.
+    """
+    path = workdir / "run.json"
+    return read_json(path, optional={"seam": str}).get("seam", "apart") if path.exists() else None
 
 
 def differences(old: Config, new: Config, free: Collection[str] = ()) -> list[str]:
@@ -54,6 +77,8 @@ def differences(old: Config, new: Config, free: Collection[str] = ()) -> list[st
       A line for each such field, with both values.
     """
     common = [name for name in new.arms if name in old.arms]
+    if new.data.seam == "auto":  # as the work directory has it
+        new = replace(new, data=replace(new.data, seam=old.data.seam))
     before, after = deciding(old, common, free), deciding(new, common, free)
     return [
         f"{name}: {before.get(name)!r} in the workdir, {after.get(name)!r} asked for"

@@ -73,6 +73,7 @@ def load(data: Data, kind: DataSet, name: str) -> Split:
     folder, shards, own = user_path(data.prepared), kind.shards, kind.settings(data)
     manifest = read_manifest(folder)
     _same_data(kind, own, folder, manifest)
+    _same_turns(data.seam, folder, manifest["settings"])
     if name not in manifest["splits"]:
         raise ValueError(f"{folder} holds the splits {', '.join(manifest['splits'])}, not {name!r}")
     stored = manifest["splits"][name].get("same_as", name)
@@ -154,8 +155,12 @@ def _same_data(kind: DataSet, own: Any, folder: Path, manifest: Mapping[str, Any
             f"config.data.prepared: {folder} was prepared from data of kind {manifest['kind']!r}, but config.data.kind "
             f"is {kind.name!r}"
         )
-    for field, wanted in kind.shards.settings(own).items():
-        found = manifest["settings"][field]
+    settings = kind.shards.settings(own)
+    # What was prepared and is at its default now is not among them.
+    given = {field: getattr(own, field, None) for field in manifest["settings"] if field not in settings}
+    for field, wanted in {**{field: value for field, value in given.items() if value}, **settings}.items():
+        default = getattr(kind.config(), field, None)  # folders of earlier versions lack newer fields
+        found = manifest["settings"].get(field, default)
         if found != wanted:
             raise ConfigError(
                 f"config.data.{field} is {wanted}, but {folder} was prepared with {found}: prepare another folder"
@@ -170,6 +175,16 @@ def _same_data(kind: DataSet, own: Any, folder: Path, manifest: Mapping[str, Any
     for field, source in kind.shards.needs(own).items():
         if source not in manifest["sources"]:
             raise ConfigError(f"config.data.{field}: {folder} was prepared without {source}")
+
+
+def _same_turns(seam: str, folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses prompts whose earlier answers are joined otherwise than this run's."""
+    found = settings.get("seam", "apart" if settings.get("multi_turn") else "auto")  # auto: there are none
+    if "auto" not in (found, seam) and (found == "spaced") != (seam == "spaced"):
+        raise ConfigError(
+            f"config.data.seam is {seam}, but the conversations in {folder} were prepared with {found}: prepare "
+            f"another folder with --config.data.seam={seam}"
+        )
 
 
 def _read_index(file: Path, sha256: str) -> dict[str, Any]:

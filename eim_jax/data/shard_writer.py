@@ -85,6 +85,8 @@ def prepare(config: Config, folder: Path, shard_bytes: int = SHARD_BYTES) -> Non
         split, bad = load_files(data, name, user_path(data.cache) if data.cache else folder / "cache")
         if split is None:
             raise ConfigError(f"config.data has no split {name!r} to prepare: {kind.unscored}")
+        if getattr(split, "turns", False):  # prompts hold earlier answers, joined as a run must join its own
+            manifest["settings"]["seam"] = "one_string" if data.seam == "auto" else data.seam
         entry = {"fingerprint": split.fingerprint(), "samples": len(split), "images": len(split.images)}
         same = [other for other in plans if manifest["splits"][other]["fingerprint"] == entry["fingerprint"]]
         if same:  # one captions file for training and scores
@@ -263,4 +265,5 @@ def _examples(plan: _Plan, shards: Shards, start: int, advance: Callable[[int], 
 def _essence(manifest: Mapping[str, Any]) -> list[Any]:
     """What two manifests of the same data share."""
     splits = {name: split.get("fingerprint", split.get("same_as")) for name, split in manifest["splits"].items()}
-    return [manifest["kind"], manifest["settings"], manifest["sources"], splits]
+    settings = {"seam": "one_string", **manifest["settings"]}  # as in folders of earlier versions, which do not say it
+    return [manifest["kind"], settings, manifest["sources"], splits]

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from eim_jax.config import ConfigError
 from eim_jax.data import tokenize
 from eim_jax.data.batch_order import best_widths
+from eim_jax.data.rows import end_id, limit
 from eim_jax.generation.continuous import continue_all
 from eim_jax.generation.sampler import DecodeConfig, Decoded, continue_text, texts
 from eim_jax.generation.visual_tokens import VisualTokens, progress_or_quiet, rounded, tree_of
@@ -59,7 +60,9 @@ def generate_text(
     """
     vlm = vlm.in_generation(inputs.config.decode)
     tree, tokenizer = tree_of(params), inputs.lm_tokenizer
-    tokens, valid = tokenize.encode_prompts(prompts, tokenizer, inputs.config.data.max_tokens)
+    data = inputs.config.data
+    longest_text = [limit(data, image is not None) for image in images]
+    tokens, valid = tokenize.encode_prompts(prompts, tokenizer, longest_text)
     batch = rounded(inputs.config.decode.batch, inputs.mesh)
 
     def read(rows: Int[np.ndarray, "b"], width: int) -> LMInput:
@@ -74,7 +77,7 @@ def generate_text(
     one = (*seen.of(images[:1]), tokens[:1], valid[:1])
     longest = jax.eval_shape(functools.partial(_read, vlm), tree, *one).valid.shape[1]
     config = decoding(inputs, vlm, method, longest)
-    ends = {"eos_id": tokenizer.eos_token_id, "period_id": _period_id(tokenizer), "mesh": inputs.mesh}
+    ends = {"eos_id": end_id(data, tokenizer), "period_id": _period_id(tokenizer), "mesh": inputs.mesh}
     if whole:
         decoded = _decode_whole(vlm.lm, tree["lm"], groups, config, **ends)
     else:

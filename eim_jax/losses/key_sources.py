@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eim_jax.config import ConfigError
+from eim_jax.data import rows
 from eim_jax.losses.kinds import KeySource
 
 
@@ -32,9 +33,9 @@ LM_TEXTS = KeySource(
     tower="lm",
     fields=lambda inputs: (inputs.encoded.tokens, inputs.encoded.valid),
     row=lambda inputs: tuple(
-        jax.ShapeDtypeStruct((1, inputs.config.data.max_tokens), dtype) for dtype in (jnp.int32, jnp.bool_)
+        jax.ShapeDtypeStruct((1, rows.widest(inputs.config.data)), dtype) for dtype in (jnp.int32, jnp.bool_)
     ),
-    described=lambda inputs: f"{inputs.fingerprints['lm_tokenizer']}, at most {inputs.config.data.max_tokens} tokens",
+    described=lambda inputs: f"{inputs.fingerprints['lm_tokenizer']}, {rows.described(inputs.config.data)}",
 )  # instruction, response and EOS as the LM's tokens [N t], and which of them are no padding, bool [N t]
 
 
@@ -54,11 +55,11 @@ class Crops:
         self._images = np.array([sample.image for sample in self._split.samples], np.int32)
         self.shape = (len(self._split), *_image(inputs))
 
-    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        """The crops of these rows [... h w 3]."""
+    def __getitem__(self, numbers: np.ndarray) -> np.ndarray:
+        """The crops of these samples [... h w 3]."""
         from eim_jax.data.loader import eval_images
 
-        found, wanted = self._images[rows], self._images[rows].ravel()
+        found, wanted = self._images[numbers], self._images[numbers].ravel()
         options = {"rows": wanted.tolist(), "fit": self._data.fit, "threads": self._data.threads}
         [(_, crops)] = eval_images(self._split, len(wanted), self.shape[1], **options)
         return crops.reshape(*found.shape, *self.shape[1:])

@@ -13,6 +13,7 @@ from eim_jax import pretrained
 from eim_jax.config import Config, ConfigError, Stage
 from eim_jax.data import tokenize
 from eim_jax.data.datasets import data_set, load_split
+from eim_jax.data.rows import widest
 from eim_jax.data.samples import Split
 from eim_jax.losses import objective
 from eim_jax.losses.kinds import QueueKind
@@ -141,7 +142,7 @@ def _count(config: Config, samples: int) -> tuple[Split, str]:
 
 def batch_shapes(inputs: Inputs, vlm: VLM, stage: Stage, params: Flat) -> Batch:
     """The batch that the stage's step reads, at its longest: features where they are cached, else images."""
-    b, c, t = stage.batch, vlm.visual.config, inputs.config.data.max_tokens
+    b, c, t = stage.batch, vlm.visual.config, widest(inputs.config.data)
     needed = objective.fields(stage, inputs.config.losses)
     image = jax.ShapeDtypeStruct((b, c.image_size, c.image_size, 3), jnp.uint8)
     kinds = {

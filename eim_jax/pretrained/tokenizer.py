@@ -82,6 +82,7 @@ def _with_special_tokens(own: Tokenizer, named: PreTrainedTokenizerBase) -> PreT
         **({"extra_special_tokens": extra} if (extra := list(named.extra_special_tokens)) else {}),
         **{name: getattr(named, name) for name in SPECIAL if getattr(named, name) is not None},
         **{name: getattr(named, name) for name in settings if getattr(named, name, None) is not None},
+        **{name: value for name, value in named.init_kwargs.items() if name == "seam"},  # ours, see data/rows.py
     )
 
 

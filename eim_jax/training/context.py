@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from eim_jax.config import ConfigError, Losses, Stage
 from eim_jax.data.samples import Split
@@ -38,11 +39,17 @@ def check_context(
     needed = objective.fields(stage, settings)
     if "tokens" not in needed:
         return
-    context, longest = vlm.lm.config.context, encoded.tokens.shape[1]
-    before = tokens_before(vlm, params, with_image="image" in needed)
+    context, lengths = vlm.lm.config.context, encoded.valid.sum(1)
+    ahead = np.full(len(lengths), tokens_before(vlm, params, with_image="image" in needed))
+    if "image" in needed:  # a text alone has the slots that no picture takes
+        alone = np.array([sample.image is None for sample in train.samples])
+        ahead[alone] = tokens_before(vlm, params, with_image=False) + len(vlm.without_image)
+    worst = int((lengths + ahead).argmax())
+    longest, before = int(lengths[worst]), int(ahead[worst])
     if before + longest > context:
-        sample = train.samples[int(encoded.valid.sum(1).argmax())]
-        room = f"set config.data.max_tokens to at most {context - before}"
+        sample = train.samples[worst]
+        fields = "" if sample.image is not None else " and config.data.max_tokens_text_only"
+        room = f"set config.data.max_tokens{fields} to at most {context - before}"
         remedy = room if context - before > 1 else "give the ST fewer tokens (config.arm.*.features, st_tokens)"
         raise ConfigError(
             f"{where}: the longest text, that of sample {sample.id!r}, is {longest} tokens, and {before} stand before "

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from eim_jax import pretrained
-from eim_jax.config import Arm, Config, ConfigError, Stage, patterns
-from eim_jax.data import tokenize
+from eim_jax.config import Arm, Config, ConfigError, Stage, patterns, recorded_seam
+from eim_jax.data import rows, tokenize
 from eim_jax.data.datasets import load_split
 from eim_jax.data.feature_cache import cached_features
 from eim_jax.data.samples import Split
@@ -42,6 +42,8 @@ from eim_jax.utils.images import IMAGENET_MEAN, IMAGENET_STD
 @dataclass(frozen=True)
 class Inputs:
     """Everything that all arms of a run share; `towers` holds the untouched pretrained parameters.
+
+    `config.data.seam` is settled: by the field, by the work directory's run.json, or by the LM's tokenizer.
 
     Leaves that no stage of any arm trains are in the compute dtype, and shared with every arm's own parameters.
 
@@ -141,6 +143,7 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     lm_tokenizer, clip_tokenizer = tokenize.load_tokenizer(lm_dir), tokenize.load_tokenizer(clip_dir)
     tokenize.check_vocabulary(lm_tokenizer, lm.config.vocab, config.towers.lm)
     tokenize.check_vocabulary(clip_tokenizer, clip.text.vocab, config.towers.clip)
+    config = replace(config, data=rows.settled(config.data, lm_tokenizer, recorded_seam(workdir)))
     train = encoded = None
     if data:
         doing("checking the training data")
@@ -148,7 +151,8 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
             train = load_split(config, "train", workdir)
         assert train is not None, "every data set has training samples"
         doing("tokenising")
-        encoded = tokenize.encode_split(train, lm_tokenizer, config.data.max_tokens, eos=config.data.eos)
+        options = rows.row_options(config.data)
+        encoded = tokenize.encode_split(train, lm_tokenizer, config.data.max_tokens, config.data.eos, **options)
         encoded = _without_ignored(encoded, config.data.ignore_token, lm.config.vocab)
         console.print(f"{len(train):,} training samples ({len(train.images):,} images)", soft_wrap=True)
     towers = partition.flatten({**clip.params, "lm": lm.params})

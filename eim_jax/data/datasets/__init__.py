@@ -17,6 +17,7 @@ from eim_jax.data.datasets.miniature import MINIATURE
 from eim_jax.data.datasets.miniature_chat import MINIATURE_CHAT
 from eim_jax.data.datasets.miniature_qa import MINIATURE_QA
 from eim_jax.data.datasets.scienceqa import SCIENCEQA
+from eim_jax.data.rows import earlier_turns
 from eim_jax.data.samples import Split
 from eim_jax.utils.files import user_path
 
@@ -97,14 +98,15 @@ def chat_prompt(data: Data, question: str, earlier: Sequence[tuple[str, str]] = 
     Args:
       data: the run's `config.data`.
       question: what is asked.
-      earlier: the (question, answer) turns before it; a data set of single turns passes them over.
+      earlier: the (question, answer) turns before it, joined as `data.seam` says; a data set of single turns passes
+        them over.
 
     Returns:
       The instruction; a data set without any has that of `instruct`.
     """
     kind = data_set(data)
     kind = kind if kind.prompt else INSTRUCT
-    return kind.prompt(kind.settings(data), question, earlier)
+    return kind.prompt(kind.settings(data), question, earlier_turns(earlier, data.seam))
 
 
 def own_defaults() -> dict[str, Any]:

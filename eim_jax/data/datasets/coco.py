@@ -121,6 +121,7 @@ class CocoFields:
     eval_annotations: str = ""  # for val and test; "" = the file above (COCO form: then scores are on training images)
     eval_images: str = ""  # "" = the folder above
     max_caption_chars: int = 2000  # a longer caption is a bad item
+    strip: bool = True  # coco: white space around captions is removed (ClipCap keeps it)
     outside_images: bool = False  # whether a file's name may lead out of the folder of the images
 
 
@@ -138,6 +139,7 @@ def _load(data: Data, own: CocoFields, name: str, cache: pathlib.Path) -> tuple[
         name,
         on_bad=data.on_bad,
         max_caption_chars=own.max_caption_chars,
+        strip=own.strip,
         outside_images=own.outside_images,
         threads=data.threads,
         cache=cache,
@@ -167,6 +169,7 @@ COCO = DataSet(
         features={"captions": [{"id": str, "text": str}]},
         record=lambda split, samples: {"captions": [{"id": s.id, "text": s.response} for s in samples]},
         split=_prepared_split,
+        settings=lambda own: {} if own.strip else {"strip": False},  # folders of earlier versions do not say it
         sources=_source_files,
     ),
 )

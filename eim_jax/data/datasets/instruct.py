@@ -11,10 +11,11 @@ from eim_jax.config import ConfigError, Data
 from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad, listed, printable, text_problem
 from eim_jax.data.data_set import DataSet, Published, Shards, exists
 from eim_jax.data.datasets import mme
-from eim_jax.data.datasets.instruct_prompt import prompt
+from eim_jax.data.datasets.instruct_prompt import prompt, template_of
 from eim_jax.data.datasets.instruct_rows import BadRowError, Row, read_rows, take_apart, unread_keys
 from eim_jax.data.datasets.instruct_sources import row_ids, shares, sources_of, taken_rows
 from eim_jax.data.image_checks import check_images
+from eim_jax.data.rows import earlier_turns
 from eim_jax.data.samples import FileImages, ImageSource, NoImages, Sample, Split
 from eim_jax.utils.console import console
 from eim_jax.utils.files import user_path
@@ -42,6 +43,13 @@ class InstructReport:
         return "\n".join(lines)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class InstructSplit(Split):
+    """A split that also knows whether prompts hold earlier answers, which `data.seam` joins to their questions."""
+
+    turns: bool = dataclasses.field(default=False, kw_only=True)
+
+
 class Instructions(NamedTuple):
     """A split and what was wrong with its sources."""
 
@@ -58,12 +66,27 @@ class _Placed(NamedTuple):
     row: Row
 
 
+class _Words(NamedTuple):
+    """How a row becomes prompts; see `load_instruct`."""
+
+    template: str
+    multi_turn: bool
+    seam: str
+
+    def prompt(self, row: Row, turn: int) -> str:
+        before = row.pairs[:turn] if self.multi_turn and row.dialogue else ()
+        earlier = earlier_turns((*row.history, *before), self.seam)
+        return prompt(row.pairs[turn][0], earlier, template=self.template, system=row.system)
+
+
 def load_instruct(
     sources: Sequence[Any] | str | os.PathLike[str],
     images: str | os.PathLike[str] | None,
     *,
     name: str = "train",
     multi_turn: bool = False,
+    template: str = "plain",
+    seam: str = "one_string",
     outside_images: bool = False,
     on_bad: str = "error",
     threads: int = 4,
@@ -78,27 +101,31 @@ def load_instruct(
       Alpaca         {"instruction", "input" (may be missing, null or ""), "output"}
       LLaVA          {"id", "image" (missing or null: text only), "conversations": [{"from": human|gpt, "value"}, ...]}
       self-instruct  {"id", "instruction", "instances": [{"input", "output"}, ...]}
-    Each may have an "image", or "images" of one; other keys are counted in the report's notes. `images` is the folder
+    Each may have an "image", or "images" of one; a "system" prompt, which stands in front; a "history"
+    [[question, answer], ...], the turns before; other keys are counted in the report's notes. `images` is the folder
     of the images (None if no row has one); for "000000000009.jpg" it may hold
     COCO_train2014_000000000009.jpg. Samples of one image share its row. Every image used is decoded
     once (see image_checks.py; `cache` remembers the verdict).
 
-    Every (human, gpt) pair and every instance is one sample, "Instruction: {instruction} {input}\nResponse:" and the
-    answer as it stands; "<image>" markers go. LaVIN asks each question of a conversation alone; `multi_turn` puts the
-    turns before it in front. Sample ids are "{file stem}/{row's id}/{turn}"; a row without an id has its place in the
-    file, counted from 0, a later row with the same id "{id}#{place}", a second file of the same stem "{stem}#2".
+    Every (human, gpt) pair and every instance is one sample, its question in the words of `template`
+    (instruct_prompt.TEMPLATES, or a text of one's own; "plain": "Instruction: {instruction} {input}\nResponse:") and
+    the answer as it stands; "<image>" markers go. LaVIN asks each question of a conversation alone; `multi_turn` puts
+    the turns before it in front, each answer joined to its question as `seam` says (data/rows.py). Sample ids are
+    "{file stem}/{row's id}/{turn}"; a row without an id has its place in the file, counted from 0, a later row with the
+    same id "{id}#{place}", a second file of the same stem "{stem}#2".
 
     Bad items are rows in no known form, with a missing, empty or undecodable text, conversations that do not alternate
-    human, gpt, markers without an image, twice in a question or in an answer, more than one image, videos, a "system"
-    prompt, a "history", missing or unreadable images. on_bad="error" raises BadDataError listing
+    human, gpt, markers without an image, twice in a question or in an answer, more than one image, videos, missing or
+    unreadable images. on_bad="error" raises BadDataError listing
     them; "drop" leaves out the whole row (the published Alpaca-52k has rows with an empty output: it needs "drop").
 
     Raises:
       BadDataError: bad items, with on_bad="error"; all are listed.
-      ValueError: a file is not UTF-8 or JSON, a share is outside (0, 1], rows have images and no folder is given, or no
-        rows are left.
+      ValueError: a file is not UTF-8 or JSON, a share is outside (0, 1], rows have images and no folder is given,
+        no rows are left, or the template is none.
     """
     check_on_bad(on_bad)
+    template_of(template)
     folder = None if images is None else user_path(images)
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"no image folder {folder}")
@@ -116,7 +143,7 @@ def load_instruct(
     kept = [item for item in placed if item.row.image is None or file_of[item.row.image] not in broken]
     if not kept:
         raise ValueError(f"{where}: no rows are left; {len(bad)} bad items")
-    split = _build(name, kept, file_of, folder, multi_turn)
+    split = _build(name, kept, file_of, folder, _Words(template, multi_turn, seam))
     counts = {stem: sum(len(item.row.pairs) for item in kept if item.source == stem) for _, _, stem in files}
     dropped_images = len(set(file_of.values())) - len(split.images)
     report = InstructReport(tuple(bad), dropped_images, unread + len(placed) - len(kept), counts, notes)
@@ -187,7 +214,7 @@ def _broken_images(
 
 
 def _build(
-    name: str, placed: Sequence[_Placed], file_of: Mapping[str, str], folder: pathlib.Path | None, multi_turn: bool
+    name: str, placed: Sequence[_Placed], file_of: Mapping[str, str], folder: pathlib.Path | None, words: _Words
 ) -> Split:
     names = list(dict.fromkeys(file_of[item.row.image] for item in placed if item.row.image is not None))
     source: ImageSource = NoImages([], [], "this split has texts only")
@@ -197,10 +224,10 @@ def _build(
     samples = []
     for item in placed:
         image = None if item.row.image is None else row_of[file_of[item.row.image]]
-        for turn, (question, answer) in enumerate(item.row.pairs):
-            earlier = item.row.pairs[:turn] if multi_turn and item.row.dialogue else ()
-            samples.append(Sample(f"{item.id}/{turn}", image, prompt(question, earlier), answer))
-    return Split(name, tuple(samples), source)
+        for turn, (_, answer) in enumerate(item.row.pairs):
+            samples.append(Sample(f"{item.id}/{turn}", image, words.prompt(item.row, turn), answer))
+    turns = any(item.row.history or (words.multi_turn and item.row.dialogue) for item in placed)
+    return InstructSplit(name, tuple(samples), source, turns=turns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,6 +237,9 @@ class InstructFields:
     sources: tuple = ()  # instruct: files, each alone or as (file, share of its rows)
     images: str = ""  # folder of the images
     multi_turn: bool = False  # instruct: a turn's instruction holds the turns before it
+    # instruct: the words around a question, plain ("Instruction: ...\nResponse:") | lavin (to the letter) | alpaca
+    # (LLaMA-Adapter's) | a text of your own with {instruction} and {input}
+    template: str = "plain"
     outside_images: bool = False  # whether a file's name may lead out of the folder of the images
     mme: str = ""  # instruct: the MME folder that is the test; "" = none
 
@@ -219,13 +249,12 @@ def _load(data: Data, own: InstructFields, name: str, cache: pathlib.Path) -> tu
     if name != "train":  # tested on MME, which lies in its own folder
         if not own.mme:
             return None, ()
-        questions = mme.load_mme(own.mme, **common)
+        questions = mme.load_mme(own.mme, template=own.template, **common)
         return questions.split, questions.report.bad
     if not own.sources:
         raise ConfigError("config.data.sources is empty: give files of Alpaca's or LLaVA's form, as a tuple")
-    loaded = load_instruct(
-        own.sources, own.images or None, multi_turn=own.multi_turn, outside_images=own.outside_images, **common
-    )
+    words = {"multi_turn": own.multi_turn, "template": own.template, "seam": data.seam}
+    loaded = load_instruct(own.sources, own.images or None, outside_images=own.outside_images, **words, **common)
     return loaded.split, loaded.report.bad
 
 
@@ -241,7 +270,9 @@ def _source_files(own: InstructFields) -> dict[str, pathlib.Path]:
 
 def _prepared_settings(own: InstructFields) -> dict[str, Any]:
     # Sources may be left out where only the prepared folder is at hand.
-    return {"multi_turn": own.multi_turn, **({"sources": shares(own.sources)} if own.sources else {})}
+    sources = {"sources": shares(own.sources)} if own.sources else {}
+    template = {"template": own.template} if own.template != "plain" else {}  # folders of earlier versions lack it
+    return {"multi_turn": own.multi_turn, **template, **sources}
 
 
 def _record(split: Split, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -257,7 +288,7 @@ INSTRUCT = DataSet(
     scored=("test",),
     unscored="config.data.mme is empty, give the MME folder to be answered",
     free_on_resume=("mme",),
-    prompt=lambda own, question, earlier: prompt(question, earlier if own.multi_turn else ()),
+    prompt=lambda own, question, earlier: prompt(question, earlier if own.multi_turn else (), template=own.template),
     shards=Shards(
         folder="instructions",
         features={"turns": [{"id": str, "instruction": str, "response": str}]},

@@ -6,22 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from eim_jax.data.bad_items import text_problem
+from eim_jax.data.datasets.instruct_prompt import Question
 from eim_jax.data.text_files import parse_json, read_text
 
 MARKER = "<image>"  # where LLaVA's questions place the image; our models place it themselves
 _OTHER_MARKERS = ("<video>", "<audio>")
 
-# Keys of each form that are read, or of which nothing is lost; any other is noted. Pictures may stand in all of them.
-_PICTURES = {"id", "image", "images"}
+# Keys of each form that are read, or of which nothing is lost; any other is noted.
+_EVERYWHERE = {"id", "image", "images", "system", "history"}
 _KNOWN = {
-    "conversations": {"conversations"} | _PICTURES,
-    "instances": {"instruction", "instances", "name", "is_classification"} | _PICTURES,
-    "instruction": {"instruction", "input", "output"} | _PICTURES,
+    "conversations": {"conversations"} | _EVERYWHERE,
+    "instances": {"instruction", "instances", "name", "is_classification"} | _EVERYWHERE,
+    "instruction": {"instruction", "input", "output"} | _EVERYWHERE,
 }
 # What a row would lose in silence: these are refused where they hold something.
 _REFUSED = {
-    "system": "write it into the first question",
-    "history": 'write the row as "conversations"',
     "video": "videos are not read",
     "videos": "videos are not read",
     "audio": "sounds are not read",
@@ -35,11 +34,16 @@ class BadRowError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row's (question, answer) pairs, about an image file or none; the pairs of a `dialogue` follow each other."""
+    """A row's (question, answer) pairs, about an image file or none; the pairs of a `dialogue` follow each other.
+
+    `system` is the row's own system prompt, `history` the turns that precede all of its pairs.
+    """
 
     image: str | None
-    pairs: tuple[tuple[str, str], ...]
+    pairs: tuple[tuple[Question, str], ...]
     dialogue: bool = False
+    system: str = ""
+    history: tuple[tuple[Question, str], ...] = ()
 
 
 def read_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
@@ -89,19 +93,21 @@ def take_apart(record: Any) -> Row:
 
     Raises:
       BadRowError: it has none of the forms; a text is missing, empty or undecodable; it holds what a sample cannot: a
-        system prompt, a history, a video, several pictures, a marker in an answer or without a picture.
+        video, several pictures, a marker in an answer or without a picture.
     """
     if not isinstance(record, dict):
         raise BadRowError(f"is not an object but {type(record).__name__}")
     for key, remedy in _REFUSED.items():
         if record.get(key):
             raise BadRowError(f'"{key}" is not read: {remedy}, or remove it')
+    image = _image(record)
+    before = {"system": _system(record), "history": _history(record, image)}
     if "conversations" in record:
-        return _llava(record, _image(record))
+        return Row(image, _llava(record, image), dialogue=True, **before)
     if "instances" in record:
-        return Row(_image(record), _instances(record))
+        return Row(image, _instances(record), **before)
     if "instruction" in record and "output" in record:
-        return Row(_image(record), (_pair(record, record, ""),))
+        return Row(image, (_pair(record, record, ""),), **before)
     raise BadRowError(
         'has neither "conversations" (LLaVA), "instances" (self-instruct) nor "instruction" and "output" (Alpaca); '
         f"its keys are {', '.join(map(repr, record)) or 'none'}"
@@ -123,14 +129,36 @@ def _image(record: Mapping[str, Any]) -> str | None:
     return None if found is None else _encodable(found, '"image"' if image is not None else '"images"')
 
 
+def _system(record: Mapping[str, Any]) -> str:
+    text = record.get("system") or ""
+    if not isinstance(text, str):
+        raise BadRowError(f'"system" is not a text but {type(text).__name__}')
+    return _answer(_encodable(text, '"system"'), '"system"').strip()
+
+
+def _history(record: Mapping[str, Any], image: str | None) -> tuple[tuple[Question, str], ...]:
+    """The turns before a row's own, [[question, answer], ...]."""
+    turns = record.get("history") or ()
+    if not isinstance(turns, list | tuple) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise BadRowError('"history" must be a list of [question, answer]')
+    found = []
+    for number, pair in enumerate(turns):
+        at, texts = f'"history"[{number}]', dict(enumerate(pair))
+        asked, answered = (_text(texts, side, f"{at}[{side}]") for side in (0, 1))
+        found.append((Question(_question(asked, image, f"{at}[0]")), _answer(answered, f"{at}[1]")))
+        if not found[-1][0].instruction.strip():
+            raise BadRowError(f"{at}[0] has nothing but the marker {MARKER}")
+    return tuple(found)
+
+
 def _question(text: str, image: str | None, label: str) -> str:
-    """A question without its picture's marker."""
+    """A question without its picture's marker, and where there was one without the line break beside it."""
     _no_other_marker(text, label)
     if text.count(MARKER) > 1:
         raise BadRowError(f"{label} has the marker {MARKER} {text.count(MARKER)} times: a row is about one picture")
     if MARKER in text and image is None:
         raise BadRowError(f'{label} has the marker {MARKER}, but the row has no "image"')
-    return text.replace(MARKER, "").strip()
+    return text.replace(MARKER, "").strip() if MARKER in text else text
 
 
 def _answer(text: str, label: str) -> str:
@@ -146,7 +174,7 @@ def _no_other_marker(text: str, label: str) -> None:
             raise BadRowError(f"{label} has the marker {marker}, which is not read")
 
 
-def _text(record: Mapping[str, Any], key: str, label: str) -> str:
+def _text(record: Mapping[Any, Any], key: Any, label: str) -> str:
     """Returns a text that is there, is not blank, and can be encoded."""
     if key not in record:
         raise BadRowError(f"{label} is missing")
@@ -164,7 +192,7 @@ def _encodable(text: str, label: str) -> str:
     return text
 
 
-def _pair(record: Mapping[str, Any], pair: Mapping[str, Any], at: str) -> tuple[str, str]:
+def _pair(record: Mapping[str, Any], pair: Mapping[str, Any], at: str) -> tuple[Question, str]:
     image = _image(record)
     instruction = _text(record, "instruction", '"instruction"')
     extra = pair.get("input")
@@ -175,19 +203,20 @@ def _pair(record: Mapping[str, Any], pair: Mapping[str, Any], at: str) -> tuple[
     if MARKER in instruction and MARKER in extra:
         raise BadRowError(f'"instruction" and {at}"input" have the marker {MARKER}: a row is about one picture')
     parts = _question(instruction, image, '"instruction"'), _question(extra, image, f'{at}"input"')
-    if not any(parts):
+    if not any(part.strip() for part in parts):
         raise BadRowError(f'"instruction" has nothing but the marker {MARKER}')
-    return " ".join(filter(None, parts)), _answer(_text(pair, "output", f'{at}"output"'), f'{at}"output"')
+    asked = Question(*parts) if parts[0] else Question(parts[1])  # the marker was all that the instruction held
+    return asked, _answer(_text(pair, "output", f'{at}"output"'), f'{at}"output"')
 
 
-def _instances(record: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+def _instances(record: Mapping[str, Any]) -> tuple[tuple[Question, str], ...]:
     instances = record["instances"]
     if not isinstance(instances, list) or not instances or not all(isinstance(pair, dict) for pair in instances):
         raise BadRowError('"instances" must be a list of {"input", "output"}, with at least one')
     return tuple(_pair(record, pair, f'"instances"[{number}] ') for number, pair in enumerate(instances))
 
 
-def _llava(record: Mapping[str, Any], image: str | None) -> Row:
+def _llava(record: Mapping[str, Any], image: str | None) -> tuple[tuple[Question, str], ...]:
     turns = record["conversations"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise BadRowError('"conversations" must be a list of {"from", "value"}, with at least one pair')
@@ -201,8 +230,8 @@ def _llava(record: Mapping[str, Any], image: str | None) -> Row:
             texts.append(_answer(value, at))
             continue
         texts.append(_question(value, image, at))
-        if not texts[-1]:
+        if not texts[-1].strip():
             raise BadRowError(f"{at} has nothing but the marker {MARKER}")
     if len(texts) % 2:
         raise BadRowError(f'"conversations"[{len(texts) - 1}] has no answer from "gpt"')
-    return Row(image, tuple(zip(texts[::2], texts[1::2], strict=True)), dialogue=True)
+    return tuple(zip(map(Question, texts[::2]), texts[1::2], strict=True))

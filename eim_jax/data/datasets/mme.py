@@ -78,7 +78,7 @@ class YesNo(NamedTuple):
     report: MMEReport
 
 
-def yes_no_split(name: str, questions: Sequence[Question], images: ImageSource) -> YesNoSplit:
+def yes_no_split(name: str, questions: Sequence[Question], images: ImageSource, template: str = "plain") -> YesNoSplit:
     r"""Returns one sample a question, "Instruction: {question}\nResponse:" and the answer, with id task/image/0 or 1.
 
     Raises:
@@ -95,7 +95,7 @@ def yes_no_split(name: str, questions: Sequence[Question], images: ImageSource) 
         earlier = answers.setdefault(image, [])
         identifier = f"{image}/{len(earlier)}"
         earlier.append(question.answer)
-        samples.append(Sample(identifier, row_of[image], prompt(question.question), question.answer))
+        samples.append(Sample(identifier, row_of[image], prompt(question.question, template=template), question.answer))
         by_id[identifier] = question
     for image, given in answers.items():
         if sorted(given) != ["No", "Yes"]:
@@ -107,6 +107,7 @@ def load_mme(
     root: str | os.PathLike[str],
     *,
     name: str = "test",
+    template: str = "plain",
     on_bad: str = "error",
     threads: int = 4,
     cache: str | os.PathLike[str] | None = None,
@@ -115,8 +116,9 @@ def load_mme(
 
     A subtask's folder has its images and {image's stem}.txt side by side, or in images/ and questions_answers_YN/. A
     txt has two lines "question<tab>Yes" or "...<tab>No", one of each; blank lines do not count. Every image is decoded
-    once (image_checks.py; `cache` remembers the verdict). Some subtasks are enough: the report notes the others, and
-    where a subtask has another number of images than the release, or images without questions.
+    once (image_checks.py; `cache` remembers the verdict). `template` words the questions (instruct_prompt). Some
+    subtasks are enough: the report notes the others, and where a subtask has another number of images than the release,
+    or images without questions.
 
     Raises:
       BadDataError: a txt is malformed (its line is named), or an image is missing or unreadable; all are listed.
@@ -143,7 +145,7 @@ def load_mme(
     if not kept:
         raise ValueError(f"{root}: no questions are left; {len(bad)} bad items")
     ids = [identifier for identifier in files if identifier not in broken]
-    split = yes_no_split(name, kept, FileImages(root, ids, [files[identifier] for identifier in ids]))
+    split = yes_no_split(name, kept, FileImages(root, ids, [files[identifier] for identifier in ids]), template)
     counts = Counter(identifier.partition("/")[0] for identifier in ids)
     for task in tasks:
         if counts[task] != TASKS[task]:

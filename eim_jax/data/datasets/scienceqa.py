@@ -11,7 +11,7 @@ from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad, listed
 from eim_jax.data.data_set import DataSet, Published, Shards, exists
 from eim_jax.data.datasets.instruct_prompt import single_turn
 from eim_jax.data.datasets.scienceqa_files import CAPTIONS, FILES, PROBLEMS, read_captions, read_split
-from eim_jax.data.datasets.scienceqa_prompt import Problem, parse_form, prompt
+from eim_jax.data.datasets.scienceqa_prompt import Problem, is_official, parse_form, prompt
 from eim_jax.data.image_checks import check_images
 from eim_jax.data.samples import FileImages, ImageSource, Sample, Split
 from eim_jax.utils.console import console
@@ -61,8 +61,9 @@ def qa_split(
     form: str = "QCM-ALE",
     *,
     use_caption: bool = False,
+    wording: str = "tidy",
 ) -> QASplit:
-    """Returns one sample a problem, in order: `prompt` in the form, the image whose id is `problem.image`.
+    """Returns one sample a problem, in order: `prompt` in the form and wording, the image of id `problem.image`.
 
     The sample's caption, which CLIP.text reads for loss_IE, is the machine caption, or without one the question.
 
@@ -75,7 +76,7 @@ def qa_split(
         if problem.image is not None and problem.image not in row_of:
             raise ValueError(f"split {name!r}: problem {problem.id}: image: {problem.image!r} is not among the images")
         row = None if problem.image is None else row_of[problem.image]
-        instruction, response = prompt(problem, form, use_caption)
+        instruction, response = prompt(problem, form, use_caption, wording)
         samples.append(Sample(problem.id, row, instruction, response, problem.caption or problem.question))
     return QASplit(name, tuple(samples), images, problems={problem.id: problem for problem in problems}, form=form)
 
@@ -86,6 +87,7 @@ def load_scienceqa(
     *,
     form: str = "QCM-ALE",
     use_caption: bool = False,
+    wording: str = "tidy",
     on_bad: str = "error",
     threads: int = 4,
     cache: str | os.PathLike[str] | None = None,
@@ -93,9 +95,10 @@ def load_scienceqa(
     """Returns the problems of a split of pid_splits.json, in its order, as prompts of the form, and a report.
 
     `form` is input letters and output letters (scienceqa_prompt.prompt); `use_caption` adds captions.json's text to the
-    context. Images lie in {root}/images/{split}/{id}/ or {root}/{split}/{id}/, where split is the problem's own (train,
-    val, test), and are decoded once (image_checks.py; `cache` remembers the verdict). Question, choices and answer are
-    required; a problem without "image" is text only. captions.json is optional: it stands beside problems.json.
+    context, `wording` says whose strings they are. Images lie in {root}/images/{split}/{id}/ or {root}/{split}/{id}/,
+    where split is the problem's own (train, val, test), and are decoded once (image_checks.py; `cache` remembers the
+    verdict). Question, choices and answer are required; a problem without "image" is text only. captions.json is
+    optional: it stands beside problems.json.
 
     Raises:
       BadDataError: bad items, all listed: ids that problems.json does not have or that are listed twice, wrong fields,
@@ -105,6 +108,7 @@ def load_scienceqa(
     """
     check_on_bad(on_bad)
     parse_form(form)
+    is_official(wording)
     root = user_path(root)
     captions = read_captions(root / CAPTIONS, use_caption)
     problems, bad, listed = read_split(root, split, captions or {})
@@ -131,7 +135,8 @@ def load_scienceqa(
     report = QAReport(tuple(bad), len(broken), listed - len(kept), tuple(notes))
     if bad or notes:
         console.print(f"{root}, split {split!r}: {report}", soft_wrap=True)
-    return LoadedQA(qa_split(split, kept, FileImages(folder, names, names), form, use_caption=use_caption), report)
+    how = {"use_caption": use_caption, "wording": wording}
+    return LoadedQA(qa_split(split, kept, FileImages(folder, names, names), form, **how), report)
 
 
 def _image_folder(root: pathlib.Path, names: Sequence[str]) -> pathlib.Path:
@@ -148,6 +153,9 @@ class ScienceQAFields:
     splits: tuple = ("train", "val", "test")  # scienceqa: which of pid_splits.json train, validate and test
     form: str = "QCM-ALE"  # scienceqa: question, context, multiple choice -> answer, lecture, explanation
     captions_in_context: bool = False  # scienceqa: the machine caption joins the context
+    # scienceqa: official (the authors' and LaVIN's strings to the letter) | tidy (no bare "BECAUSE:", single spaces, L
+    # the lecture and E the solution in AL and AE too)
+    wording: str = "tidy"
 
 
 def _load(data: Data, own: ScienceQAFields, name: str, cache: pathlib.Path) -> tuple[Split, Sequence[BadItem]]:
@@ -162,6 +170,7 @@ def _load(data: Data, own: ScienceQAFields, name: str, cache: pathlib.Path) -> t
         own.splits[_ROLES.index(name)],
         form=own.form,
         use_caption=own.captions_in_context,
+        wording=own.wording,
         on_bad=data.on_bad,
         threads=data.threads,
         cache=cache,
@@ -182,7 +191,8 @@ def _record(split: QASplit, samples: Sequence[Sample]) -> dict[str, Any]:
 
 def _prepared_split(own: ScienceQAFields, name: str, index: Mapping[str, Any], images: ImageSource) -> QASplit:
     problems = [Problem(**{**problem, "choices": tuple(problem["choices"])}) for problem in index["problems"]]
-    return qa_split(name, problems, images, own.form, use_caption=own.captions_in_context)
+    how = {"use_caption": own.captions_in_context, "wording": own.wording}
+    return qa_split(name, problems, images, own.form, **how)
 
 
 SCIENCEQA = DataSet(

@@ -70,18 +70,32 @@ def parse_form(form: str) -> tuple[str, str]:
     return inputs, outputs
 
 
-def prompt(problem: Problem, form: str = "QCM-ALE", use_caption: bool = False) -> tuple[str, str]:
+def is_official(wording: str) -> bool:
+    """Returns whether the strings are the authors'; ValueError for another word than "tidy" and "official"."""
+    if wording not in ("tidy", "official"):
+        raise ValueError(f"wording {wording!r} is neither 'tidy' nor 'official'")
+    return wording == "official"
+
+
+def prompt(
+    problem: Problem, form: str = "QCM-ALE", use_caption: bool = False, wording: str = "tidy"
+) -> tuple[str, str]:
     r"""Returns the instruction, which ends with "Response:", and the response, which starts without a space.
 
     QCM-ALE: "Question: {q}\nContext: {hint or N/A}\nOptions: (A) {x} (B) {y}\nResponse:" and "The answer is B.
     BECAUSE: {lecture} {solution}" (LaVIN, ScienceQA). `use_caption` adds the machine
-    caption to the context. Line breaks of lecture and solution are written as the two characters \n; runs of spaces
-    become one. Without an explanation there is no "BECAUSE:" (the authors' code leaves it dangling). L is the lecture
-    and E the solution throughout; the official code has them swapped in the outputs AL and AE.
+    caption to the context. Line breaks of lecture and solution are written as the two characters \n.
+
+    `wording` "tidy": runs of spaces become one; without an explanation there is no "BECAUSE:"; L is the lecture and E
+    the solution throughout. "official": the strings of the authors' code and of LaVIN, to the letter: every two spaces
+    become one, once; "BECAUSE:" stands without an explanation too; AL gives the solution and AE the lecture.
 
     >>> prompt(Problem("1", "Which is warm?", ("ice", "fire"), 1), "QCM-A")
     ('Question: Which is warm?\nContext: N/A\nOptions: (A) ice (B) fire\nResponse:', 'The answer is B.')
+    >>> prompt(Problem("1", "Which is warm?", ("ice", "fire"), 1), "QCM-ALE", wording="official")[1]
+    'The answer is B. BECAUSE:'
     """
+    official = is_official(wording)
     inputs, outputs = parse_form(form)
     context = " ".join([problem.hint, problem.caption if use_caption else ""]).strip()
     lines = {
@@ -91,12 +105,17 @@ def prompt(problem: Problem, form: str = "QCM-ALE", use_caption: bool = False) -
     }
     parts = []
     for part in re.findall("[QCM]|[LE]+", inputs):  # neighbouring L and E share a line
-        given = lines[part] if part in lines else _because(_explanation(problem, part))
+        given = lines[part] if part in lines else _because(_explanation(problem, part, official), official)
         parts += [given] if given else []
     answer = answer_sentence(problem.answer)
-    explained = _explanation(problem, outputs.replace("A", ""))
-    response = [answer, _because(explained)] if outputs[0] == "A" else [explained, answer]
-    return _single_spaces("\n".join([*parts, "Response:"])), _single_spaces(" ".join(response))
+    letters = outputs.replace("A", "")
+    if official:
+        letters = {"AL": "E", "AE": "L"}.get(outputs, letters)
+    explained = _explanation(problem, letters, official)
+    behind = _because(explained, official) if letters else ""
+    response = " ".join([answer, behind] if outputs[0] == "A" else [explained, answer])
+    spaces = halved_spaces if official else _single_spaces
+    return spaces("\n".join([*parts, "Response:"])).strip(), spaces(response).strip()
 
 
 def answer_sentence(option: int) -> str:
@@ -108,14 +127,23 @@ def answer_sentence(option: int) -> str:
     return f"The answer is {LETTERS[option]}."
 
 
-def _explanation(problem: Problem, letters: str) -> str:
+def halved_spaces(text: str) -> str:
+    """Returns the text with every two spaces as one, once: LaVIN's and ScienceQA's own way.
+
+    >>> halved_spaces("a  b   c    d")
+    'a b  c  d'
+    """
+    return text.replace("  ", " ")
+
+
+def _explanation(problem: Problem, letters: str, official: bool) -> str:
     texts = [{"L": problem.lecture, "E": problem.solution}[letter] for letter in letters]
-    return " ".join(text.replace("\n", "\\n") for text in texts if text.strip())
+    return " ".join(text.replace("\n", "\\n") for text in texts if official or text.strip())
 
 
-def _because(explanation: str) -> str:
-    return f"BECAUSE: {explanation}" if explanation else ""
+def _because(explanation: str, official: bool) -> str:
+    return f"BECAUSE: {explanation}" if official or explanation else ""
 
 
 def _single_spaces(text: str) -> str:
-    return re.sub(" {2,}", " ", text).strip()
+    return re.sub(" {2,}", " ", text)

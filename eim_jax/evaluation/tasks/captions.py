@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eim_jax.data import tokenize
+from eim_jax.data.rows import row_options
 from eim_jax.data.samples import Split
 from eim_jax.evaluation.metrics import caption_scores
 from eim_jax.evaluation.metrics.caption_overlap import caption_rows
@@ -55,7 +56,7 @@ class Captions(Task):
         """Returns nats a supervised token of the images' captions, and with the image before each instead."""
         split, data = asked.split, inputs.config.data
         visual = encode_images(inputs, vlm, params, split, asked.images)
-        encoded = tokenize.encode_split(split, inputs.lm_tokenizer, data.max_tokens, eos=data.eos)
+        encoded = tokenize.encode_split(split, inputs.lm_tokenizer, data.max_tokens, data.eos, **row_options(data))
         scores, rows = {}, {}
         for key, by, shown in (("nll", 0, "captions"), ("nll_shuffled", 1, "captions of other images")):
             images = [(row - by) % len(asked.images) for row in asked.item_of_sample]

@@ -10,6 +10,7 @@ import numpy as np
 from eim_jax.data import tokenize
 from eim_jax.data.datasets.scienceqa import QASplit
 from eim_jax.data.datasets.scienceqa_prompt import answer_sentence
+from eim_jax.data.rows import row_options
 from eim_jax.data.samples import Sample, Split
 from eim_jax.evaluation.metrics import scienceqa
 from eim_jax.evaluation.metrics.accuracy import option_rows
@@ -145,7 +146,9 @@ def likeliest_options(inputs: Inputs, vlm: VLM, params: Flat, split: QASplit, vi
             samples.append(Sample(f"{sample.id}/{k}", sample.image, sample.instruction, answer_sentence(k)))
             owners.append((sample.id, k))
     options = Split(split.name, tuple(samples), split.images)
-    encoded = tokenize.encode_split(options, inputs.lm_tokenizer, inputs.config.data.max_tokens, eos=False)
+    data = inputs.config.data
+    how = {**row_options(data), "cut": "balanced"}  # a long question must not cost an option what tells it apart
+    encoded = tokenize.encode_split(options, inputs.lm_tokenizer, data.max_tokens, False, **how)
     images = [sample.image for sample in samples]
     found, _ = likelihoods(inputs, vlm, params, visual, images, encoded, "likelihood of the options")
     best: dict[str, tuple[float, int]] = {}

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from eim_jax.data import tokenize
+from eim_jax.data.rows import row_options
 from eim_jax.data.samples import Sample, Split
 from eim_jax.evaluation.metrics.likelihood import likelihood_rows
 from eim_jax.evaluation.metrics.metric import Rows
@@ -135,7 +136,7 @@ def response_likelihoods(
       scores by metric key, and each item's rows.
     """
     data, items = inputs.config.data, len(asked.items)
-    encoded = tokenize.encode_split(asked.split, inputs.lm_tokenizer, data.max_tokens, eos=data.eos)
+    encoded = tokenize.encode_split(asked.split, inputs.lm_tokenizer, data.max_tokens, data.eos, **row_options(data))
     images, own = asked.images, np.array(asked.item_of_sample)
     loss, count = likelihoods(inputs, vlm, params, visual, images, encoded, "likelihood of the responses")
     scores = {"nll": float(-loss.sum() / max(count.sum(), 1))}
