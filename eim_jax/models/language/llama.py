@@ -24,6 +24,7 @@ from eim_jax.models.hugging_face import (
 from eim_jax.models.kv_cache import Cache, visible
 from eim_jax.models.language.family import Family
 from eim_jax.models.language.llama_block import LlamaBlock, LlamaConfig, make_blocks, rotation
+from eim_jax.models.language.llama_meta import META
 from eim_jax.models.layers import NORMAL
 from eim_jax.models.quant import QDense
 
@@ -296,4 +297,5 @@ LLAMA_FAMILY = Family(
     quantised=r"lm/blocks.*/kernel",
     takes_adapters=True,
     plan_tokenizer=LlamaWords(),
+    shards=META,
 )
