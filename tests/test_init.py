@@ -22,7 +22,8 @@ from eim_jax.utils.files import read_json, write_json
 
 
 def small(**changes):
-    fields = {"arms": ("baseline",), "data.scenes": 16, "decode.methods": ("greedy",), "decode.max_tokens": 6}
+    fields = {"arms": ("baseline",), "data.scenes": 16, "data.eval_limit": 4}
+    fields |= {"decode.methods": ("greedy",), "decode.max_tokens": 6, "decode.java": False}
     stage = {"steps": 2, "warmup_steps": 1, "batch": 16}
     return config_of("miniature", **fields, **{f"stages.base.{k}": v for k, v in stage.items()}, **changes)
 

@@ -504,3 +504,59 @@ def test_lavin_and_llama_adapter_files_are_asked_as_they_are(lavin, llama_adapte
     _, config = lavin()
     said = spoken_to(monkeypatch, capsys, ["What is this?"], config, picture)
     assert "LaVIN's checkpoint) fills" in said and "error" not in said
+
+
+def v2_visual(width=16, dim=32, seen=12, blocks=2, queries=10) -> dict:
+    """Tensors of noise under the names of LLaMA-Adapter V2's visual part."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"visual_query.weight": (queries, width)}
+    shapes |= {"clip_proj.weight": (width, seen), "visual_proj.weight": (dim, width)}
+    for i in range(blocks):
+        at = f"visual_blocks.{i}"
+        shapes |= {f"{at}.attn.qkv.weight": (3 * width, width), f"{at}.attn.proj.weight": (width, width)}
+        shapes |= {f"{at}.mlp.fc1.weight": (4 * width, width), f"{at}.mlp.fc2.weight": (width, 4 * width)}
+        shapes |= {f"{at}.{norm}.weight": (width,) for norm in ("norm1", "norm2")}
+    shapes |= {"clip_proj_norm.weight": (width,), "visual_proj_norm.weight": (dim,)}
+    held = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name in [name for name in held if "query" not in name]:
+        rows = held[name].shape[0]
+        held[name.replace("weight", "bias")] = 0.3 * torch.randn(rows, generator=generator)
+    return held
+
+
+def v2_sees(held: dict, seen):
+    """What their forward_visual makes of CLIP's features, written with torch's functions."""
+    functional = torch.nn.functional
+
+    def linear(name, x):
+        return functional.linear(x, held[f"{name}.weight"], held[f"{name}.bias"])
+
+    def norm(name, x):
+        return functional.layer_norm(x, x.shape[-1:], held[f"{name}.weight"], held[f"{name}.bias"])
+
+    image = norm("clip_proj_norm", linear("clip_proj", seen))
+    x = torch.cat([held["visual_query.weight"].expand(len(seen), -1, -1), image], dim=1)
+    for i in range(2):
+        at, (b, n, d) = f"visual_blocks.{i}", x.shape
+        q, k, v = linear(f"{at}.attn.qkv", norm(f"{at}.norm1", x)).reshape(b, n, 3, 2, d // 2).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d)
+        x = x + linear(f"{at}.attn.proj", mixed)
+        x = x + linear(f"{at}.mlp.fc2", functional.gelu(linear(f"{at}.mlp.fc1", norm(f"{at}.norm2", x))))
+    return norm("visual_proj_norm", linear("visual_proj", x[:, :10]))
+
+
+def test_llama_adapter_v2_s_visual_part_sees_as_theirs(llama_adapter, tmp_path):
+    case, config = llama_adapter
+    visual = v2_visual()
+
+    def make(held):
+        gates = {key: held.pop(key) for key in list(held) if key.endswith("gate")}
+        held |= {f"llama.{key}": gate for key, gate in gates.items()} | visual
+
+    file = changed(case / "adapter.pth", tmp_path / "v2.pth", make)
+    inputs = setup.load(dataclasses.replace(config, init=str(file)), tmp_path, data=False)
+    vlm, params = setup.start(inputs, config.arm["baseline"])
+    torch.manual_seed(1)
+    seen = torch.randn(2, 5, 12)
+    ours = vlm.st.apply({"params": partition.unflatten(params)["st"]}, jnp.asarray(seen.numpy()))
+    np.testing.assert_allclose(ours, v2_sees(visual, seen).numpy(), atol=1e-5)
