@@ -11,7 +11,7 @@ from tiny import config_of
 from eim_jax import config as settings
 from eim_jax.commands import caption, evaluate
 from eim_jax.commands.exporting import LEAVES, RECORD, export, write_arm
-from eim_jax.commands.trained_arms import check_identity, check_untrained
+from eim_jax.commands.trained_arms import check_identity, check_trainable, check_untrained
 from eim_jax.config import ConfigError
 from eim_jax.data.datasets import load_split
 from eim_jax.models import vision
@@ -90,6 +90,8 @@ def test_scores_by_a_checkpoint_stand_in_a_directory_of_their_own(exported, tmp_
     record = {"command": "", "config": settings.as_dict(config), "versions": {}, "machine": {}, "started": ""}
     evaluate.evaluate(config, tmp_path / "scores", record)
     assert read_json(tmp_path / "scores" / "run.json")["identity"]["init"]
+    with pytest.raises(ConfigError, match="holds the scores of a checkpoint as it is"):
+        check_trainable(tmp_path / "scores")
     assert (tmp_path / "scores" / "baseline" / "scores_test.json").exists()
     with pytest.raises(ConfigError, match="holds training of arm baseline"):
         check_untrained(config, inputs.workdir)

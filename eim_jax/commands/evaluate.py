@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from eim_jax.commands.score_report import report_scores
-from eim_jax.commands.trained_arms import check_untrained, load_finished, trained, why_blind
+from eim_jax.commands.trained_arms import AS_GIVEN, check_untrained, load_finished, trained, why_blind
 from eim_jax.config import Config, ConfigError
 from eim_jax.data.datasets import data_set, load_split
 from eim_jax.evaluation import scoring
@@ -40,10 +40,11 @@ def _evaluate(config: Config, workdir: Path, record: Mapping[str, Any] | None) -
         test = load_split(config, "test", workdir)
     if test is None:
         raise ConfigError(f"nothing to score: {data_set(config.data).unscored}")
-    inputs = load_finished(config, workdir)
     if record is not None:
         check_untrained(config, workdir)
-        write_json(workdir / "run.json", {**record, "identity": inputs.identity()})
+    inputs = load_finished(config, workdir)
+    if record is not None:
+        write_json(workdir / "run.json", {**record, "identity": inputs.identity(), AS_GIVEN: True})
     table = {}
     for arm in config.arms:
         vlm, params = trained(inputs, arm, init=record is not None)

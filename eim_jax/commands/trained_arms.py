@@ -14,6 +14,8 @@ from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.files import read_json
 
+AS_GIVEN = "scored_as_given"  # in run.json: the scores are those of config.init as it is, of nothing trained here
+
 
 def load_finished(config: Config, workdir: Path | None) -> Inputs:
     """Loads towers and tokenisers of a finished run, without its training data.
@@ -84,6 +86,18 @@ def check_untrained(config: Config, workdir: Path) -> None:
                 f"--init={config.init} is used as it is, and {workdir} holds training of arm {arm}: leave --init out "
                 "to use what was trained, or choose another --workdir"
             )
+
+
+def check_trainable(workdir: Path) -> None:
+    """Refuses to train where config.init was scored as it is: those scores would be taken for the trained arm's.
+
+    Raises:
+      ConfigError: says so.
+    """
+    if read_record(workdir).get(AS_GIVEN):
+        raise ConfigError(
+            f"{workdir} holds the scores of a checkpoint as it is (--mode=eval --init): choose another --workdir"
+        )
 
 
 def check_identity(inputs: Inputs) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from eim_jax.config import Arm, Config, ConfigError
+from eim_jax.config import Arm, Config, ConfigError, flatten
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
 from eim_jax.parallel.sharding import param_shardings
@@ -64,6 +64,10 @@ def read(inputs: "Inputs", arm: Arm, vlm: VLM, params: Flat, held: Mapping[str, 
     if processes.is_first():
         left = f"; it has no {found.lacking}*, which stays as it is drawn" if found.lacking else ""
         console.print(f"{found.path} ({found.form.title}) fills {len(leaves)} leaves{left}", soft_wrap=True)
+        fields = flatten(inputs.config)
+        others = [f"config.{name}={value!r}" for name, value in found.form.made_with.items() if fields[name] != value]
+        if others:
+            console.print(f"such files were made with {', '.join(others)}, unlike this config", soft_wrap=True)
     return {**leaves}
 
 

@@ -155,6 +155,7 @@ def test_a_clipcap_file_is_captioned_by_without_a_work_directory(clipcap, tmp_pa
     ]  # fmt: skip
     code, said = mains.run(flags, out)
     assert code == 0, said
+    assert "made with config.decode.stop_at_period=True" in said
     [row] = json.loads((tmp_path / "said.json").read_text())
     assert row["image_id"] == str(picture) and f"a photo.png: {row['caption']}" in said
     code, said = mains.run([f for f in flags if "st_tokens" not in f], out)

@@ -97,4 +97,5 @@ CLIPCAP = Form(
     problems=_problems,
     ignored=_ignored,
     tied=lambda content: ("gpt.lm_head.weight", f"{_GPT}wte.weight") if _has_gpt(content) else None,
+    made_with={"decode.stop_at_period": True},  # it was trained without an end token
 )

@@ -69,6 +69,8 @@ class Form:
       ignored: (content, target) -> a regular expression over keys that hold no parameter of ours.
       lacking: content -> the beginning of our paths which such a file does not have ("st/"); "" where it has all.
       tied: content -> (a key, the key that it must repeat), or None.
+      made_with: dotted fields of the config -> what its authors made such files with, where no leaf says it: the log
+        names those that differ.
     """
 
     title: str
@@ -78,6 +80,7 @@ class Form:
     ignored: Callable[[Content, Target], str] = field(default=lambda content, target: r"(?!)")
     lacking: Callable[[Content], str] = field(default=lambda content: "")
     tied: Callable[[Content], tuple[str, str] | None] = field(default=lambda content: None)
+    made_with: Mapping[str, Any] = field(default_factory=dict)
 
 
 def lm_leaves(target: Target, prefix: str) -> dict[str, Leaf]:

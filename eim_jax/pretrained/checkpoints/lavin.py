@@ -99,4 +99,10 @@ def _fits(keys: Collection[str]) -> bool:
     return _MODALITY in keys or any(re.fullmatch(r"layers\.\d+\.adapter_attn\..*", key) for key in keys)
 
 
-LAVIN = Form("LaVIN's checkpoint", fits=_fits, leaves=_leaves, problems=_problems)
+LAVIN = Form(
+    title="LaVIN's checkpoint",
+    fits=_fits,
+    leaves=_leaves,
+    problems=_problems,
+    made_with={"data.fit": "stretch", "towers.image_stats": "imagenet"},
+)
