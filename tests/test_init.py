@@ -144,6 +144,10 @@ def test_what_does_not_fit_is_one_message(exported, tmp_path):
     assert "give its folder as config.towers.lm" in refused(tmp_path / "lm.safetensors")
     other = dataclasses.replace(arm, st_tokens=7)
     assert "config.arm.baseline.st_tokens is 7" in refused(out, other) and "set it to 10" in refused(out, other)
+    for free in ({"st_layers": 3}, {"adapter_dropout": 0.5, "adapter_rank": 3}, {"description": "other words"}):
+        same = dataclasses.replace(arm, **free)  # what an arm of this kind does not compute by
+        config = dataclasses.replace(inputs.config, init=str(out), arm={"baseline": same})
+        setup.start(dataclasses.replace(inputs, config=config), same)
     record = json.loads((out / RECORD).read_text())
     save_file(held, tmp_path / LEAVES)
     (tmp_path / RECORD).write_text(json.dumps(record | {"identity": {"clip": "0", "lm": record["identity"]["lm"]}}))

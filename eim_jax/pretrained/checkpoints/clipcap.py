@@ -51,7 +51,8 @@ def _has_gpt(content: Content) -> bool:
 
 def _problems(content: Content, target: Target) -> list[str]:
     shapes, arm, width = content.shapes, target.arm, target.lm.width
-    found = target.differs("st", "mlp" if _is_mlp(content) else "transformer", "the file holds ClipCap's other mapper")
+    kind = "mlp" if _is_mlp(content) else "transformer"
+    found = target.differs("st", kind, f"the file holds ClipCap's {kind} mapper")
     found += target.differs("features", "cls", "ClipCap maps the image's one feature")
     found += target.differs("output_layer", True, "ClipCap maps CLIP's projected feature")
     first = shapes.get(f"{_MAPPER}model.0.weight" if _is_mlp(content) else f"{_MAPPER}linear.weight", ())

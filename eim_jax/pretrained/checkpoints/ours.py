@@ -6,14 +6,16 @@ the shapes cannot say: the arm's settings, and which towers the leaves belong to
 
 import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 
+from eim_jax.models.connector import ST_KINDS
 from eim_jax.models.hugging_face import SAME, Layout
 from eim_jax.pretrained.checkpoints.form import Content, Form, Target
 from eim_jax.pretrained.reader import Leaf
 
-_FREE = ("description", "sequence")  # of the arm: how it was trained, not what it is
+_FREE = ("description", "sequence", "adapter_dropout", "st_bias")  # of the arm: how it was trained, not what it is
 _STACKED = r"(\w+)/blocks/(.*)"
 
 
@@ -48,9 +50,21 @@ def _problems(content: Content, target: Target) -> list[str]:
     if not isinstance(model, Mapping):
         return [f"the arm.json beside it is damaged: its model is {model!r:.60}; export the arm again"]
     for name, value in model.items():
-        if name not in _FREE and hasattr(target.arm, name):
+        if name not in _FREE and hasattr(target.arm, name) and _is_read(name, model):
             found += target.differs(name, value, "the arm.json beside the file says otherwise")
     return found
+
+
+def _is_read(name: str, model: Mapping[str, Any]) -> bool:
+    """Whether an arm of these settings computes anything by one of them."""
+    kind = ST_KINDS.get(str(model.get("st")))
+    if name in ("st_layers", "st_heads") and kind is not None:
+        return any(kind.depth)
+    if name == "st_hidden" and kind is not None:
+        return kind.sized_by_arm
+    if name.startswith("adapter_"):
+        return model.get("adapter") != "none"
+    return name != "prompt_hidden" or bool(model.get("prompts"))
 
 
 def _fits(keys: Collection[str]) -> bool:
