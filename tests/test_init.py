@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import sys
 
+import mains
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -15,7 +17,7 @@ from eim_jax.commands.trained_arms import check_identity, check_trainable, check
 from eim_jax.config import ConfigError
 from eim_jax.data.datasets import load_split
 from eim_jax.models import vision
-from eim_jax.pretrained import WeightsError
+from eim_jax.pretrained import WeightsError, torch_files
 from eim_jax.training import setup
 from eim_jax.training.arm import run_arm
 from eim_jax.utils.files import read_json, write_json
@@ -160,3 +162,27 @@ def test_clips_resnets_are_refused_at_the_door():
         config = dataclasses.replace(config, towers=dataclasses.replace(config.towers, clip=name))
         with pytest.raises(ConfigError, match="ResNet kind, which is not supported"):
             vision.check(config)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mode=caption", "a.jpg", "--init=x.pt"], "--config is missing: --init needs the config"),
+        (["--mode=eval", "--init=x.pt", "--config=configs/miniature.py"], "--workdir is missing"),
+        (["--mode=chat", "--init=x.pt", "--config=configs/miniature.py", "a.jpg", "b.jpg"], "about one image"),
+        (
+            ["--mode=export", "--init=no.pt", "--config=configs/miniature.py", "--out=x"],
+            "config.init=no.pt: no such file",
+        ),
+    ],
+)
+def test_what_the_command_line_lacks_is_said(tmp_path, flags, message):
+    code, said = mains.run(flags, tmp_path / "said.txt")
+    assert code != 0 and message in said
+
+
+def test_where_pytorch_is_absent_a_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "a.pt").touch()
+    with pytest.raises(WeightsError, match=r"a\.pt is a file of PyTorch's.*pip install 'eim_jax\[torch\]'"):
+        torch_files.read(tmp_path / "a.pt")
