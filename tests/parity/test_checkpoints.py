@@ -373,7 +373,10 @@ def rows_of(ids, labels):
 
 def test_lavin_gives_the_authors_features_and_logits(lavin, tmp_path):
     case, config = lavin()
-    authors, theirs = np.load(case / "authors.npz"), np.load(case / "batch_first.npz")
+    # Whose class token routes the adapters inside CLIP: each picture's own, or as in their code the batch's first one's
+    routing = getattr(config.arm["baseline"], "visual_routing", "sample")
+    authors = np.load(case / "authors.npz")
+    theirs = {"sample": np.load(case / "batch_first.npz"), "position": authors}[routing]
     inputs = setup.load(config, tmp_path, data=False)
     vlm, params = setup.start(inputs, config.arm["baseline"])
     tree = partition.unflatten(params)
