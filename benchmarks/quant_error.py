@@ -17,7 +17,7 @@ from pairs import machine
 
 from eim_jax.models.quant import BLOCK, NF4, dequantise, quantise, quantised_shapes
 from eim_jax.pretrained.hub import resolve
-from eim_jax.pretrained.weight_files import Tensors
+from eim_jax.pretrained.weight_files import Tensors, open_weights
 
 LINEAR = r".*layers\.\d+\..*_proj\.weight"  # torch.nn.Linear, [out in]
 CONV1D = r"h\.\d+\..*c_\w+\.weight"  # GPT-2's, [in out]
@@ -41,7 +41,7 @@ def main() -> None:
     skipped = []
     if options.lm:
         with contextlib.ExitStack() as stack:
-            row(options.lm, kernels(Tensors(resolve(options.lm), stack), skipped))
+            row(options.lm, kernels(Tensors(open_weights(resolve(options.lm), stack)), skipped))
         print(f"\nMatrices not measured: {', '.join(skipped) or 'none'} (outside the blocks, or in % {BLOCK} > 0).")
     held = quantised_shapes(options.size, options.size).values()
     bits = 8 * sum(leaf.size * leaf.dtype.itemsize for leaf in held) / options.size**2

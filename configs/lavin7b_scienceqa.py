@@ -3,8 +3,7 @@
 Trained 3,781,296: LLaMA's adapters 2,621,760, the modality embedding 8,192, CLIP's adapters 491,760, the projector
 659,584. Recipe as LLaMA-Adapter's (20 epochs, 2 warm-up, base rate 9e-3 for 256). LaVIN's images are stretched to a
 square and normalised by ImageNet's statistics; CLIP's adapters are routed by position; strings, ids, labels and where a
-row is cut are its own. The paper
-reports 89.37 (reruns by others: 88.3 to 89.2).
+row is cut are its own. The paper reports 89.37 (reruns by others: 88.3 to 89.2).
 
 "lite", the LLM's linear layers in 4 bits: --config.towers.quant=nf4 (the paper: 88.35)
 """

@@ -1,5 +1,6 @@
 """The one door: `python -m eim_jax.main --config=configs/miniature.py --workdir=runs/miniature`."""
 
+import dataclasses
 import difflib
 import os
 import platform
@@ -27,6 +28,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything 
 _MODE = flags.DEFINE_enum("mode", "train", tuple(MODES), "What to do.")
 _IMAGES = flags.DEFINE_string("images", "", "Image files or folders, separated by commas.")
 _IMAGE = flags.DEFINE_string("image", "", "The image to talk about; none by default.")
+_INIT = flags.DEFINE_string(
+    "init",
+    "",
+    "A checkpoint (ours, ClipCap's, LLaMA-Adapter's, LaVIN's): training starts from it, as by --config.init; the other "
+    "modes use it as it is, in place of a finished run.",
+)
 _ARM = flags.DEFINE_string("arm", "", "Which arm: by default the last one, for plan all.")
 _OUT = flags.DEFINE_string(
     "out",
@@ -62,7 +69,7 @@ _TRACEBACK = flags.DEFINE_boolean("traceback", False, "Show where an error arose
 
 def main(argv: list[str]) -> None:
     """Prepares the process, then runs the mode."""
-    if len(argv) > 1:
+    if len(argv) > 1 and _MODE.value not in ("caption", "chat"):
         raise app.UsageError(f"unexpected argument {argv[1]!r}: flags start with --")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # libraries' notes on absent accelerators are no news to a newcomer
@@ -72,46 +79,71 @@ def main(argv: list[str]) -> None:
     if _MODE.value == "plan":
         _plan()
         return
-    if not _WORKDIR.value:
-        raise app.UsageError("--workdir is missing: --workdir=runs/NAME keeps everything that the run writes")
-    workdir = user_path(_WORKDIR.value)
+    workdir = user_path(_WORKDIR.value) if _WORKDIR.value else None
     config = _config(workdir, _MODE.value)
     processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value)
     if _MODE.value in ("chat", "inspect", "export") and jax.distributed.is_initialized() and jax.process_count() > 1:
         raise settings.ConfigError(f"--mode={_MODE.value} is for one process: run it on one host alone")
     if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR says otherwise
         # Compiled programs are kept: a resumed run starts in seconds.
-        cache = user_path(config.data.cache) if config.data.cache else workdir / "cache"
-        jax.config.update("jax_compilation_cache_dir", str((cache / "xla").absolute()))
-    # Imported only now: the settings above come before anything that touches a device.
-    from eim_jax.commands import caption, chat, evaluate, exporting, inspection, train
+        cache = user_path(config.data.cache) if config.data.cache else workdir / "cache" if workdir else None
+        if cache is not None:
+            jax.config.update("jax_compilation_cache_dir", str((cache / "xla").absolute()))
+    if _MODE.value in ("train", "eval", "inspect"):
+        assert workdir is not None, "these modes write into it, and _config asked for it"
+        _run_on_data(config, workdir)
+    else:
+        _use(config, workdir, argv[1:])
 
-    if _MODE.value == "train":
-        record = {
-            "command": _command(),
-            "config": settings.as_dict(config),
-            "versions": versions(),
-            "machine": machine(),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
-        started = time.monotonic()
-        train.train(config, workdir, record)
-        console.print(f"done in {duration(time.monotonic() - started)}", soft_wrap=True)
+
+def _run_on_data(config: settings.Config, workdir: Path) -> None:
+    """The modes that read the data set."""
+    # Imported only now: the settings above come before anything that touches a device.
+    from eim_jax.commands import evaluate, inspection, train
+
+    if _MODE.value == "inspect":
+        inspection.inspect(config, workdir, _arm(config), _SAMPLES.value or 4)
     elif _MODE.value == "eval":
-        evaluate.evaluate(config, workdir)
-    elif _MODE.value == "caption":
-        if not _IMAGES.value:
-            raise app.UsageError("--mode=caption needs --images=FILE_OR_FOLDER[,FILE_OR_FOLDER...]")
-        out = user_path(_OUT.value) if _OUT.value else workdir / "captions.json"
-        caption.caption(config, workdir, _arm(config), caption.places_of(_IMAGES.value), out)
+        evaluate.evaluate(config, workdir, _record(config) if _INIT.value else None)
+    else:
+        started = time.monotonic()
+        train.train(config, workdir, _record(config))
+        console.print(f"done in {duration(time.monotonic() - started)}", soft_wrap=True)
+
+
+def _use(config: settings.Config, workdir: Path | None, places: list[str]) -> None:
+    """The modes that use an arm: that of the work directory as it was trained, or what --init holds."""
+    from eim_jax.commands import caption, chat, exporting, trained_arms
+
+    init = bool(_INIT.value)
+    if init and workdir is not None:
+        trained_arms.check_untrained(config, workdir)
+    if _MODE.value == "caption":
+        if not _IMAGES.value and not places:
+            raise app.UsageError("--mode=caption needs images: FILE_OR_FOLDER ..., or --images=FILE_OR_FOLDER,...")
+        out = user_path(_OUT.value) if _OUT.value else workdir / "captions.json" if workdir else None
+        images = [*caption.places_of(_IMAGES.value), *(caption.place_of(place) for place in places)]
+        caption.caption(config, workdir, _arm(config), images, out, init=init)
     elif _MODE.value == "export":
         if not _OUT.value:
             raise app.UsageError("--mode=export needs --out=FOLDER")
-        exporting.export(config, workdir, _arm(config), user_path(_OUT.value))
-    elif _MODE.value == "chat":
-        chat.chat(config, workdir, _arm(config), user_path(_IMAGE.value) if _IMAGE.value else None)
+        exporting.export(config, workdir, _arm(config), user_path(_OUT.value), init=init)
     else:
-        inspection.inspect(config, workdir, _arm(config), _SAMPLES.value or 4)
+        if len(places) + bool(_IMAGE.value) > 1:
+            raise app.UsageError("--mode=chat is about one image: give one, or /image FILE in the conversation")
+        image = "".join(places) or _IMAGE.value
+        chat.chat(config, workdir, _arm(config), user_path(image) if image else None, init=init)
+
+
+def _record(config: settings.Config) -> dict:
+    """What run.json says of a run from outside."""
+    return {
+        "command": _command(),
+        "config": settings.as_dict(config),
+        "versions": versions(),
+        "machine": machine(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _plan() -> None:
@@ -166,8 +198,14 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def _config(workdir: Path, mode: str) -> settings.Config:
+def _config(workdir: Path | None, mode: str) -> settings.Config:
     """The config asked for; for a finished workdir without --config, the one it was trained with."""
+    if workdir is None:
+        if not (_INIT.value and mode in ("caption", "chat", "export")):
+            raise app.UsageError("--workdir is missing: --workdir=runs/NAME keeps everything that the run writes")
+        if flags.FLAGS.config is None:
+            raise app.UsageError("--config is missing: --init needs the config whose arm the checkpoint is to fill")
+        return _asked()
     if flags.FLAGS.config is None:
         if mode == "train":
             raise app.UsageError("--config is missing: --config=miniature trains the embedded example")
@@ -191,6 +229,8 @@ def _asked() -> settings.Config:
     from eim_jax.training import kinds
 
     config = settings.from_config_dict(flags.FLAGS.config)
+    if _INIT.value:
+        config = dataclasses.replace(config, init=_INIT.value)
     kinds.check(config)
     return config
 
@@ -271,6 +311,7 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: {error}")
     except Damaged as error:
         sys.exit(f"error: {error}, given --config")
+    flags.FLAGS.set_gnu_getopt(True)  # flags may stand behind the images of --mode=caption
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError) as error:

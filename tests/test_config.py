@@ -175,7 +175,7 @@ def test_a_workdir_may_stand_behind_a_space():
     ("flags", "message"),
     [
         (["--mode=eval"], "holds no run"),
-        (["--config=configs/miniature.py", "--mode=caption"], "needs --images"),
+        (["--config=configs/miniature.py", "--mode=caption"], "needs images"),
         (
             [
                 "--config=configs/photos.py",

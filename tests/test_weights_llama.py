@@ -119,11 +119,46 @@ def test_a_llama_of_another_kind_is_refused_by_field(written, fields, match):
         lm_config(written(**fields))
 
 
-def test_metas_own_files_are_refused_with_the_way_to_convert_them(tmp_path):
+PARAMS = {"dim": 32, "multiple_of": 16, "n_heads": 4, "n_layers": 3, "norm_eps": 1e-06, "vocab_size": 40}
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"dim": None, "multiple_of": None}, r"params\.json: dim, multiple_of is missing"),
+        ({"use_scaled_rope": True}, "use_scaled_rope is not supported"),
+        ({"n_layers": "3"}, "n_layers is '3'"),
+        ({"dim": 36, "n_heads": 5}, "width 36, heads 5"),
+        ({"ffn_dim_multiplier": -1}, "ffn_dim_multiplier is -1"),
+        ({"vocab_size": 2.5}, "vocab_size is 2.5"),
+    ],
+)
+def test_metas_sizes_are_checked_by_field(tmp_path, fields, match):
     (tmp_path / "consolidated.00.pth").touch()
-    (tmp_path / "params.json").write_text("{}")
-    with pytest.raises(WeightsError, match=r"consolidated.*convert_llama_weights_to_hf"):
-        load_lm(tmp_path)
+    with pytest.raises(WeightsError, match=r"without params\.json"):
+        lm_config(tmp_path)
+    (tmp_path / "params.json").write_text(json.dumps(PARAMS | fields))
+    with pytest.raises(WeightsError, match=match):
+        lm_config(tmp_path)
+
+
+def test_metas_sizes_are_read_without_the_weights(tmp_path):
+    """7B, Llama 2 70B and Llama 3 8B as published; the feed-forward widths are those of Hugging Face's configs."""
+    (tmp_path / "consolidated.00.pth").touch()
+
+    def read(**params):
+        (tmp_path / "params.json").write_text(json.dumps(params))
+        return lm_config(tmp_path)
+
+    seven = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-06}
+    assert read(**seven, vocab_size=32000) == LlamaConfig()
+    big = read(
+        dim=8192, multiple_of=4096, ffn_dim_multiplier=1.3, n_heads=64, n_kv_heads=8, n_layers=80, norm_eps=1e-05,
+        vocab_size=32000,
+    )  # fmt: skip
+    assert (big.mlp, big.kv_heads, big.eps) == (28672, 8, 1e-05)
+    three = {**seven, "multiple_of": 1024, "ffn_dim_multiplier": 1.3, "n_kv_heads": 8, "rope_theta": 500000.0}
+    assert read(**three, vocab_size=128256).mlp == 14336
 
 
 def test_a_tied_head_may_be_in_the_file_if_it_is_the_embedding(written):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from eim_jax.commands.trained_arms import load_finished, trained
+from eim_jax.commands.trained_arms import load_finished, trained, why_blind
 from eim_jax.config import Config, ConfigError
 from eim_jax.data.bad_items import name_problem, printable
 from eim_jax.data.datasets import data_set
@@ -16,15 +16,18 @@ from eim_jax.utils.files import user_path, write_json
 from eim_jax.utils.picture_files import SUFFIXES
 
 
-def caption(config: Config, workdir: Path, arm: str, images: list[Path], out: Path) -> None:
+def caption(
+    config: Config, workdir: Path | None, arm: str, images: list[Path], out: Path | None, *, init: bool = False
+) -> None:
     """Captions image files, or all images in folders, with a trained arm; prints them and writes JSON.
 
     Args:
       config: the run's.
-      workdir: of the finished run.
+      workdir: of the finished run; may be None with `init`.
       arm: which of its arms.
       images: files and folders.
-      out: the JSON file, [{"image_id": file, "caption"}].
+      out: the JSON file, [{"image_id": file, "caption"}]; None: they are printed alone.
+      init: captions by config.init as it is, in place of what was trained.
 
     Raises:
       ConfigError: the run does not caption, or an image cannot be read.
@@ -33,7 +36,9 @@ def caption(config: Config, workdir: Path, arm: str, images: list[Path], out: Pa
         raise ConfigError("this run was trained to follow instructions: ask it with --mode=chat --image=FILE")
     files = pictures_of(images)
     inputs = load_finished(config, workdir)
-    vlm, params = trained(inputs, arm)
+    vlm, params = trained(inputs, arm, init=init)
+    if init and (reason := why_blind(inputs, arm, vlm, params)):
+        raise ConfigError(reason)
     ids = [str(file) for file in files]
     split = Split("your", (), FileImages(Path(), ids, ids))
     rows, method = list(range(len(files))), config.decode.methods[0]
@@ -41,8 +46,9 @@ def caption(config: Config, workdir: Path, arm: str, images: list[Path], out: Pa
     captions = generate_text(inputs, vlm, params, seen, rows, [""] * len(rows), method, f"captions by {method}")
     for name, words in zip(ids, captions, strict=True):
         console.print(f"{name}: {words}", soft_wrap=True)
-    write_json(out, [{"image_id": name, "caption": words} for name, words in zip(ids, captions, strict=True)])
-    console.print(f"written to {out}", soft_wrap=True)
+    if out is not None:
+        write_json(out, [{"image_id": name, "caption": words} for name, words in zip(ids, captions, strict=True)])
+        console.print(f"written to {out}", soft_wrap=True)
 
 
 def places_of(asked: str) -> list[Path]:
@@ -64,6 +70,17 @@ def places_of(asked: str) -> list[Path]:
         places += [found] if found is not None and whole.strip() else []
         del parts[:count]
     return places
+
+
+def place_of(name: str) -> Path:
+    """Returns one file or folder of the command line.
+
+    Raises:
+      ConfigError: it is neither.
+    """
+    if not (place := user_path(name)).exists():
+        raise ConfigError(f"no file or folder {name}")
+    return place
 
 
 def pictures_of(places: Sequence[Path]) -> list[Path]:

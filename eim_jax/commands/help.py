@@ -17,12 +17,12 @@ class Mode(NamedTuple):
 
 
 MODES = {
-    "train": Mode("trains all arms, scores them, writes the report; continues what was begun (the default)"),
-    "eval": Mode("scores a finished run again, with the decoding settings given now"),
-    "caption": Mode("captions image files, or all images in folders", ("images", "arm", "out")),
-    "chat": Mode("talks about an image, or without one", ("image", "arm")),
+    "train": Mode("trains all arms, scores them, writes the report; continues what was begun (the default)", ("init",)),
+    "eval": Mode("scores a finished run again, with the decoding settings given now", ("init",)),
+    "caption": Mode("captions image files, or all images in folders", ("images", "init", "arm", "out")),
+    "chat": Mode("talks about an image, or without one", ("image", "init", "arm")),
     "inspect": Mode("shows training samples as the losses see them", ("arm", "samples")),
-    "export": Mode("writes a trained arm as plain files", ("arm", "out")),
+    "export": Mode("writes a trained arm as plain files", ("init", "arm", "out")),
     "prepare": Mode("packs a data set into shards for a bucket; needs no workdir", ("out",)),
     "plan": Mode(
         "says what each stage would cost, also on hardware that is not here; needs no workdir",

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from eim_jax.commands.score_report import report_scores
-from eim_jax.commands.trained_arms import check_identity, read_record
+from eim_jax.commands.trained_arms import check_identity, check_trainable, read_record
 from eim_jax.config import Config
 from eim_jax.data.datasets import data_set, load_split
 from eim_jax.evaluation import scoring
@@ -38,6 +38,7 @@ def train(config: Config, workdir: Path, record: dict) -> None:
 
 def _train(config: Config, workdir: Path, record: dict) -> None:
     begun = time.monotonic()
+    check_trainable(workdir)
     inputs = setup.load(config, workdir)
     check_identity(inputs)
     doing("checking the test data")

@@ -1,36 +1,58 @@
-"""What a finished run left in its work directory: the arms' parameters, and what they were trained from."""
+"""What a finished run left in its work directory: the arms' parameters, and what they were trained from.
+
+In place of them a checkpoint may be used as it is (`--init`): then the work directory need not be there.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from eim_jax.config import Config, ConfigError
 from eim_jax.models.vlm import VLM
-from eim_jax.training import partition, setup
+from eim_jax.training import initial, partition, setup
 from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.files import read_json
 
+AS_GIVEN = "scored_as_given"  # in run.json: the scores are those of config.init as it is, of nothing trained here
 
-def load_finished(config: Config, workdir: Path) -> Inputs:
+
+def load_finished(config: Config, workdir: Path | None) -> Inputs:
     """Loads towers and tokenisers of a finished run, without its training data.
+
+    Args:
+      config: the run's.
+      workdir: of the run; None for config.init alone.
 
     Raises:
       ConfigError: the run was trained from other weights, tokenisers or data.
     """
-    inputs = setup.load(config, workdir, data=False)
-    check_identity(inputs)
+    inputs = setup.load(config, workdir or Path(), data=False)
+    if workdir is not None:
+        check_identity(inputs)
     return inputs
 
 
-def trained(inputs: Inputs, arm: str) -> tuple[VLM, Flat]:
+def trained(inputs: Inputs, arm: str, *, init: bool = False) -> tuple[VLM, Flat]:
     """Returns an arm's model with the parameters that its last stage left.
+
+    Args:
+      inputs: the run's.
+      arm: one of its arms.
+      init: the parameters are those of config.init, as it holds them.
 
     Raises:
       ConfigError: a stage is not finished.
     """
+    if init:
+        return setup.start(inputs, inputs.config.arm[arm])
     *_, (_, vlm, params) = after_stages(inputs, arm)
     return vlm, params
+
+
+def why_blind(inputs: Inputs, arm: str, vlm: VLM, params: Flat) -> str:
+    """Says why an arm that is used as config.init holds it cannot be shown a picture; "" where it can."""
+    return initial.blind(inputs, inputs.config.arm[arm], vlm, params)
 
 
 def after_stages(inputs: Inputs, arm: str) -> Iterator[tuple[str, VLM, Flat]]:
@@ -50,6 +72,32 @@ def after_stages(inputs: Inputs, arm: str) -> Iterator[tuple[str, VLM, Flat]]:
             leaves, _ = partition.split(params, partition.groups(inputs.config.stages[name], params))
             params = {**params, **store.result(leaves)[0]}
         yield name, vlm, params
+
+
+def check_untrained(config: Config, workdir: Path) -> None:
+    """Refuses to use config.init as it is beside what was trained from it in the same work directory.
+
+    Raises:
+      ConfigError: names the arm.
+    """
+    for arm in config.arms:
+        if (workdir / arm / "checkpoints").exists():
+            raise ConfigError(
+                f"--init={config.init} is used as it is, and {workdir} holds training of arm {arm}: leave --init out "
+                "to use what was trained, or choose another --workdir"
+            )
+
+
+def check_trainable(workdir: Path) -> None:
+    """Refuses to train where config.init was scored as it is: those scores would be taken for the trained arm's.
+
+    Raises:
+      ConfigError: says so.
+    """
+    if read_record(workdir).get(AS_GIVEN):
+        raise ConfigError(
+            f"{workdir} holds the scores of a checkpoint as it is (--mode=eval --init): choose another --workdir"
+        )
 
 
 def check_identity(inputs: Inputs) -> None:

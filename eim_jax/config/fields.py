@@ -190,6 +190,9 @@ class Config:
     towers: Towers = field(default_factory=Towers)
     data: Data = field(default_factory=Data)
     losses: Losses = field(default_factory=Losses)
+    # A checkpoint that every arm starts from, in place of drawn leaves and the towers' own: an export of ours,
+    # ClipCap's .pt, LLaMA-Adapter's or LaVIN's .pth (known by its keys); "" = none.
+    init: str = ""
     arms: tuple = ("eim",)  # which of `arm` run, in order
     arm: dict[str, Arm] = field(default_factory=dict)
     stages: dict[str, Stage] = field(default_factory=dict)

@@ -29,6 +29,7 @@ from eim_jax.parallel.processes import fetch
 from eim_jax.pretrained import json_files, reader, weight_files
 from eim_jax.pretrained.hub import resolve
 from eim_jax.pretrained.image_processor import image_processor
+from eim_jax.pretrained.language import config_file
 
 PROMPT_FILE = "prompt.safetensors"
 
@@ -60,7 +61,7 @@ def clip_config(path: str | pathlib.Path, **form: Unpack[Form]) -> tuple[Any, An
     family, theirs = json_files.of_table(directory, VISION_TOWERS, "the pair of image and text towers")
     pictures = image_processor(directory)
     statistics = {"image_mean": pictures.mean, "image_std": pictures.std} if pictures.file else {}
-    with json_files.naming(directory):
+    with json_files.naming(directory / "config.json"):
         v, t = family.read(theirs, statistics)
     weight_files.check_depth(directory, {"visual": v.layers, "text": t.layers})
     from eim_jax.pretrained import tokenizer  # here, so that towers without a folder need no transformers
@@ -116,7 +117,7 @@ def load_clip(
     leaves = reader.leaves_of(family.rows, {"visual": vision.layers, "text": text.layers}, vision.scan)
     shapes = clip_shapes(vision, text)
     with contextlib.ExitStack() as stack:
-        tensors = weight_files.Tensors(directory, stack)
+        tensors = weight_files.Tensors(weight_files.open_weights(directory, stack))
         if "logit_scale" in tensors and math.prod(tensors.shape("logit_scale")) != 1:
             raise WeightsError(f"{directory}: key 'logit_scale' has shape {tensors.shape('logit_scale')}, not ()")
         weight_files.check_keys(directory, tensors, leaves, shapes, f"{family.ignored}|logit_scale")
@@ -184,7 +185,7 @@ def fingerprint(source: str | pathlib.Path | dict) -> str:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
     directory = resolve(source)
-    config = json_files.read_json(directory / "config.json")
+    config = json_files.read_json(config_file(directory))
     meaning = {k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")}
     digest.update(json.dumps(meaning, sort_keys=True).encode())
     prompt = directory / PROMPT_FILE

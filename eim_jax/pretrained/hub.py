@@ -63,6 +63,6 @@ def _conversion(repo: str) -> str:
             )
             return offer.git_reference
     raise WeightsError(
-        f"{repo} has no safetensors on the hub, nor a conversion by {CONVERTER}: load it in transformers once, "
-        "save_pretrained it, and give that directory"
+        f"{repo} has no safetensors on the hub, nor a conversion by {CONVERTER}: run `hf download {repo} --local-dir "
+        "DIR` and give DIR (its pytorch_model*.bin are read by PyTorch: pip install 'eim_jax[torch]')"
     )

@@ -68,9 +68,9 @@ def of_table(directory: pathlib.Path, table: Mapping[str, Any], role: str) -> tu
 
 
 @contextlib.contextmanager
-def naming(directory: pathlib.Path) -> Iterator[None]:
-    """Puts the name of a checkpoint's config.json before the WeightsErrors that are raised inside."""
+def naming(file: pathlib.Path) -> Iterator[None]:
+    """Puts the name of a checkpoint's config.json, or another file, before the WeightsErrors that are raised inside."""
     try:
         yield
     except WeightsError as error:
-        raise WeightsError(f"{directory}/config.json: {error}") from error
+        raise WeightsError(f"{file}: {error}") from error

@@ -24,6 +24,7 @@ from eim_jax.pretrained import json_files, reader, weight_files
 from eim_jax.pretrained.hub import resolve
 
 EMBEDDING, HEAD_KEY = "lm/token_embedding/embedding", "lm_head.weight"
+LAST_NORM = {"lm/norm_f/scale", "lm/ln_f/scale"}
 
 
 class LM(NamedTuple):
@@ -51,13 +52,10 @@ def lm_config(path: str | pathlib.Path, *, quant: str = "none", **form: Unpack[F
 
 
 def _lm_config(directory: pathlib.Path, quant: str, form: Form) -> tuple[Family, Any]:
-    if not (directory / "config.json").is_file() and list(directory.glob("consolidated.*.pth")):
-        raise WeightsError(
-            f"{directory} holds Meta's own files (consolidated.*.pth), which are not read: convert them once with "
-            "transformers' convert_llama_weights_to_hf.py"
-        )
+    if (own := _authors(directory)) is not None:
+        return own, with_quant(dataclasses.replace(_read_authors(directory, own), **form), quant, str(directory))
     family, theirs = json_files.of_table(directory, FAMILIES, "the language model")
-    with json_files.naming(directory):
+    with json_files.naming(directory / "config.json"):
         ours = dataclasses.replace(family.read(theirs), **form)
     weight_files.check_depth(directory, {"lm": ours.layers})
     return family, with_quant(ours, quant, str(directory))
@@ -101,14 +99,20 @@ def load_lm(
     """
     directory = resolve(path)
     family, config = _lm_config(directory, quant, form)
-    leaves = reader.leaves_of(family.rows(config), {"lm": config.layers}, config.scan)
+    shards = family.shards if _authors(directory) is not None else None
+    table, ignored = (shards.rows, shards.ignored) if shards else (family.rows, family.ignored)
+    leaves = reader.leaves_of(table(config), {"lm": config.layers}, config.scan)
     whole = lm_shapes(dataclasses.replace(config, quant="none") if quant != "none" else config)
     tied = all(HEAD_KEY not in keys for leaf in leaves.values() for keys in leaf.keys)
     with contextlib.ExitStack() as stack:
-        tensors = weight_files.Tensors(directory, stack, family.prefix)
+        files = weight_files.open_weights(directory, stack)
+        if shards:
+            files = {directory: weight_files.Joined(files, lambda key, shape: shards.axis(key, shape, config))}
+        tensors = weight_files.Tensors(files, family.prefix)
         weight_files.check_keys(
-            directory, tensors, leaves, whole, rf"{family.ignored}|{re.escape(HEAD_KEY)}" if tied else family.ignored
+            directory, tensors, leaves, whole, rf"{ignored}|{re.escape(HEAD_KEY)}" if tied else ignored
         )
+        _check_whole(directory, tensors, leaves)
         if tied and HEAD_KEY in tensors:
             embedding = leaves[EMBEDDING].keys[0][0]
             if not np.array_equal(tensors.read(HEAD_KEY), tensors.read(embedding)):
@@ -123,6 +127,58 @@ def load_lm(
             if path in packed:
                 flat |= _read_quantised(directory, tensors, path, leaf, shardings)
     return LM(config, unflatten_dict(flat, sep="/")["lm"])
+
+
+def config_file(directory: pathlib.Path) -> pathlib.Path:
+    """Returns the file that states a checkpoint's sizes: config.json, or that of its authors' own form."""
+    own = _authors(directory)
+    return directory / (own.shards.sizes if own is not None and own.shards is not None else "config.json")
+
+
+def _authors(directory: pathlib.Path) -> Family | None:
+    """The family whose authors' own files the folder holds, in place of Hugging Face's."""
+    if (directory / "config.json").is_file() or not list(directory.glob("consolidated.*.pth")):
+        return None
+    families = [family for family in FAMILIES.values() if family.shards is not None]
+    found = next((f for f in families if f.shards and (directory / f.shards.sizes).is_file()), None)
+    if found is None:
+        sizes = " or ".join(family.shards.sizes for family in families if family.shards)
+        raise WeightsError(f"{directory} holds consolidated.*.pth without {sizes}, which belongs to them: download it")
+    return found
+
+
+def _read_authors(directory: pathlib.Path, family: Family) -> Any:
+    """The shape that the authors' file of sizes states."""
+    shards, first = family.shards, weight_files.weight_files(directory)[0]
+    assert shards is not None, "asked for a family that _authors found"
+    theirs = json_files.read_json(directory / shards.sizes)
+
+    def shape_of(key: str) -> tuple[int, ...]:
+        with contextlib.ExitStack() as stack:
+            tensors = weight_files.Tensors(weight_files.open_files([first], stack))
+            if key not in tensors:
+                raise WeightsError(f"key {key!r} is missing in {first.name}; download it again")
+            return tensors.shape(key)
+
+    with json_files.naming(directory / shards.sizes):
+        return shards.read(theirs, shape_of)
+
+
+def _check_whole(directory: pathlib.Path, tensors: weight_files.Tensors, leaves: Mapping[str, reader.Leaf]) -> None:
+    """Refuses differences to another model's weights (a delta), which have the keys and shapes of a whole model.
+
+    The last norm's scales are near 1 or above in a model; in a difference, given out in 16 bits, they are near 0 and of
+    either sign.
+    """
+    for path in LAST_NORM & leaves.keys():
+        key = leaves[path].keys[0][0]
+        scale = np.asarray(tensors.read(key), np.float32)
+        if tensors.dtype(key) != "F32" and np.abs(scale).mean() < 0.1 and scale.min() < 0:
+            raise WeightsError(
+                f"{directory} holds differences to another model's weights (a delta, as Vicuna's v0 and v1.1 were "
+                "given out), not a model: add them to the base once (python -m fastchat.model.apply_delta), or take "
+                "whole weights (lmsys/vicuna-7b-v1.3)"
+            )
 
 
 def lm_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -42,6 +42,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         that a folder needs.
     """
     place = resolve(path)
+    if (place / "params.json").is_file() and not (place / "tokenizer.model").is_file():
+        place = place.parent  # Meta gives one tokenizer.model out for the folders of all sizes
     _check_files(place)
     own = _own(place / "tokenizer.json")
     alone = (place / "tokenizer.model").is_file() and not list(place.glob("tokenizer*.json"))

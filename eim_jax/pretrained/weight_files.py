@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face directory: which are read, what may stand in them, and what is none of them.
+"""The weight files of a directory: which are read, what may stand in them, and what is none of them.
 
 Only headers are read before every key, shape and dtype is known to be right.
 """
@@ -8,7 +8,7 @@ import functools
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from eim_jax.models.hugging_face import WeightsError
+from eim_jax.pretrained import torch_files
 from eim_jax.pretrained.json_files import WHOLE, check_adapter, read_json
+from eim_jax.pretrained.torch_files import Header
 from eim_jax.utils.console import console
 
 DTYPES = ("F32", "F16", "BF16")  # safetensors' names of what is read
@@ -26,18 +28,14 @@ _MANY = 2**28  # elements from which on no array is made to say a shape
 
 
 class Tensors:
-    """Their keys, read from one model.safetensors or from the shards that an index names.
+    """Their keys, from the open files of `open_files`: safetensors, or torch.save's `WeightFile`, which looks like one.
 
     `prefix` may stand before any key of the file; here the keys are without it.
     """
 
-    def __init__(self, directory: pathlib.Path, stack: contextlib.ExitStack, prefix: str = ""):
+    def __init__(self, files: Mapping[pathlib.Path, Any], prefix: str = ""):
         self._where, self._name, self._path = {}, {}, {}
-        for path in weight_files(directory):
-            try:
-                file = stack.enter_context(safe_open(path, "numpy"))
-            except (OSError, SafetensorError) as error:
-                raise WeightsError(f"{path} cannot be read ({error}); download it again") from error
+        for path, file in files.items():
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 name = key.removeprefix(prefix)
                 if name in self._where:
@@ -87,36 +85,99 @@ def _finite(array: np.ndarray) -> bool:
     return not ((array.view(np.uint16) & exponent) == exponent).any()
 
 
+def open_files(files: Sequence[pathlib.Path], stack: contextlib.ExitStack) -> dict[pathlib.Path, Any]:
+    """Opens weight files, which `stack` keeps open; nothing of them is read.
+
+    Raises:
+      WeightsError: one cannot be read; the message names it.
+    """
+    found = {}
+    for path in files:
+        if path.suffix != ".safetensors":
+            found[path] = torch_files.WeightFile(torch_files.read(path), path)
+            continue
+        try:
+            found[path] = stack.enter_context(safe_open(path, "numpy"))
+        except (OSError, SafetensorError) as error:
+            raise WeightsError(f"{path} cannot be read ({error}); download it again") from error
+    return found
+
+
+class Joined:
+    """The shards of one model as one open file: each key is split over all of them, or the same in each.
+
+    Args:
+      files: the shards, open, in order.
+      axis: (key, shape in a shard) -> along which axis they are joined; None where all hold the same.
+    """
+
+    def __init__(self, files: Mapping[pathlib.Path, Any], axis: Callable[[str, tuple[int, ...]], int | None]):
+        self._files, self._axis = list(files.values()), axis
+        first, *others = files.items()
+        for path, file in others:
+            if set(file.keys()) != set(first[1].keys()):
+                raise WeightsError(f"{path} has other keys than {first[0]}: they are not shards of one model")
+
+    def keys(self) -> Any:
+        """Returns the keys."""
+        return self._files[0].keys()
+
+    def get_slice(self, key: str) -> Any:
+        """Returns what is known of a tensor without reading it."""
+        header = self._files[0].get_slice(key)
+        shape = list(header.get_shape())
+        if (axis := self._axis(key, tuple(shape))) is not None:
+            shape[axis] = sum(file.get_slice(key).get_shape()[axis] for file in self._files)
+        return Header(shape, header.get_dtype())
+
+    def get_tensor(self, key: str) -> np.ndarray:
+        """Returns a tensor, its parts joined."""
+        axis = self._axis(key, tuple(self._files[0].get_slice(key).get_shape()))
+        if axis is None:
+            return self._files[0].get_tensor(key)
+        return np.concatenate([file.get_tensor(key) for file in self._files], axis)
+
+
+def open_weights(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[pathlib.Path, Any]:
+    """Opens the weight files of a directory; as `weight_files` and `open_files`."""
+    return open_files(weight_files(directory), stack)
+
+
 def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    """Returns a checkpoint's safetensors files: the single file, or all shards of an index, as transformers chooses.
+    """Returns a checkpoint's weight files: the single file, or all shards of an index, as transformers chooses.
+
+    safetensors go before torch.save's pytorch_model.bin, and both before the shards of a model's authors.
 
     Raises:
       WeightsError: there are none, or not all; the message says what to do.
     """
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if single.is_file():
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index, single = directory / f"{name}.index.json", directory / name
+        if single.is_file():
+            if index.is_file():
+                _note_both(single, index.name)
+            return [single]
         if index.is_file():
-            _note_both(single, index.name)
-        return [single]
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise WeightsError(f"{index}: weight_map is {names!r:.60}, not an object of key -> file name")
-        for key, name in names.items():
-            if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
-                raise WeightsError(f"{index}: weight_map.{key} is {name!r:.60}, not the name of a file beside it")
-        files = [directory / name for name in sorted(set(names.values()))]
-        missing = [f.name for f in files if not f.is_file()]
-        if missing:
-            raise WeightsError(
-                f"{directory}: {index.name} names {', '.join(missing)}, which are missing; download them"
-            )
-        return files
+            return _shards(directory, index)
+    if shards := sorted(directory.glob("consolidated.*.pth")):
+        return shards
     check_adapter(directory)
     hint = "give a directory that transformers' save_pretrained wrote"
-    if list(directory.glob("pytorch_model*.bin")):
-        hint = "pytorch_model.bin is not read; load it in transformers once and save_pretrained it"
-    raise WeightsError(f"{directory} holds neither {single.name} nor {index.name}; {hint}")
+    raise WeightsError(f"{directory} holds neither model.safetensors nor model.safetensors.index.json; {hint}")
+
+
+def _shards(directory: pathlib.Path, index: pathlib.Path) -> list[pathlib.Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise WeightsError(f"{index}: weight_map is {names!r:.60}, not an object of key -> file name")
+    for key, name in names.items():
+        if not isinstance(name, str) or name in ("", ".", "..") or re.search(r"[/\\\0]", name):
+            raise WeightsError(f"{index}: weight_map.{key} is {name!r:.60}, not the name of a file beside it")
+    files = [directory / name for name in sorted(set(names.values()))]
+    missing = [f.name for f in files if not f.is_file()]
+    if missing:
+        raise WeightsError(f"{directory}: {index.name} names {', '.join(missing)}, which are missing; download them")
+    return files
 
 
 @functools.cache
@@ -135,7 +196,7 @@ def check_depth(directory: pathlib.Path, layers: Mapping[str, int]) -> None:
     if max(layers.values()) <= _DEEP or not any(directory.glob("model.safetensors*")):
         return
     with contextlib.ExitStack() as stack:
-        count = len(Tensors(directory, stack))
+        count = len(Tensors(open_weights(directory, stack)))
     for tower, depth in layers.items():
         if depth > count:
             raise WeightsError(
@@ -144,7 +205,16 @@ def check_depth(directory: pathlib.Path, layers: Mapping[str, int]) -> None:
             )
 
 
-def check_keys(directory: pathlib.Path, tensors: Tensors, leaves: Mapping, shapes: dict, ignored: str) -> None:
+def check_keys(
+    directory: pathlib.Path,
+    tensors: Tensors,
+    leaves: Mapping,
+    shapes: Mapping,
+    ignored: str,
+    *,
+    missing: Sequence[str] = (),
+    advice: str = "Check that config.json and the weights are of the same model.",
+) -> None:
     """Raises WeightsError unless the keys are exactly the table's, and every dtype and shape is one that we can read.
 
     Args:
@@ -153,16 +223,19 @@ def check_keys(directory: pathlib.Path, tensors: Tensors, leaves: Mapping, shape
       leaves: our paths -> `reader.Leaf`.
       shapes: our paths -> shape.
       ignored: a regular expression over keys that hold no parameter.
+      missing: leaves of ours that no key of the table fills, and that must be filled.
+      advice: the end of the message.
     """
     known = {key for leaf in leaves.values() for keys in leaf.keys for key in keys}
     unexpected = [key for key in tensors if key not in known and not re.fullmatch(ignored, key)]
     _check_dtypes([key for key in tensors if key in known or re.fullmatch(_CODES, key)], tensors)
     problems = [problem for path, leaf in leaves.items() for problem in _differences(path, leaf, shapes[path], tensors)]
+    problems += [f"nothing fills our {path}" for path in missing]
     problems += [f"key {key!r} is unexpected" for key in unexpected]
     if problems:
         _name_wrapped(directory, known, list(tensors))
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise WeightsError(f"{directory}: {shown}. Check that config.json and the safetensors are of the same model.")
+        raise WeightsError(f"{directory}: {shown}. {advice}")
 
 
 def _differences(path: str, leaf: Any, ours: jax.ShapeDtypeStruct, tensors: Tensors) -> Iterator[str]:

@@ -13,7 +13,7 @@ from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
 from eim_jax.parallel.sharding import parts_of
 from eim_jax.parallel.signals import Signals, doing
-from eim_jax.training import partition
+from eim_jax.training import initial, partition
 from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.training.context import check_context
 from eim_jax.training.log import RunLog, StageInfo, Trained, read_metrics
@@ -72,6 +72,7 @@ def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
     arm = config.arm[name]
     vlm = model(inputs, arm)
     params = shapes(inputs, arm, vlm)
+    initial.check(inputs, arm, vlm, params)
     plan = []
     for stage_name in arm.sequence:
         stage, where = resolved(config.stages[stage_name], inputs), f"config.stages.{stage_name}"

@@ -32,7 +32,7 @@ from eim_jax.parallel import processes
 from eim_jax.parallel.sharding import make_mesh, param_shardings, shard_params
 from eim_jax.parallel.signals import doing
 from eim_jax.pretrained.tokenizer import bos_id
-from eim_jax.training import partition
+from eim_jax.training import initial, partition
 from eim_jax.training.partition import Flat
 from eim_jax.utils.console import console
 from eim_jax.utils.files import user_path
@@ -125,6 +125,7 @@ class Inputs:
 def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     """Loads what the config names, without `data` the towers alone; an error says which field or file is wrong."""
     doing("reading the weights")
+    given = {"init": initial.fingerprint(config)} if config.init else {}
     mesh = make_mesh(config.mesh)
     dtype = resolve_dtype(config.towers.dtype, mesh.devices.flat[0].platform)
     form = resolve_form(config, dtype, mesh.devices.flat[0].platform)
@@ -167,6 +168,7 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
         "lm": pretrained.fingerprint(lm_dir),
         "clip_tokenizer": tokenize.fingerprint(clip_tokenizer),
         "lm_tokenizer": tokenize.fingerprint(lm_tokenizer),
+        **given,
     }
     return Inputs(
         config, workdir, mesh, dtype, clip, lm, towers, lm_tokenizer, clip_tokenizer, train, encoded, fingerprints
@@ -298,12 +300,16 @@ def _held(inputs: Inputs, arm: Arm, params: Flat) -> dict[str, jnp.dtype]:
 
 
 def start(inputs: Inputs, arm: Arm) -> tuple[VLM, Flat]:
-    """The arm's model and its parameters before the first stage: pretrained towers, what `fresh` draws by the seed."""
+    """The arm's model and its parameters before the first stage: pretrained towers, what `fresh` draws by the seed.
+
+    What config.init holds stands in place of both.
+    """
     vlm = model(inputs, arm)
     draw, key = functools.partial(fresh, vlm), jax.random.key(inputs.config.seed)
     where = param_shardings(jax.eval_shape(draw, key), inputs.mesh)
     params: Flat = {**inputs.towers, **jax.jit(draw, out_shardings=where)(key)}
     held = _held(inputs, arm, params)
+    params |= initial.read(inputs, arm, vlm, params, held)
     leaves = {path: cast(jax.Array, leaf).astype(held[path]) for path, leaf in params.items()}
     return vlm, {**shard_params(leaves, inputs.mesh)}
 

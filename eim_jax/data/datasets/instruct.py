@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from eim_jax.config import ConfigError, Data
 from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad, listed, printable, text_problem
 from eim_jax.data.data_set import DataSet, Published, Shards, exists
-from eim_jax.data.datasets import mme
+from eim_jax.data.datasets import instruct_lavin, mme
 from eim_jax.data.datasets.instruct_prompt import prompt, template_of
 from eim_jax.data.datasets.instruct_rows import BadRowError, Row, read_rows, take_apart, unread_keys
 from eim_jax.data.datasets.instruct_sources import row_ids, shares, sources_of, taken_rows
@@ -74,6 +74,8 @@ class _Words(NamedTuple):
     seam: str
 
     def prompt(self, row: Row, turn: int) -> str:
+        if row.prompted:
+            return row.pairs[turn][0].instruction
         before = row.pairs[:turn] if self.multi_turn and row.dialogue else ()
         earlier = earlier_turns((*row.history, *before), self.seam)
         return prompt(row.pairs[turn][0], earlier, template=self.template, system=row.system)
@@ -92,6 +94,7 @@ def load_instruct(
     threads: int = 4,
     cache: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    scienceqa_images: str | os.PathLike[str] | None = None,
 ) -> Instructions:
     r"""Returns the rows of all sources, one after the other, as one split (its order is the files'), and a report.
 
@@ -101,6 +104,8 @@ def load_instruct(
       Alpaca         {"instruction", "input" (may be missing, null or ""), "output"}
       LLaVA          {"id", "image" (missing or null: text only), "conversations": [{"from": human|gpt, "value"}, ...]}
       self-instruct  {"id", "instruction", "instances": [{"input", "output"}, ...]}
+      LaVIN          {"instruction", "answer", "image", "image_source", "qid", "options"}, in {"all": [...]}; the
+                     instruction is the whole prompt; pictures of source "sqa" are `scienceqa_images`' {qid}/image.png
     Each may have an "image", or "images" of one; a "system" prompt, which stands in front; a "history"
     [[question, answer], ...], the turns before; other keys are counted in the report's notes. `images` is the folder
     of the images (None if no row has one); for "000000000009.jpg" it may hold
@@ -127,23 +132,25 @@ def load_instruct(
     check_on_bad(on_bad)
     template_of(template)
     folder = None if images is None else user_path(images)
-    if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"no image folder {folder}")
+    scienceqa = None if scienceqa_images is None else user_path(scienceqa_images)
+    for place in (folder, scienceqa):
+        if place is not None and not place.is_dir():
+            raise FileNotFoundError(f"no image folder {place}")
 
     files = sources_of(sources)
     placed, bad, notes = _read_all(files, seed)
     unread = len(bad)
 
-    file_of = _files(placed, folder)
+    file_of = _files(placed, folder, scienceqa)
     options = {"threads": threads, "cache": cache, "outside_images": outside_images}
-    broken = _broken_images(placed, file_of, folder, options, bad)
+    broken = _broken_images(placed, file_of, (folder, scienceqa), options, bad)
     where = ", ".join(str(path) for path, _, _ in files)
     if bad and on_bad == "error":
         raise BadDataError(where, bad)
     kept = [item for item in placed if item.row.image is None or file_of[item.row.image] not in broken]
     if not kept:
         raise ValueError(f"{where}: no rows are left; {len(bad)} bad items")
-    split = _build(name, kept, file_of, folder, _Words(template, multi_turn, seam))
+    split = _build(name, kept, file_of, (folder, scienceqa), _Words(template, multi_turn, seam))
     counts = {stem: sum(len(item.row.pairs) for item in kept if item.source == stem) for _, _, stem in files}
     dropped_images = len(set(file_of.values())) - len(split.images)
     report = InstructReport(tuple(bad), dropped_images, unread + len(placed) - len(kept), counts, notes)
@@ -176,12 +183,20 @@ def _read_all(files, seed: int) -> tuple[list[_Placed], list[BadItem], tuple[str
     return placed, bad, tuple(notes)
 
 
-def _files(placed: Sequence[_Placed], folder: pathlib.Path | None) -> dict[str, str]:
+def _files(placed: Sequence[_Placed], folder: pathlib.Path | None, scienceqa: pathlib.Path | None) -> dict[str, str]:
     """Returns {image as a row names it: its file in the folder}, in order of first use."""
     found: dict[str, str] = {}
     for item in placed:
         image = item.row.image
         if image is None or image in found:
+            continue
+        if image.startswith(instruct_lavin.SCIENCEQA):
+            if scienceqa is None:
+                raise ValueError(
+                    f"{item.where}: the row has a picture of ScienceQA; set config.data.scienceqa_images to the folder "
+                    "that holds QID/image.png (its train split)"
+                )
+            found[image] = image
             continue
         if folder is None:
             raise ValueError(f"{item.where}: the row has the image {image!r}; give the folder of the images")
@@ -194,31 +209,41 @@ def _files(placed: Sequence[_Placed], folder: pathlib.Path | None) -> dict[str, 
 def _broken_images(
     placed: Sequence[_Placed],
     file_of: Mapping[str, str],
-    folder: pathlib.Path | None,
+    folders: tuple[pathlib.Path | None, pathlib.Path | None],
     options: Mapping[str, Any],
     bad: list[BadItem],
 ) -> set[str]:
     """Returns the files that cannot be used; each joins `bad` with the first row that asks for it."""
-    if folder is None or not file_of:
-        return set()
-    names = list(dict.fromkeys(file_of.values()))
-    problems = check_images(FileImages(folder, names, names), **options)
     user: dict[str, _Placed] = {}
     for item in placed:
         if item.row.image is not None:
             user.setdefault(file_of[item.row.image], item)
-    for number in sorted(problems):
-        first = user[names[number]]
-        bad.append(BadItem("image", names[number], f"{first.where}, {first.id}", problems[number]))
-    return {names[number] for number in problems}
+    broken = set()
+    for folder, names in zip(folders, instruct_lavin.apart(user), strict=True):
+        if folder is None or not names:
+            continue
+        files = [name.removeprefix(instruct_lavin.SCIENCEQA) for name in names]
+        problems = check_images(FileImages(folder, names, files), **options)
+        for number in sorted(problems):
+            first = user[names[number]]
+            bad.append(BadItem("image", names[number], f"{first.where}, {first.id}", problems[number]))
+        broken |= {names[number] for number in problems}
+    return broken
 
 
 def _build(
-    name: str, placed: Sequence[_Placed], file_of: Mapping[str, str], folder: pathlib.Path | None, words: _Words
+    name: str,
+    placed: Sequence[_Placed],
+    file_of: Mapping[str, str],
+    folders: tuple[pathlib.Path | None, pathlib.Path | None],
+    words: _Words,
 ) -> Split:
     names = list(dict.fromkeys(file_of[item.row.image] for item in placed if item.row.image is not None))
     source: ImageSource = NoImages([], [], "this split has texts only")
-    if folder is not None:
+    folder, scienceqa = folders
+    if scienceqa is not None:
+        source = instruct_lavin.TwoFolders(folder, scienceqa, names)
+    elif folder is not None:
         source = FileImages(folder, names, names)
     row_of = {file: row for row, file in enumerate(names)}
     samples = []
@@ -241,6 +266,8 @@ class InstructFields:
     # (LLaMA-Adapter's) | a text of your own with {instruction} and {input}
     template: str = "plain"
     outside_images: bool = False  # whether a file's name may lead out of the folder of the images
+    # instruct: folder of ScienceQA's training pictures (QID/image.png), which LaVIN's all_data.json names beside COCO's
+    scienceqa_images: str = ""
     mme: str = ""  # instruct: the MME folder that is the test; "" = none
 
 
@@ -254,7 +281,8 @@ def _load(data: Data, own: InstructFields, name: str, cache: pathlib.Path) -> tu
     if not own.sources:
         raise ConfigError("config.data.sources is empty: give files of Alpaca's or LLaVA's form, as a tuple")
     words = {"multi_turn": own.multi_turn, "template": own.template, "seam": data.seam}
-    loaded = load_instruct(own.sources, own.images or None, outside_images=own.outside_images, **words, **common)
+    folders = {"outside_images": own.outside_images, "scienceqa_images": own.scienceqa_images or None}
+    loaded = load_instruct(own.sources, own.images or None, **folders, **words, **common)
     return loaded.split, loaded.report.bad
 
 

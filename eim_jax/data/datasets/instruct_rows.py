@@ -1,4 +1,4 @@
-"""The rows of instruction files: Alpaca's, LLaVA's and self-instruct's forms, each row checked and taken apart."""
+"""The rows of instruction files: Alpaca's, LLaVA's, self-instruct's and LaVIN's forms, each checked and taken apart."""
 
 import dataclasses
 import pathlib
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eim_jax.data.bad_items import text_problem
+from eim_jax.data.datasets import instruct_lavin
 from eim_jax.data.datasets.instruct_prompt import Question
 from eim_jax.data.text_files import parse_json, read_text
 
@@ -44,10 +45,11 @@ class Row:
     dialogue: bool = False
     system: str = ""
     history: tuple[tuple[Question, str], ...] = ()
+    prompted: bool = False  # the questions are prompts already (LaVIN's all_data.json)
 
 
 def read_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
-    """Returns (where it stands, row) of every row of a JSON list or of JSON Lines, unchecked.
+    """Returns (where it stands, row) of every row of a JSON list, JSON Lines or of LaVIN's {"all": [...]}, unchecked.
 
     Raises:
       FileNotFoundError: no such file.
@@ -59,9 +61,11 @@ def read_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
         raise FileNotFoundError(f"no instruction file {path}") from None
     if not text.strip():
         raise ValueError(f"{path} is empty")
-    if text.lstrip().startswith("["):
+    whole = instruct_lavin.is_all_data(text)
+    if whole or text.lstrip().startswith("["):
         try:
-            return [(f"{path.name} row {place}", record) for place, record in enumerate(parse_json(text))]
+            records = instruct_lavin.rows(parse_json(text)) if whole else parse_json(text)
+            return [(f"{path.name} row {place}", record) for place, record in enumerate(records)]
         except ValueError as error:
             raise ValueError(f"{path} is not a JSON file: {error}") from error
     found = []
@@ -84,12 +88,14 @@ def unread_keys(record: Any) -> list[str]:
     """
     if not isinstance(record, dict):
         return []
+    if instruct_lavin.is_row(record):
+        return [key for key in record if key not in instruct_lavin.KEYS and key not in _REFUSED]
     known = next((keys for form, keys in _KNOWN.items() if form in record), set(record))
     return [key for key in record if key not in known and key not in _REFUSED]
 
 
 def take_apart(record: Any) -> Row:
-    """Returns what a row of any of the three forms holds.
+    """Returns what a row of any of the forms holds.
 
     Raises:
       BadRowError: it has none of the forms; a text is missing, empty or undecodable; it holds what a sample cannot: a
@@ -100,6 +106,8 @@ def take_apart(record: Any) -> Row:
     for key, remedy in _REFUSED.items():
         if record.get(key):
             raise BadRowError(f'"{key}" is not read: {remedy}, or remove it')
+    if instruct_lavin.is_row(record):
+        return _lavin(record)
     image = _image(record)
     before = {"system": _system(record), "history": _history(record, image)}
     if "conversations" in record:
@@ -109,7 +117,8 @@ def take_apart(record: Any) -> Row:
     if "instruction" in record and "output" in record:
         return Row(image, (_pair(record, record, ""),), **before)
     raise BadRowError(
-        'has neither "conversations" (LLaVA), "instances" (self-instruct) nor "instruction" and "output" (Alpaca); '
+        'has neither "conversations" (LLaVA), "instances" (self-instruct), "instruction" and "output" (Alpaca) nor '
+        '"instruction" and "answer" (LaVIN); '
         f"its keys are {', '.join(map(repr, record)) or 'none'}"
     )
 
@@ -190,6 +199,19 @@ def _encodable(text: str, label: str) -> str:
     if problem:
         raise BadRowError(f"{label} {problem}")
     return text
+
+
+def _lavin(record: Mapping[str, Any]) -> Row:
+    """A row of all_data.json, whose instruction is the whole prompt, to the last space."""
+    problem, image = instruct_lavin.image_of(record)
+    if problem:
+        raise BadRowError(problem)
+    prompt = _text(record, "instruction", '"instruction"')
+    _no_other_marker(prompt, '"instruction"')
+    if MARKER in prompt:
+        raise BadRowError(f'"instruction" has the marker {MARKER}, which a prompt that is already made cannot place')
+    answer = _answer(_text(record, "answer", '"answer"'), '"answer"')
+    return Row(None if image is None else _encodable(image, '"image"'), ((Question(prompt), answer),), prompted=True)
 
 
 def _pair(record: Mapping[str, Any], pair: Mapping[str, Any], at: str) -> tuple[Question, str]:

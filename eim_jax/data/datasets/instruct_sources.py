@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from eim_jax.data.datasets.instruct_lavin import is_row
 from eim_jax.data.text_files import identifier
 from eim_jax.utils.files import user_path
 
@@ -54,7 +55,7 @@ def row_ids(stem: str, records: Sequence[Any]) -> list[str]:
     seen: set[str] = set()
     ids = []
     for place, record in enumerate(records):
-        own = record.get("id") if isinstance(record, dict) else None
+        own = record.get("qid" if is_row(record) else "id") if isinstance(record, dict) else None
         name = identifier(own) or str(place)
         if name in seen:  # LLaVA's files ask several rows about one image, with one id
             name = f"{name}#{place}"

@@ -94,6 +94,25 @@ class DecoderLM(Protocol):
 
 
 @dataclass(frozen=True)
+class Shards:
+    """A family's weights as its own authors give them out: a file of sizes beside consolidated.*.pth.
+
+    Attributes:
+      sizes: the file's name ("params.json").
+      read: (its content, key -> shape in the first shard) -> shape (a DecoderConfig). Raises as `Family.read`.
+      rows: shape -> the key table.
+      ignored: a regular expression over keys that hold no parameter.
+      axis: (key, shape in a shard, the model's shape) -> the axis along which shards are joined, or None.
+    """
+
+    sizes: str
+    read: Callable[[Mapping[str, Any], Callable[[str], tuple[int, ...]]], Any]
+    rows: Callable[[Any], tuple[Row, ...]]
+    ignored: str
+    axis: Callable[[str, tuple[int, ...], Any], int | None]
+
+
+@dataclass(frozen=True)
 class Family:
     r"""Everything that tells one family of language models from another; an entry of `FAMILIES`.
 
@@ -114,6 +133,7 @@ class Family:
         `quant.QDense` does by the shape's field `quant`; "" for a family that cannot.
       has_dropout: the shape has a field `dropout`, which towers.dropout sets.
       takes_adapters: the shape has a field `adapter`, which config.arm.*.adapter sets.
+      shards: how its authors give it out, beside Hugging Face's form; None where that is the only one.
       plan_tokenizer: stands in for the tokenizer in `--mode=plan` where none is at hand; None where a plan needs none.
     """
 
@@ -130,3 +150,4 @@ class Family:
     has_dropout: bool = False
     takes_adapters: bool = False
     plan_tokenizer: Any = None
+    shards: Shards | None = None

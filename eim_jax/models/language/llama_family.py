@@ -6,6 +6,7 @@ from eim_jax.models.language.family import Family
 from eim_jax.models.language.llama import Llama
 from eim_jax.models.language.llama_block import LlamaConfig
 from eim_jax.models.language.llama_files import IGNORED, QUANTISED, key_rows, read_shape, write_shape
+from eim_jax.models.language.llama_meta import META
 
 
 class LlamaWords:
@@ -34,4 +35,5 @@ LLAMA_FAMILY = Family(
     quantised=QUANTISED,
     takes_adapters=True,
     plan_tokenizer=LlamaWords(),
+    shards=META,
 )

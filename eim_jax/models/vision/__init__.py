@@ -4,6 +4,8 @@ A family is added by writing its file and one line in `VISION_TOWERS`; from outs
 `VISION_TOWERS["mine"] = VisionFamily(...)` does the same.
 """
 
+import re
+
 from eim_jax.config import Config, ConfigError
 from eim_jax.models.vision.clip_files import CLIP_FAMILY
 from eim_jax.models.vision.tower import TextTower, VisionFamily, VisionTower
@@ -14,8 +16,16 @@ __all__ = ["VISION_TOWERS", "TextTower", "VisionFamily", "VisionTower", "check"]
 VISION_TOWERS: dict[str, VisionFamily] = {family.model_type: family for family in (CLIP_FAMILY,)}
 
 
+_RESNET = r"(?i)(.*/)?(openai[-_:])?(clip[-_])?(rn|resnet)[-_]?\d+(x\d+)?([-_]clip)?([-_.:]\w+)?"
+
+
 def check(config: Config) -> None:
-    """Raises ConfigError where an arm's ST is to receive visual tokens that no tower gives."""
+    """Raises ConfigError where an arm's ST is to receive visual tokens that no tower gives, or for CLIP's ResNets."""
+    if re.fullmatch(_RESNET, config.towers.clip):
+        raise ConfigError(
+            f"config.towers.clip: {config.towers.clip!r} is a CLIP of the ResNet kind, which is not supported: take "
+            "one of its ViTs (openai/clip-vit-base-patch32, openai/clip-vit-large-patch14)"
+        )
     known = tuple(dict.fromkeys(name for family in VISION_TOWERS.values() for name in family.features))
     for name, arm in config.arm.items():
         if arm.features not in known:

@@ -1,0 +1,566 @@
+"""Checkpoints of the original codebases, loaded by config.init: the authors' own logits (shared/originals)."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import mains
+import ml_dtypes
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+from tiny import config_of
+
+from eim_jax.commands import chat, exporting
+from eim_jax.config import ConfigError
+from eim_jax.models.connector import make_st
+from eim_jax.models.language.gpt2 import GPT2Config
+from eim_jax.models.vision.clip import CLIPTextConfig, CLIPVisionConfig
+from eim_jax.pretrained import (
+    CLIP,
+    LM,
+    WeightsError,
+    clip_shapes,
+    export_clip,
+    export_lm,
+    fingerprint,
+    lm_shapes,
+    load_lm,
+    resolve,
+    torch_files,
+)
+from eim_jax.training import initial, partition, setup
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
+
+ORIGINALS = pathlib.Path(__file__).resolve().parents[3] / "shared" / "originals"
+# shared/originals/README.md: what float32 leaves between two implementations.
+LOGITS, FEATURES = 5e-6, 2e-5
+
+
+@pytest.fixture
+def original():
+    """Returns a function: name of a case -> its folder, or a skipped test."""
+
+    def find(name: str) -> pathlib.Path:
+        if not (ORIGINALS / name).exists():
+            pytest.skip(f"no folder shared/originals/{name} beside the checkout")
+        return ORIGINALS / name
+
+    return find
+
+
+def noise(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return {path: jnp.asarray(0.05 * rng.standard_normal(leaf.shape), jnp.float32) for path, leaf in shapes.items()}
+
+
+def clip_folder(place: pathlib.Path, joint: int) -> pathlib.Path:
+    """A CLIP of noise whose image feature is so wide, with the miniature's tokenizer."""
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, width=16, layers=2, heads=2, mlp=32, joint=joint)
+    text = CLIPTextConfig(vocab=724, context=20, width=16, layers=1, heads=2, mlp=32, joint=joint, eos_id=723)
+    params = partition.unflatten(noise(clip_shapes(vision, text)))
+    export_clip(place, CLIP(vision, text, params))
+    for file in resolve("miniature/clip").glob("tokenizer*"):
+        (place / file.name).write_bytes(file.read_bytes())
+    return place
+
+
+def gpt2_folder(place: pathlib.Path, sizes: dict, tokenizer: pathlib.Path) -> pathlib.Path:
+    """A GPT-2 of noise of the case's sizes: what a ClipCap user's config.towers.lm is before hers is loaded."""
+    shape = GPT2Config(
+        vocab=sizes["vocab_size"], context=sizes["n_positions"], width=sizes["n_embd"], layers=sizes["n_layer"],
+        heads=sizes["n_head"],
+    )  # fmt: skip
+    export_lm(place, LM(shape, partition.unflatten(noise(lm_shapes(shape)))["lm"]))
+    for file in tokenizer.iterdir():
+        (place / file.name).write_bytes(file.read_bytes())
+    return place
+
+
+@pytest.fixture
+def clipcap(original, tmp_path):
+    """Returns a function: case -> (its folder, the config whose baseline is that ClipCap)."""
+
+    def make(name: str, **changes):
+        case = original(name)
+        theirs = json.loads((case / "config.json").read_text())
+        args = theirs["args"]
+        config = config_of(
+            "clipcap_small_coco",
+            **{
+                "towers.clip": str(clip_folder(tmp_path / "clip", theirs["prefix_size"])),
+                "towers.lm": str(gpt2_folder(tmp_path / "gpt2", theirs["gpt2"], original("tokenizers") / "gpt2")),
+                "arm.baseline.st": args["mapping_type"],
+                "arm.baseline.st_tokens": args["prefix_length"],
+                "arm.baseline.st_layers": args["num_layers"],
+                "init": str(case / "weights.pt"),
+                **changes,
+            },
+        )
+        return case, config
+
+    return make
+
+
+def logits_of(vlm, params, prefix, tokens, mask):
+    """Logits at every position of prefix and caption, as ClipCaptionModel gives them."""
+    tree = partition.unflatten(params)
+    visual = vlm.st.apply({"params": tree["st"]}, jnp.asarray(prefix)[:, None])
+    valid = jnp.asarray(mask[:, visual.shape[1] :] > 0)
+    read = vlm.lm_input(tree, jnp.asarray(tokens), valid, visual=visual)
+    return visual, vlm.logits(tree, vlm.run_lm(tree, read))
+
+
+def test_clipcaps_mlp_gives_the_authors_logits(clipcap, tmp_path):
+    case, config = clipcap("clipcap_mlp")
+    inputs = setup.load(config, tmp_path, data=False)
+    vlm, params = setup.start(inputs, config.arm["baseline"])
+    theirs = np.load(case / "forward.npz")
+    visual, logits = logits_of(vlm, params, theirs["prefix"], theirs["tokens"], theirs["mask"])
+    np.testing.assert_allclose(visual, theirs["mapped"], atol=LOGITS, rtol=0)
+    seen = theirs["mask"] > 0
+    np.testing.assert_allclose(np.asarray(logits)[seen], theirs["logits"][seen], atol=LOGITS, rtol=0)
+
+
+def test_clipcaps_transformer_gives_the_authors_logits(clipcap, tmp_path):
+    case, config = clipcap("clipcap_transformer")
+    theirs = np.load(case / "forward.npz")
+    inputs = setup.load(dataclasses.replace(config, init=""), tmp_path, data=False)
+    vlm = setup.model(inputs, config.arm["baseline"])
+    # prefix_length_clip is 8 here; the arm's own is 10.
+    vlm = dataclasses.replace(vlm, st=make_st(dataclasses.replace(vlm.st.config, clip_length=8)))
+    inputs = dataclasses.replace(inputs, config=config)
+    drawn = {**inputs.towers, **setup.fresh(vlm, jax.random.key(0))}
+    held = {path: leaf.dtype for path, leaf in drawn.items()}
+    params = drawn | initial.read(inputs, config.arm["baseline"], vlm, drawn, held)
+    visual, logits = logits_of(vlm, params, theirs["prefix"], theirs["tokens"], theirs["mask"])
+    np.testing.assert_allclose(visual, theirs["mapped"], atol=LOGITS, rtol=0)
+    seen = theirs["mask"] > 0
+    np.testing.assert_allclose(np.asarray(logits)[seen], theirs["logits"][seen], atol=LOGITS, rtol=0)
+
+
+def test_a_clipcap_file_is_captioned_by_without_a_work_directory(clipcap, tmp_path):
+    case, config = clipcap("clipcap_mlp")
+    picture, out = tmp_path / "a photo.png", tmp_path / "out.txt"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).save(picture)
+    flags = [
+        "--config=configs/clipcap_small_coco.py", "--mode=caption", f"--init={case / 'weights.pt'}", str(picture),
+        f"--config.towers.clip={config.towers.clip}", f"--config.towers.lm={config.towers.lm}",
+        "--config.arm.baseline.st_tokens=5", "--config.decode.max_tokens=8", f"--out={tmp_path / 'said.json'}",
+    ]  # fmt: skip
+    code, said = mains.run(flags, out)
+    assert code == 0, said
+    assert "made with config.decode.stop_at_period=True" in said
+    [row] = json.loads((tmp_path / "said.json").read_text())
+    assert row["image_id"] == str(picture) and f"a photo.png: {row['caption']}" in said
+    code, said = mains.run([f for f in flags if "st_tokens" not in f], out)
+    assert code != 0 and "config.arm.baseline.st_tokens is 10" in said and "set it to 5" in said
+
+
+def changed(case: pathlib.Path, place: pathlib.Path, change) -> pathlib.Path:
+    """A state_dict with its tensors changed."""
+    held = torch.load(case, weights_only=True)
+    change(held)
+    torch.save(held, place)
+    return place
+
+
+def test_what_does_not_fit_a_clipcap_file_is_one_message(clipcap, tmp_path):
+    case, config = clipcap("clipcap_mlp")
+    inputs = setup.load(dataclasses.replace(config, init=""), tmp_path, data=False)
+
+    def refused(name, change):
+        file = changed(case / "weights.pt", tmp_path / name, change)
+        with pytest.raises(WeightsError) as error:
+            setup.start(dataclasses.replace(inputs, config=dataclasses.replace(config, init=str(file))), arm)
+        return str(error.value)
+
+    arm = config.arm["baseline"]
+
+    def spoil(held):
+        held["clip_project.model.5.weight"] = held.pop("clip_project.model.0.bias")
+        held["gpt.transformer.ln_f.weight"] = held["gpt.transformer.ln_f.weight"][:7]
+        held["gpt.transformer.h.1.attn.bias"] = torch.zeros(3)  # the causal mask, by whatever shape
+
+    message = refused("spoilt.pt", spoil)
+    for part in (
+        "'clip_project.model.0.bias' (our st/up/bias) is missing",
+        "'gpt.transformer.ln_f.weight' (our lm/ln_f/scale) has shape (7,), not (24,)",
+        "'clip_project.model.5.weight' is unexpected",
+    ):
+        assert part in message
+    message = refused("untied.pt", lambda held: held.update({"gpt.lm_head.weight": held["gpt.lm_head.weight"] + 1}))
+    assert "'gpt.lm_head.weight' differs" in message
+    resnet = torch.zeros(60, 640)
+    message = refused("resnet.pt", lambda held: held.update({"clip_project.model.0.weight": resnet}))
+    assert "RN50x4; CLIP's ResNets are not supported" in message and "config.towers.clip" in message
+    message = refused("other.pt", lambda held: [held.pop(key) for key in list(held)[:-1]])
+    assert "is missing" in message
+    message = refused("lm.pt", lambda held: [held.pop(key) for key in list(held) if key.startswith("clip_project")])
+    assert "none of the forms" in message and "clip_project.*" in message
+
+
+def test_a_mapper_alone_leaves_the_language_model_as_it_is(clipcap, tmp_path):
+    case, config = clipcap("clipcap_mlp")
+    file = changed(
+        case / "weights.pt",
+        tmp_path / "mapper.pt",
+        lambda held: [held.pop(key) for key in list(held) if key.startswith("gpt.")],
+    )
+    inputs = setup.load(dataclasses.replace(config, init=str(file)), tmp_path, data=False)
+    _, params = setup.start(inputs, config.arm["baseline"])
+    theirs = torch.load(file, weights_only=True)
+    np.testing.assert_array_equal(params["st/up/kernel"], theirs["clip_project.model.0.weight"].numpy().T)
+    for path in ("lm/ln_f/scale", "lm/blocks_1/mlp/up/kernel"):
+        np.testing.assert_array_equal(params[path], inputs.towers[path])
+
+
+class Innocent:
+    """What no reader of tensors builds."""
+
+
+def test_nothing_but_tensors_is_unpickled(tmp_path):
+    file = tmp_path / "model.pt"
+    torch.save(Innocent(), file)
+    with pytest.raises(WeightsError, match=r"holds test_checkpoints\.Innocent beside tensors"):
+        torch_files.read(file)
+    torch.save({"clip_project.a": 3}, file)
+    with pytest.raises(WeightsError, match=r"'clip_project\.a' is no tensor but int"):
+        torch_files.WeightFile(torch_files.read(file), file)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(WeightsError, match=r"cannot be read by PyTorch.*download it again"):
+        torch_files.read(file)
+
+
+def llama_folder(original, place: pathlib.Path, case: pathlib.Path) -> pathlib.Path:
+    """Meta's layout: a folder a size, and one tokenizer.model above them."""
+    place.mkdir()
+    (place / "tokenizer.model").symlink_to(original("tokenizers") / "llama" / "tokenizer.model")
+    (place / "7B").symlink_to(case / "7B")
+    return place / "7B"
+
+
+@pytest.fixture
+def llama_adapter(original, tmp_path):
+    """(case, config whose baseline is that LLaMA-Adapter)."""
+    case = original("llama_adapter")
+    config = config_of(
+        "llama_adapter_scienceqa",
+        **{
+            "towers.clip": str(clip_folder(tmp_path / "adapter_clip", 12)),
+            "towers.lm": str(llama_folder(original, tmp_path / "adapter", case)),
+            "arm.baseline.adapter_layers": 3,
+            "arm.baseline.st_hidden": 16,
+            "arm.baseline.st_heads": 2,
+            "towers.scan": False,
+            "init": str(case / "adapter.pth"),
+        },
+    )
+    return case, config
+
+
+def test_llama_adapter_gives_the_authors_logits_on_metas_own_weights(llama_adapter, tmp_path, capsys):
+    case, config = llama_adapter
+    inputs = setup.load(config, tmp_path, data=False)
+    vlm, params = setup.start(inputs, config.arm["baseline"])
+    assert "it has no st/*, which stays as it is drawn" in " ".join(capsys.readouterr().out.split())
+    theirs = np.load(case / "forward.npz")
+    tokens, scored = theirs["examples"][:, 1:], theirs["labels"][:, 1:] > 0
+    read = vlm.lm_input(partition.unflatten(params), jnp.asarray(tokens), jnp.asarray(theirs["mask"][:, 1:] > 0))
+    logits = vlm.logits(partition.unflatten(params), vlm.run_lm(partition.unflatten(params), read))
+    np.testing.assert_allclose(np.asarray(logits)[:, :-1][scored], theirs["logits_scored"], atol=LOGITS, rtol=0)
+
+
+def test_what_contradicts_a_llama_adapter_file_is_named_by_field(llama_adapter, tmp_path):
+    case, config = llama_adapter
+    inputs = setup.load(dataclasses.replace(config, init=""), tmp_path, data=False)
+    arm = config.arm["baseline"]
+
+    def refused(file, **fields) -> str:
+        other = dataclasses.replace(arm, **fields)
+        asked = dataclasses.replace(config, init=str(file), arm={"baseline": other})
+        with pytest.raises(WeightsError) as error:
+            setup.start(dataclasses.replace(inputs, config=asked), other)
+        return str(error.value)
+
+    assert "30 prompts" in refused(case / "adapter.pth", adapter_layers=2)
+    v2 = changed(
+        case / "adapter.pth",
+        tmp_path / "v2.pth",
+        lambda held: held.update({"layers.1.attention.wq.bias": torch.ones(32)}),
+    )
+    assert "tunes 1 tensors of LLaMA itself" in refused(v2)
+    old = changed(
+        case / "adapter.pth",
+        tmp_path / "old.pth",
+        lambda held: held.update({k: v[:, :1] for k, v in held.items() if k.endswith("gate")}),
+    )
+    assert "first release of March 2023" in refused(old)
+    assert "config.arm.baseline.adapter" in refused(case / "adapter.pth", adapter="lavin", adapter_rank=4)
+
+
+def openai_clip(file: pathlib.Path, place: pathlib.Path) -> pathlib.Path:
+    """OpenAI's CLIP as a folder in Hugging Face's form; its text tower is noise, which LaVIN never reads."""
+    held = {key: x.float().numpy() for key, x in torch.load(file, weights_only=True).items() if x.ndim}
+    config = CLIPVisionConfig(image_size=28, patch_size=7, width=128, layers=8, heads=2, mlp=512, joint=48)
+    text = CLIPTextConfig(vocab=724, context=20, width=16, layers=1, heads=2, mlp=32, joint=48, eos_id=723)
+    flat = noise(clip_shapes(config, text))
+
+    def norm(ours, theirs):
+        flat[f"visual/{ours}/scale"], flat[f"visual/{ours}/bias"] = held[f"{theirs}.weight"], held[f"{theirs}.bias"]
+
+    flat["visual/class_embedding"] = held["visual.class_embedding"]
+    flat["visual/position_embedding"] = held["visual.positional_embedding"]
+    flat["visual/patch_embedding/kernel"] = held["visual.conv1.weight"].transpose(2, 3, 1, 0)
+    flat["visual/projection/kernel"] = held["visual.proj"]
+    norm("pre_ln", "visual.ln_pre")
+    norm("post_ln", "visual.ln_post")
+    for i in range(8):
+        ours, theirs = f"visual/blocks_{i}", f"visual.transformer.resblocks.{i}"
+        norm(f"blocks_{i}/ln_1", f"{theirs}.ln_1")
+        norm(f"blocks_{i}/ln_2", f"{theirs}.ln_2")
+        flat[f"{ours}/attn/qkv/kernel"] = held[f"{theirs}.attn.in_proj_weight"].T.reshape(128, 3, 128)
+        flat[f"{ours}/attn/qkv/bias"] = held[f"{theirs}.attn.in_proj_bias"].reshape(3, 128)
+        for part, name in (("attn/out", "attn.out_proj"), ("mlp/up", "mlp.c_fc"), ("mlp/down", "mlp.c_proj")):
+            flat[f"{ours}/{part}/kernel"] = held[f"{theirs}.{name}.weight"].T
+            flat[f"{ours}/{part}/bias"] = held[f"{theirs}.{name}.bias"]
+    export_clip(place, CLIP(config, text, partition.unflatten({k: jnp.asarray(x) for k, x in flat.items()})))
+    for name in resolve("miniature/clip").glob("tokenizer*"):
+        (place / name.name).write_bytes(name.read_bytes())
+    return place
+
+
+@pytest.fixture
+def lavin(original, tmp_path):
+    """Returns a function: settings -> (case, config whose baseline is that LaVIN)."""
+    case = original("lavin")
+
+    def make(**changes):
+        return case, config_of(
+            "lavin7b_scienceqa",
+            **{
+                "towers.clip": str(openai_clip(case / "clip.pt", tmp_path / "clip")),
+                "towers.lm": str(llama_folder(original, tmp_path / "llama", case)),
+                "arm.baseline.adapter_rank": 4,
+                "arm.baseline.adapter_temperature": 5.0,
+                "arm.baseline.st_hidden": 16,
+                "init": str(case / "checkpoint-start.pth"),
+                **changes,
+            },
+        )
+
+    return make
+
+
+def rows_of(ids, labels):
+    """The text behind what LaVIN inserts, as our models read it: (tokens, valid, scored), padded on the right."""
+    texts = []
+    for row, label in zip(ids, labels, strict=True):
+        seen = np.flatnonzero(row == -2)
+        first = seen[-1] + 1 if len(seen) else 7  # modality, BOS, "Image: N/A" in five tokens
+        texts.append((row[first:], label[first:]))
+    width = max(len(text) for text, _ in texts)
+    tokens, scored = np.zeros((2, len(texts), width), np.int32)
+    for i, (text, label) in enumerate(texts):
+        tokens[i, : len(text)], scored[i, : len(text)] = text, label
+    return tokens, tokens > 0, scored > 0
+
+
+def test_lavin_gives_the_authors_features_and_logits(lavin, tmp_path):
+    case, config = lavin()
+    # Whose class token routes the adapters inside CLIP: each picture's own, or as in their code the batch's first one's
+    routing = getattr(config.arm["baseline"], "visual_routing", "sample")
+    authors = np.load(case / "authors.npz")
+    theirs = {"sample": np.load(case / "batch_first.npz"), "position": authors}[routing]
+    inputs = setup.load(config, tmp_path, data=False)
+    vlm, params = setup.start(inputs, config.arm["baseline"])
+    tree = partition.unflatten(params)
+    pictured = authors["has_image"][:8] > 0
+    seen = jax.jit(vlm.encode_image)(tree, jnp.asarray(authors["image"]))
+    np.testing.assert_allclose(np.asarray(seen)[pictured], theirs["clip_features"][pictured], atol=FEATURES, rtol=0)
+    visual = vlm.connect(tree, seen)
+    np.testing.assert_allclose(np.asarray(visual)[pictured], theirs["visual_tokens"][pictured], atol=FEATURES, rtol=0)
+    tokens, valid, scored = rows_of(theirs["inserted_ids"], theirs["inserted_labels"])
+    logits = jax.jit(vlm.token_logits)(
+        tree, visual, jnp.asarray(tokens), jnp.asarray(valid), has_image=jnp.asarray(pictured)
+    )
+    ours = np.asarray(logits)[:2][scored[:2]]
+    np.testing.assert_allclose(ours, theirs["logits_scored_rows_0_1"], atol=LOGITS, rtol=0)
+
+
+def test_a_lavin_file_is_exported_read_again_and_folded(lavin, tmp_path):
+    _, config = lavin()
+    inputs = setup.load(config, tmp_path, data=False)
+    vlm, params = setup.start(inputs, config.arm["baseline"])
+    given = initial.given(inputs, config.arm["baseline"], vlm, params)
+    assert given == set(params) - set(inputs.towers)
+    exporting.write_arm(inputs, "baseline", params, tmp_path / "out", given)
+    again = dataclasses.replace(config, init=str(tmp_path / "out"))
+    _, read = setup.start(dataclasses.replace(inputs, config=again), config.arm["baseline"])
+    for path in given:
+        np.testing.assert_array_equal(read[path], params[path])
+    lm = partition.unflatten(params)["lm"]
+    ids, one = jnp.asarray(np.arange(3, 11, dtype=np.int32)[None]), jnp.asarray([True])
+    steer = vlm.lm.apply({"params": lm}, jnp.zeros((1, 2, 32)), one, method="steer")
+    embeds = vlm.lm.apply({"params": lm}, ids, method="embed")
+    whole = vlm.lm.apply({"params": lm}, embeds, steer=steer, method="hidden")[0]
+    config, folded = vlm.lm.config.adapter.fold(vlm.lm, lm, 1)
+    plain = vlm.lm.clone(config=config)
+    np.testing.assert_allclose(plain.apply({"params": folded}, embeds, method="hidden")[0], whole, atol=1e-5)
+
+
+def test_lavins_settings_are_compared_where_shapes_cannot(lavin, tmp_path):
+    _, config = lavin()
+    inputs = setup.load(dataclasses.replace(config, init=""), tmp_path, data=False)
+    other = dataclasses.replace(config.arm["baseline"], adapter_temperature=10.0, adapter_rank=8)
+    asked = dataclasses.replace(config, arm={"baseline": other})
+    with pytest.raises(WeightsError) as error:
+        setup.start(dataclasses.replace(inputs, config=asked), other)
+    message = str(error.value)
+    assert "config.arm.baseline.adapter_temperature is 10.0" in message and "set it to 5.0" in message
+    assert "config.arm.baseline.adapter_rank is 8" in message and "set it to 4" in message
+
+
+def shards_of(held: dict, parts: int) -> list[dict]:
+    """Meta's model parallelism: rows of wq, wk, wv, w1, w3 and output are split, columns of the others."""
+    columns = ("wo.weight", "w2.weight", "tok_embeddings.weight")
+    split = {
+        key: x.chunk(parts, 1 if key.endswith(columns) else 0) if x.ndim == 2 else [x] * parts
+        for key, x in held.items()
+    }
+    return [{key: pieces[i].clone() for key, pieces in split.items()} for i in range(parts)]
+
+
+def test_metas_shards_are_joined_and_another_model_s_are_named(original, tmp_path):
+    whole = original("llama_adapter") / "7B"
+    (tmp_path / "params.json").write_bytes((whole / "params.json").read_bytes())
+    held = torch.load(whole / "consolidated.00.pth", weights_only=True)
+    for i, part in enumerate(shards_of(held, 2)):
+        torch.save(part, tmp_path / f"consolidated.{i:02}.pth")
+    expected, found = load_lm(whole), load_lm(tmp_path)
+    assert found.config == expected.config
+    for path, leaf in partition.flatten(expected.params).items():
+        np.testing.assert_array_equal(partition.flatten(found.params)[path], leaf)
+    assert fingerprint(tmp_path) != fingerprint(whole)
+    part.pop("norm.weight")
+    torch.save(part, tmp_path / "consolidated.01.pth")
+    with pytest.raises(WeightsError, match=r"consolidated\.01\.pth has other keys"):
+        load_lm(tmp_path)
+
+
+def test_old_bin_files_are_read_and_a_delta_is_named(original, tmp_path):
+    """Hugging Face's form of the same LLaMA, as two pytorch_model bins in bfloat16 with an index (Vicuna's)."""
+    lm = load_lm(original("llama_adapter") / "7B")
+    export_lm(tmp_path / "hf", lm)
+    theirs = {
+        key: torch.from_numpy(x).bfloat16() for key, x in load_file(tmp_path / "hf" / "model.safetensors").items()
+    }
+    theirs["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    names = sorted(theirs)
+    where = {key: f"pytorch_model-{1 + (i % 2):05}-of-00002.bin" for i, key in enumerate(names)}
+
+    def write(change):
+        for file in set(where.values()):
+            torch.save({key: change(theirs[key]) for key in names if where[key] == file}, tmp_path / "hf" / file)
+        index = {"metadata": {}, "weight_map": where}
+        (tmp_path / "hf" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+    write(lambda x: x)
+    found = partition.flatten(load_lm(tmp_path / "hf").params)
+    for path, leaf in partition.flatten(lm.params).items():
+        np.testing.assert_array_equal(found[path], np.asarray(leaf).astype(ml_dtypes.bfloat16).astype(np.float32))
+    torch.manual_seed(0)
+    write(lambda x: 0.004 * torch.randn_like(x))
+    with pytest.raises(WeightsError, match=r"differences to another model's weights.*apply_delta"):
+        load_lm(tmp_path / "hf")
+
+
+def spoken_to(monkeypatch, capsys, lines, config, image) -> str:
+    """What `--mode=chat` says in a conversation of these lines."""
+    typed = iter(lines)
+
+    def read(_):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    decode = dataclasses.replace(config.decode, max_tokens=3)
+    chat.chat(dataclasses.replace(config, decode=decode), None, "baseline", image, init=True)
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_lavin_and_llama_adapter_files_are_asked_as_they_are(lavin, llama_adapter, tmp_path, monkeypatch, capsys):
+    picture = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8)).save(picture)
+    _, config = llama_adapter
+    said = spoken_to(monkeypatch, capsys, ["Name a colour.", f"/image {picture}"], config, None)
+    assert "was trained on text alone: it has no st/*" in said and "a new conversation" not in said
+    with pytest.raises(ConfigError, match="trained on text alone"):
+        spoken_to(monkeypatch, capsys, [], config, picture)
+    _, config = lavin()
+    said = spoken_to(monkeypatch, capsys, ["What is this?"], config, picture)
+    assert "LaVIN's checkpoint) fills" in said and "error" not in said
+
+
+def v2_visual(width=16, dim=32, seen=12, blocks=2, queries=10) -> dict:
+    """Tensors of noise under the names of LLaMA-Adapter V2's visual part."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"visual_query.weight": (queries, width)}
+    shapes |= {"clip_proj.weight": (width, seen), "visual_proj.weight": (dim, width)}
+    for i in range(blocks):
+        at = f"visual_blocks.{i}"
+        shapes |= {f"{at}.attn.qkv.weight": (3 * width, width), f"{at}.attn.proj.weight": (width, width)}
+        shapes |= {f"{at}.mlp.fc1.weight": (4 * width, width), f"{at}.mlp.fc2.weight": (width, 4 * width)}
+        shapes |= {f"{at}.{norm}.weight": (width,) for norm in ("norm1", "norm2")}
+    shapes |= {"clip_proj_norm.weight": (width,), "visual_proj_norm.weight": (dim,)}
+    held = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name in [name for name in held if "query" not in name]:
+        rows = held[name].shape[0]
+        held[name.replace("weight", "bias")] = 0.3 * torch.randn(rows, generator=generator)
+    return held
+
+
+def v2_sees(held: dict, seen):
+    """What their forward_visual makes of CLIP's features, written with torch's functions."""
+    functional = torch.nn.functional
+
+    def linear(name, x):
+        return functional.linear(x, held[f"{name}.weight"], held[f"{name}.bias"])
+
+    def norm(name, x):
+        return functional.layer_norm(x, x.shape[-1:], held[f"{name}.weight"], held[f"{name}.bias"])
+
+    image = norm("clip_proj_norm", linear("clip_proj", seen))
+    x = torch.cat([held["visual_query.weight"].expand(len(seen), -1, -1), image], dim=1)
+    for i in range(2):
+        at, (b, n, d) = f"visual_blocks.{i}", x.shape
+        q, k, v = linear(f"{at}.attn.qkv", norm(f"{at}.norm1", x)).reshape(b, n, 3, 2, d // 2).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d)
+        x = x + linear(f"{at}.attn.proj", mixed)
+        x = x + linear(f"{at}.mlp.fc2", functional.gelu(linear(f"{at}.mlp.fc1", norm(f"{at}.norm2", x))))
+    return norm("visual_proj_norm", linear("visual_proj", x[:, :10]))
+
+
+def test_llama_adapter_v2_s_visual_part_sees_as_theirs(llama_adapter, tmp_path):
+    case, config = llama_adapter
+    visual = v2_visual()
+
+    def make(held):
+        gates = {key: held.pop(key) for key in list(held) if key.endswith("gate")}
+        held |= {f"llama.{key}": gate for key, gate in gates.items()} | visual
+
+    file = changed(case / "adapter.pth", tmp_path / "v2.pth", make)
+    inputs = setup.load(dataclasses.replace(config, init=str(file)), tmp_path, data=False)
+    vlm, params = setup.start(inputs, config.arm["baseline"])
+    torch.manual_seed(1)
+    seen = torch.randn(2, 5, 12)
+    ours = vlm.st.apply({"params": partition.unflatten(params)["st"]}, jnp.asarray(seen.numpy()))
+    np.testing.assert_allclose(ours, v2_sees(visual, seen).numpy(), atol=1e-5)
