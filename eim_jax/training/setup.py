@@ -96,7 +96,10 @@ class Inputs:
             count=len(self.samples),
         )
         folder = self.workdir / "queues" / kind.name
+        say = functools.partial(console.print, soft_wrap=True)
+        parts = queues.QueueParts(folder.with_name(f"{kind.name}.parts"), manifest, say)
         if (folder / "manifest.json").exists():
+            parts.remove()  # of a run that was killed before it did
             return Queue.load(folder, manifest, self.mesh)
         ids = [sample.id for sample in self.samples.samples]
         doing(f"building the queue {kind.name}")
@@ -112,10 +115,12 @@ class Inputs:
             ids=ids,
             name=kind.name,
             progress=True,
+            parts=parts,
         )
         for line in queue_health.report(queue, kind.name, ids, self.mesh):
             console.print(line, soft_wrap=True)
         queue.save(folder, manifest)
+        parts.remove()
         return queue
 
 

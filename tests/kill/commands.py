@@ -30,8 +30,9 @@ def finer_steps() -> None:
     A run that takes seconds then passes through the states of one that takes days.
     """
     from eim_jax.data import feature_cache, shard_writer
+    from eim_jax.losses import queue_parts
 
-    feature_cache._MARK_SECONDS = 0
+    feature_cache._MARK_SECONDS = queue_parts._SECONDS = 0
     shard_writer.prepare.__defaults__ = (8_000,)
 
 
@@ -92,6 +93,7 @@ def commands(data: dict[str, str], trained: pathlib.Path) -> list[Command]:
                 anywhere,
                 Moment("checking and tokenising", words="checking"),
                 Moment("writing features", files="run/cache/features/*/*partial*"),
+                Moment("building a queue", files="run/queues/*/process-0/*"),
                 Moment("writing a queue", files="run/queues/*"),
                 Moment("saving a checkpoint", files=save),
                 Moment("saving a stage's result", files=result),
