@@ -71,6 +71,7 @@ def cached_features(
             {
                 **manifest,
                 "images": split.images.fingerprint(),
+                **{kind: found for kind, found in _contents(split).items() if found},
                 "preprocessing": _PREPROCESSING[fit],
                 "image_size": image_size,
                 "dtype": dtype,
@@ -90,6 +91,22 @@ def cached_features(
         cache.finish()
     processes.barrier("vision features")
     return cache.open(shape)
+
+
+def _contents(split: Split) -> dict[str, str]:
+    """What tells pictures from others of the same names and sizes; "" where nothing is known, as of old shards."""
+    return {"contents": split.images.contents(), "modified": split.images.modified()}
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The fields in which a manifest is another one.
+
+    Prepared shards have no files whose times could be known: shards and files share a cache by what they hold.
+    """
+    unknown = {field for field in ("contents", "modified") if field not in wanted}
+    unknown |= {"modified"} - found.keys()
+    fields = (found.keys() | wanted.keys()) - unknown
+    return sorted(field for field in fields if found.get(field) != wanted.get(field))
 
 
 def _fill(
@@ -172,8 +189,7 @@ class _Cache:
             return False
         for beside in ("rows_done", "sha256"):  # what a manifest holds besides what the features depend on
             found.pop(beside, None)
-        differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-        if differing:
+        if differing := _differing(found, wanted):
             console.print(f"vision features in {self.directory} are stale and computed again:")
             for key in differing:
                 console.print(f"  {key}: expected {wanted.get(key)}, found {found.get(key)}")

@@ -86,6 +86,7 @@ def prepare(config: Config, folder: Path, shard_bytes: int = SHARD_BYTES) -> Non
         if split is None:
             raise ConfigError(f"config.data has no split {name!r} to prepare: {kind.unscored}")
         entry = {"fingerprint": split.fingerprint(), "samples": len(split), "images": len(split.images)}
+        entry |= {"contents": split.images.contents()}
         same = [other for other in plans if manifest["splits"][other]["fingerprint"] == entry["fingerprint"]]
         if same:  # one captions file for training and scores
             manifest["splits"][name] = {"same_as": same[0]}
@@ -118,7 +119,7 @@ def _is_whole(folder: Path, wanted: Mapping[str, Any]) -> bool:
             raise ConfigError(f"{file} is not a manifest of this version of eim_jax: prepare into another folder")
         if not all(isinstance(split, dict) for split in found["splits"].values()):
             raise Damaged(file, "its splits are no splits", folder)
-        if _essence(found) != _essence(wanted):
+        if _essence(found) != _essence(wanted) or _others(found, wanted):
             raise ConfigError(f"--out={folder} was prepared from other files, or with other settings: choose another")
         check_files(folder, found)
         for name, split in found["splits"].items():
@@ -264,3 +265,9 @@ def _essence(manifest: Mapping[str, Any]) -> list[Any]:
     """What two manifests of the same data share."""
     splits = {name: split.get("fingerprint", split.get("same_as")) for name, split in manifest["splits"].items()}
     return [manifest["kind"], manifest["settings"], manifest["sources"], splits]
+
+
+def _others(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether pictures are others than were prepared, of the same names and sizes; folders of old cannot tell."""
+    splits = [(found["splits"].get(name, {}), split) for name, split in wanted["splits"].items()]
+    return any(old.get("contents", new.get("contents")) != new.get("contents") for old, new in splits)

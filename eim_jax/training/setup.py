@@ -62,7 +62,10 @@ class Inputs:
 
     def identity(self) -> dict[str, str]:
         """What a workdir's results depend on besides its config: fingerprints of towers, tokenisers and data."""
-        data = {} if self.train is None else {"training data": self.train.fingerprint()}
+        if self.train is None:
+            return self.fingerprints
+        pictures = self.train.images.contents()  # beside the data's fingerprint, as earlier runs have none
+        data = {"training data": self.train.fingerprint()} | ({"training pictures": pictures} if pictures else {})
         return {**self.fingerprints, **data}
 
     @property

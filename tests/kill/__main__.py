@@ -1,18 +1,12 @@
 """`python -m tests.kill --kills=50 [--minutes=60] [--seed=0]`: prints a table, exits 1 on a finding."""
 
 import argparse
-import os
 import pathlib
 import random
 import shutil
 import sys
 import tempfile
 import time
-
-# As `make test` compiles: programs that run for milliseconds. Before anything imports JAX.
-QUICK = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
 
 
 def main() -> int:
@@ -25,7 +19,6 @@ def main() -> int:
     given = flags.parse_args()
     if not given.kills and not given.minutes:
         flags.error("give --kills or --minutes")
-    os.environ.setdefault("XLA_FLAGS", QUICK)
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
     from .campaign import Campaign, Wrong
 

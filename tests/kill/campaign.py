@@ -1,6 +1,7 @@
 """A campaign: commands are struck at random moments and started again; what they leave is compared with the whole."""
 
 import collections
+import os
 import pathlib
 import random
 import shutil
@@ -63,7 +64,9 @@ class Campaign:
         self.folder, self.rng, self.tally, self._trials = folder, random.Random(seed), Tally(), 0
         data = make_data(folder / "data")
         self.commands = commands(data, folder / "whole-train")
-        self._programs = folder / "programs"
+        # Compiled once for all trials: restarts are quick. JAX reads it at its import, in the server of `mains`.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "programs")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         self._seconds: dict[str, float] = {}
         self._whole: dict[str, dict[str, object]] = {}
 
@@ -149,6 +152,4 @@ class Campaign:
             command.flags(place),
             place / f"said-{number:02d}.txt",
             before=finer_steps,
-            JAX_COMPILATION_CACHE_DIR=str(self._programs),
-            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .moments import Moment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-STAGES = ("base", "st", "lm", "ie")
+STAGES = ("base", "lm", "ie")
 PICTURES = 110  # of five captions each: three batches of keys in a queue
 
 
@@ -61,17 +61,17 @@ def _train_flags(data: dict[str, str]) -> list[str]:
         **data,
         "arms": "('eim',)",
         "arm.eim.sequence": str(STAGES),
-        "decode.methods": "('greedy','beam')",
-        "decode.beams": 2,
+        "decode.methods": "('greedy',)",
         "decode.max_tokens": 6,
         "decode.java": False,
         "towers.dropout": 0.1,
         "towers.scan": True,  # less to compile
-        "checkpoint.every_steps": 3,
-        "log_every": 4,  # so that a run also continues within a record's steps
+        "data.max_tokens": 12,
+        "checkpoint.every_steps": 2,
+        "log_every": 3,  # so that a run also continues within a record's steps
     }
     for name in STAGES:
-        fields |= {f"stages.{name}.steps": 11, f"stages.{name}.warmup_steps": 2, f"stages.{name}.batch": 20}
+        fields |= {f"stages.{name}.steps": 8, f"stages.{name}.warmup_steps": 2, f"stages.{name}.batch": 8}
     return [f"--config={ROOT / 'configs/miniature.py'}", *(f"--config.{f}={v}" for f, v in fields.items())]
 
 
