@@ -16,6 +16,7 @@ def main() -> int:
     flags.add_argument("--minutes", type=float, default=0, help="after which no trial begins; 0: without end")
     flags.add_argument("--seed", type=int, default=None, help="of the moments; drawn and printed without")
     flags.add_argument("--folder", type=pathlib.Path, default=None, help="a new one; where failures stay")
+    flags.add_argument("--programs", type=pathlib.Path, default=None, help="compiled programs of an earlier campaign")
     given = flags.parse_args()
     if not given.kills and not given.minutes:
         flags.error("give --kills or --minutes")
@@ -27,7 +28,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     print(f"seed {seed}, in {folder}", flush=True)
     end = time.monotonic() + 60 * (given.minutes or 10**6)
-    campaign = Campaign(folder, seed)
+    campaign = Campaign(folder, seed, given.programs)
     try:
         campaign.prepare()
     except Wrong as error:

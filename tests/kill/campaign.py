@@ -60,12 +60,12 @@ class Tally:
 class Campaign:
     """Everything lies in `folder`; what was made undisturbed is in `folder`/whole, a failed trial stays there too."""
 
-    def __init__(self, folder: pathlib.Path, seed: int):
+    def __init__(self, folder: pathlib.Path, seed: int, programs: pathlib.Path | None = None):
         self.folder, self.rng, self.tally, self._trials = folder, random.Random(seed), Tally(), 0
         data = make_data(folder / "data")
         self.commands = commands(data, folder / "whole-train")
         # Compiled once for all trials: restarts are quick. JAX reads it at its import, in the server of `mains`.
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "programs")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs or folder / "programs")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         self._seconds: dict[str, float] = {}
         self._whole: dict[str, dict[str, object]] = {}
