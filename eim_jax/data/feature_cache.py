@@ -1,5 +1,6 @@
 """The frozen CLIP's features of every image, computed once and kept in a memory-mapped file."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float
 from eim_jax.data.loader import eval_images
 from eim_jax.data.samples import Split
 from eim_jax.parallel import processes
+from eim_jax.parallel.lock import held
 from eim_jax.parallel.sharding import parts_of
 from eim_jax.utils.console import console, progress
 from eim_jax.utils.files import Damaged, allocate, check_sums, flush, new_rows, read_json, read_rows, sha256, write_text
@@ -81,15 +83,20 @@ def cached_features(
     )
     # Process 0 looks at the files and tells the others how many rows are there.
     first = processes.is_first()
-    done = 0
-    if first:
-        done = shape[0] if cache.matches(cache.manifest, wanted) else cache.prepare(wanted, shape)
-    done = processes.agreed(done)
-    if done < shape[0]:
-        _fill(cache, split, see, shape, done, image_size, fit, batch_size, threads, mesh)
-    if first and not cache.manifest.exists():
-        cache.finish()
-    processes.barrier("vision features")
+    with contextlib.ExitStack() as stack:
+        done = 0
+        if first:
+            if cache.matches(cache.manifest, wanted, quiet=True):  # also where nothing may be written
+                done = shape[0]
+            else:  # a run that shares the cache may be filling it
+                stack.enter_context(held(cache.directory, wait=True))
+                done = shape[0] if cache.matches(cache.manifest, wanted) else cache.prepare(wanted, shape)
+        done = processes.agreed(done)
+        if done < shape[0]:
+            _fill(cache, split, see, shape, done, image_size, fit, batch_size, threads, mesh)
+        if first and not cache.manifest.exists():
+            cache.finish()
+        processes.barrier("vision features")
     return cache.open(shape)
 
 
@@ -178,18 +185,19 @@ class _Cache:
         self.partial, self.progress = directory / "features.partial.npy", directory / "manifest.partial.json"
         self._wanted: dict[str, Any] = {}
 
-    def matches(self, file: pathlib.Path, wanted: Mapping[str, Any]) -> bool:
-        """Returns whether a manifest file says `wanted`; prints the differing fields if it says something else."""
+    def matches(self, file: pathlib.Path, wanted: Mapping[str, Any], quiet: bool = False) -> bool:
+        """Returns whether a manifest file says `wanted`; unless `quiet`, prints the fields in which it differs."""
         try:
             found = read_json(file)
         except FileNotFoundError:
             return False
         except Damaged:
-            console.print(f"{file} is damaged: computing the vision features again")
+            if not quiet:
+                console.print(f"{file} is damaged: computing the vision features again")
             return False
         for beside in ("rows_done", "sha256"):  # what a manifest holds besides what the features depend on
             found.pop(beside, None)
-        if differing := _differing(found, wanted):
+        if (differing := _differing(found, wanted)) and not quiet:
             console.print(f"vision features in {self.directory} are stale and computed again:")
             for key in differing:
                 console.print(f"  {key}: expected {wanted.get(key)}, found {found.get(key)}")

@@ -76,7 +76,10 @@ def prepare(config: Config, folder: Path, shard_bytes: int = SHARD_BYTES) -> Non
     doing("checking the data")
     shards, own = kind.shards, kind.settings(data)
     known = {"cache", INDEX, shards.folder, MANIFEST, PARTIAL}
-    strange = sorted(entry.name for entry in folder.iterdir() if entry.name not in known) if folder.is_dir() else []
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    # A kill in the middle of writing a manifest leaves its partial file, which the next writing removes.
+    begun = tuple(f"{name}." for name in known)
+    strange = sorted(n for n in names if n not in known and not (n.startswith(begun) and n.endswith(".partial")))
     if strange:
         raise ConfigError(f"--out={folder} holds other things ({', '.join(strange[:3])}): choose an empty folder")
     plans, manifest = {}, {"version": VERSION, "kind": kind.name, "settings": shards.settings(own), "splits": {}}
