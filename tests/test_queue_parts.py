@@ -2,6 +2,9 @@
 
 import functools
 import math
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -136,3 +139,57 @@ def test_damaged_parts_are_not_continued(tmp_path, often, change):
 def test_between_parts_some_seconds_pass(tmp_path):
     build(tmp_path, Rows(1))
     assert not list(tmp_path.iterdir())  # this one took less
+
+
+TWO = """
+import os, pathlib, sys
+import jax, jax.numpy as jnp, numpy as np
+sys.path.insert(0, os.path.dirname(sys.argv[5]))
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+number, port, folder, stop = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
+import test_queue_parts as own
+from eim_jax.losses import queue_parts
+from eim_jax.parallel.sharding import make_mesh
+queue_parts._STEPS = 1
+if stop and number == 1:
+    queue_parts._STEPS = 2  # killed before it wrote what the other one did
+rows = own.Rows(2, stop or None)
+try:
+    queue, parts = own.build(pathlib.Path(folder), rows, mesh=make_mesh((1, 4, 1), jax.devices()), batch=16)
+except own.Stopped:
+    print("stopped", flush=True)
+    os._exit(3)
+print("asked", len(rows.asked) // 2, flush=True)
+queue.save(pathlib.Path(folder) / "k", own.described())
+parts.remove()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_behind_the_last_part_that_both_wrote(tmp_path, monkeypatch):
+    def two(stop, codes):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [sys.executable, "-c", TWO]
+        values = [str(port), str(tmp_path), str(stop), __file__]
+        started = [
+            subprocess.Popen([*command, str(i), *values], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for i in range(2)
+        ]
+        said = [process.communicate(timeout=300) for process in started]
+        assert [process.returncode for process in started] == codes, said
+        return said
+
+    two(3, [3, 3])  # in the fourth of four steps
+    kept = sorted(path.name for path in (tmp_path / "k.parts").glob("*/keys-*"))
+    assert kept == [f"keys-{part:06d}.npy" for part in (0, 0, 1, 2)]
+    said = two(0, [0, 0])
+    for out, _ in said:
+        assert "asked 2" in out and f"continuing after 32 of {N} keys" in out  # not 48
+    assert [path.name for path in tmp_path.iterdir()] == ["k"]
+    mesh = make_mesh((1, 4, 1), jax.devices()[:4])
+    whole, _ = build(tmp_path / "whole", Rows(4), mesh=mesh, batch=16)
+    same(Queue.load(tmp_path / "k", described(), mesh), whole)

@@ -120,7 +120,7 @@ class _Verdicts:
         self._file = None
         self._good: dict[str, Stamp] = {}
         self._replaced: list[str] = []
-        self._saved, self._every = time.monotonic(), _SAVE_SECONDS
+        self._saved, self._every, self._news = time.monotonic(), _SAVE_SECONDS, False
         if cache is None:
             return
         place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
@@ -172,6 +172,7 @@ class _Verdicts:
         problem = file_problem(path)
         if problem is None and stamp is not None:
             self._good[name] = stamp
+            self._news = True
         return problem
 
     def save_if_due(self) -> None:
@@ -183,6 +184,7 @@ class _Verdicts:
             self._every = max(_SAVE_SECONDS, 10 * (self._saved - begun))
 
     def save(self) -> None:
-        """Writes the verdicts; a check may be under way in threads."""
-        if self._file is not None:
+        """Writes the verdicts where there are new ones; a check may be under way in threads."""
+        if self._file is not None and self._news:
+            self._news = False
             write_text(self._file, json.dumps({"header": self._header, "good": dict(self._good)}))

@@ -29,10 +29,11 @@ def finer_steps() -> None:
 
     A run that takes seconds then passes through the states of one that takes days.
     """
-    from eim_jax.data import feature_cache, shard_writer
+    from eim_jax.data import feature_cache, image_checks, shard_writer
     from eim_jax.losses import queue_parts
 
-    feature_cache._MARK_SECONDS = queue_parts._SECONDS = 0
+    feature_cache._MARK_SECONDS = queue_parts._SECONDS = image_checks._SAVE_SECONDS = 0
+    image_checks._CHUNK = 5
     shard_writer.prepare.__defaults__ = (8_000,)
 
 

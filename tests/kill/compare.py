@@ -7,7 +7,6 @@ import pathlib
 import numpy as np
 
 TIMES = {"examples_per_second", "data_wait", "device", "host", "seconds", "prepare_seconds"}
-OWN = {"run.lock", "report.html", "run.json", "cache", "tensorboard"}  # holds times, or is compared in parts
 
 
 def left_by(name: str, folder: pathlib.Path) -> dict[str, object]:
@@ -18,7 +17,7 @@ def left_by(name: str, folder: pathlib.Path) -> dict[str, object]:
         return _files(folder / "exported")
     run = folder / "run"
     arm = run / "eim"
-    found = _files(arm, without={"checkpoints", "metrics.jsonl", "run.json", "tensorboard"}, only=(".json",))
+    found = _files(arm, without={"checkpoints", "run.json"}, only=(".json",))
     found |= {"report.html": (run / "report.html").read_text().rstrip().endswith("</html>")}
     found |= {f"queues/{path}": value for path, value in _files(run / "queues").items()}
     for place in sorted((run / "cache" / "features").iterdir()):
@@ -37,8 +36,9 @@ def differences(want: dict[str, object], got: dict[str, object]) -> list[str]:
 
 def litter(folder: pathlib.Path) -> list[str]:
     """Files that a finished command should have taken away."""
-    marks = (".partial", ".tmp", ".old", "orbax-checkpoint-tmp")
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if any(m in path.name for m in marks))
+    marks = (".partial", ".parts", ".tmp", ".old", ".lock", "orbax-checkpoint-tmp")
+    found = [path for path in folder.rglob("*") if any(mark in path.name for mark in marks)]
+    return sorted(str(path.relative_to(folder)) for path in found if path.name != "run.lock")
 
 
 def _timeless(value):
