@@ -21,8 +21,8 @@ _context.set_forkserver_preload(
 )
 
 
-def _become(flags, environment, output, stdin):
-    """What `python -m eim_jax.main FLAGS <stdin >output 2>&1` does, imports aside."""
+def _become(flags, environment, output, stdin, before):
+    """What `python -m eim_jax.main FLAGS <stdin >output 2>&1` does, imports aside; after what `before` does."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -33,6 +33,8 @@ def _become(flags, environment, output, stdin):
     sys.argv = ["eim_jax/main.py", *flags]
     from eim_jax import main
 
+    if before is not None:
+        before()
     try:
         main.cli()
     finally:
@@ -40,18 +42,26 @@ def _become(flags, environment, output, stdin):
 
 
 class Main:
-    """A process of `python -m eim_jax.main FLAGS` on CPU devices, its input from a file, its output in one."""
+    """A process of `python -m eim_jax.main FLAGS` on CPU devices, its input from a file, its output in one.
 
-    def __init__(self, flags, output, stdin=os.devnull, **environment):
+    `before`, a function of a module, is called in the process first: it may change what no flag does.
+    """
+
+    def __init__(self, flags, output, stdin=os.devnull, before=None, **environment):
         os.environ["JAX_PLATFORMS"] = "cpu"  # JAX reads it at its import, which is in the server
         self.output = pathlib.Path(output)
-        arguments = ([str(flag) for flag in flags], environment, str(output), str(stdin))
+        arguments = ([str(flag) for flag in flags], environment, str(output), str(stdin), before)
         self._process = _context.Process(target=_become, args=arguments)
         self._process.start()
 
     def said(self) -> str:
         """Its output up to now."""
         return self.output.read_text() if self.output.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
 
     def poll(self) -> int | None:
         """Its exit code, minus the signal that ended it; None while it runs."""

@@ -1,7 +1,10 @@
 """What a command writes appears whole or not at all, and may be read by whom the umask says."""
 
 import os
+import re
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -52,3 +55,23 @@ def test_a_text_that_cannot_be_written_whole_leaves_the_old_one_alone(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         write_text(tmp_path / "a.json", "new")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.json", "old")]
+
+
+def test_what_a_killed_process_left_of_a_text_goes_with_the_next_write_and_a_living_ones_stays(tmp_path):
+    script = """
+import os, pathlib, sys
+from eim_jax.utils import files
+files.flush = lambda path: os.kill(os.getpid(), 9)
+files.write_text(pathlib.Path(sys.argv[1]), "half")
+"""
+    killed = subprocess.run([sys.executable, "-c", script, tmp_path / "a.json"])
+    (left,) = tmp_path.iterdir()
+    assert killed.returncode == -9 and left.name.startswith("a.json.")
+    others = [left.with_name(left.name.replace("a.json", name)) for name in ("b.json", "a.json.1")]
+    living = left.with_name(re.sub(r"-\d+[.]", f"-{os.getppid()}.", left.name))
+    elsewhere = tmp_path / "a.json.0000ffff-1234567.partial"
+    for file in (*others, living, elsewhere):
+        file.write_text("stays")
+    write_text(tmp_path / "a.json", "whole")
+    assert {*tmp_path.iterdir()} == {tmp_path / "a.json", *others, living, elsewhere}
+    assert (tmp_path / "a.json").read_text() == "whole"

@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+from eim_jax.commands import exporting, prepare
+from eim_jax.config import Config
 from eim_jax.parallel import lock
-from eim_jax.parallel.lock import InUse, locked
+from eim_jax.parallel.lock import InUse, held, locked
 
 HOLDS = """
 import pathlib, sys, time
@@ -74,3 +76,62 @@ def test_a_refused_run_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="refused"), locked(tmp_path / "a" / "run"):
         raise ValueError("refused")
     assert not (tmp_path / "a" / "run").exists()
+
+
+WRITES = """
+import pathlib, sys, time
+from eim_jax.parallel.lock import held
+with held(pathlib.Path(sys.argv[1]), wait=sys.argv[2] == "wait"):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[3]))
+"""
+
+
+def writer(folder, wait="no", seconds=600):
+    command = [sys.executable, "-c", WRITES, folder, wait, str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_two_commands_do_not_write_one_folder_and_a_killed_one_leaves_its_place(tmp_path, capsys):
+    folder = tmp_path / "new" / "out"
+    first = writer(folder)
+    try:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(InUse, match=rf"out is in use by another run \(process {first.pid} .*choose another --out"):
+            lock.held(folder, wait=False).__enter__()
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    with held(folder, wait=False):
+        assert f"process {first.pid} on" in capsys.readouterr().out
+        assert not folder.exists()  # an export's folder has to be empty
+    assert not list(folder.parent.iterdir())
+
+
+def test_what_two_runs_need_is_waited_for(tmp_path, capsys):
+    folder = tmp_path / "features"
+    first = writer(folder, seconds=2)
+    assert first.stdout.readline() == "held\n"
+    with held(folder, wait=True):
+        assert first.wait() == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.count("waiting for it") == 1 and f"process {first.pid} on" in said
+        assert "ended without a word" not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_prepare_and_export_hold_their_folders(tmp_path, monkeypatch):
+    taken = []
+
+    def refuse(folder, *, wait):
+        taken.append((folder, wait))
+        raise InUse("in use")
+
+    for module, call in (
+        (prepare, lambda: prepare.prepare(Config(), tmp_path / "p")),
+        (exporting, lambda: exporting.export(Config(), tmp_path, "eim", tmp_path / "e")),
+    ):
+        monkeypatch.setattr(module, "held", refuse)
+        with pytest.raises(InUse):
+            call()
+    assert taken == [(tmp_path / "p", False), (tmp_path / "e", False)]

@@ -206,6 +206,35 @@ def test_an_interrupted_prepare_goes_on_after_its_last_whole_shard(made, tmp_pat
     assert not opened
 
 
+def test_what_a_kill_left_of_a_manifest_keeps_nobody_from_preparing(made, tmp_path):
+    _, _, folder = made("coco")
+    raw = Config(data=coco(tmp_path / "coco"), arm={"eim": Arm()})
+    (folder / writing.MANIFEST).rename(folder / f"{writing.MANIFEST}.12ab34cd-99999.partial")
+    writing.prepare(raw, folder, SMALL)
+    assert (folder / writing.MANIFEST).exists()
+    (folder / "mine.partial").write_text("")
+    with pytest.raises(ConfigError, match=r"holds other things \(mine.partial\)"):
+        writing.prepare(raw, folder, SMALL)
+
+
+def test_a_picture_replaced_by_one_of_its_size_is_another_picture(tmp_path):
+    data = coco(tmp_path)
+    for file in (tmp_path / "images").iterdir():
+        Image.open(file).convert("RGB").resize((20, 20)).save(file, "BMP")
+    raw, folder = Config(data=data, arm={"eim": Arm()}), tmp_path / "prepared"
+    writing.prepare(raw, folder, SMALL)
+    size = (tmp_path / "images" / "5.jpg").stat().st_size
+    Image.new("RGB", (20, 20)).save(tmp_path / "images" / "5.jpg", "BMP")
+    assert (tmp_path / "images" / "5.jpg").stat().st_size == size
+    with pytest.raises(ConfigError, match="was prepared from other files"):
+        writing.prepare(raw, folder, SMALL)
+    manifest = json.loads((folder / writing.MANIFEST).read_text())
+    for split in manifest["splits"].values():
+        split.pop("contents", None)
+    (folder / writing.MANIFEST).write_text(json.dumps(manifest))
+    writing.prepare(raw, folder, SMALL)  # one of an earlier version cannot tell
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[:-9])
 

@@ -23,6 +23,15 @@ with handled():
 IN_PYTHON = "time.sleep(600)"
 # As a compilation: without the lock of the interpreter, and not to be interrupted by a signal.
 IN_C = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2 * 10**9)"
+# As a callback of the garbage collector: what is raised there goes nowhere.
+IN_A_FINALISER = """
+    class Slow:
+        def __del__(self):
+            time.sleep(600)
+    slow = Slow()
+    del slow
+    time.sleep(600)
+"""
 SWALLOWS = """
     while True:
         try:
@@ -52,7 +61,7 @@ def start():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("body", [IN_PYTHON, IN_C], ids=["python", "c"])
+@pytest.mark.parametrize("body", [IN_PYTHON, IN_C, IN_A_FINALISER], ids=["python", "c", "finaliser"])
 def test_one_signal_ends_the_process_with_one_line(start, body, number):
     process = start(body)
     process.send_signal(number)

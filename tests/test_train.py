@@ -86,8 +86,15 @@ def test_an_export_holds_what_training_changed_and_a_gpt2_that_loads(finished, c
     again = AutoTokenizer.from_pretrained(tmp_path / "out" / "lm")
     assert again(words)["input_ids"] == inputs.lm_tokenizer(words)["input_ids"]
     assert json.loads((tmp_path / "out" / exporting.RECORD).read_text())["towers"]["lm"] == "miniature/gpt2"
-    with pytest.raises(settings.ConfigError, match="holds other files"):
-        exporting.write_arm(inputs, "eim", end, tmp_path / "out")
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")}
+    exporting.write_arm(inputs, "eim", end, tmp_path / "out")  # as after a kill behind the last rename: it is there
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*")} == before
+    changed = {path: leaf + 1 if path.startswith("st/") else leaf for path, leaf in end.items()}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    for params, place in ((changed, "out"), (end, "mine")):
+        with pytest.raises(settings.ConfigError, match="holds other files"):
+            exporting.write_arm(inputs, "eim", params, tmp_path / place)
 
 
 def test_the_arms_record_tells_what_each_stage_did(finished, config):

@@ -7,25 +7,32 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from eim_jax.commands.trained_arms import load_finished, trained
 from eim_jax.config import Config, ConfigError
+from eim_jax.parallel.lock import held
 from eim_jax.pretrained import LM, export_lm
 from eim_jax.training import initial, partition
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.console import console
-from eim_jax.utils.files import new_folder
+from eim_jax.utils.files import Damaged, new_folder, read_json
 
 LEAVES, RECORD = "trained.safetensors", "arm.json"
 
 
 def export(config: Config, workdir: Path | None, arm: str, out: Path, *, init: bool = False) -> None:
-    """Writes a trained arm as plain files; with `init` what config.init holds, in our form."""
-    inputs = load_finished(config, workdir)
-    vlm, params = trained(inputs, arm, init=init)
-    write_arm(inputs, arm, params, out, kept=initial.given(inputs, config.arm[arm], vlm, params))
+    """Writes a trained arm as plain files; with `init` what config.init holds, in our form.
+
+    Raises:
+      InUse: another command writes there.
+    """
+    with held(out, wait=False):
+        inputs = load_finished(config, workdir)
+        vlm, params = trained(inputs, arm, init=init)
+        write_arm(inputs, arm, params, out, kept=initial.given(inputs, config.arm[arm], vlm, params))
     console.print(f"written to {out}", soft_wrap=True)
 
 
@@ -34,12 +41,15 @@ def write_arm(inputs: Inputs, arm: str, params: Flat, out: Path, kept: Collectio
 
     LEAVES holds, in float32, in our shapes and by our paths ("st/...", "visual/prompt/...", "lm/..."), every leaf that
     a stage of the arm trains, every one that no tower has, and those of `kept` (config.init's); with the towers of
-    RECORD they are the whole model (with towers.scan the blocks are stacked). For one process. Raises ConfigError where
+    RECORD they are the whole model (with towers.scan the blocks are stacked). For one process. A folder that is this
+    export already stays as it is, as one does whose command was killed when all was written. Raises ConfigError where
     `out` holds other files.
     """
     config = inputs.config
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ConfigError(f"--out={out} holds other files: choose an empty folder")
+    full = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    other = ConfigError(f"--out={out} holds other files: choose an empty folder")
+    if full and not (out / RECORD).exists():
+        raise other
     sequence = config.arm[arm].sequence
     trained = {path for name in sequence for g in partition.groups(config.stages[name], params) for path in g.paths}
     trained |= set(kept)
@@ -57,6 +67,10 @@ def write_arm(inputs: Inputs, arm: str, params: Flat, out: Path, kept: Collectio
         "towers": dataclasses.asdict(config.towers),
         "identity": inputs.fingerprints,
     }
+    if full:
+        if not _is_there(out, leaves, record):
+            raise other
+        return
     with new_folder(out) as scratch:
         save_file(leaves, scratch / LEAVES)
         if language & trained and config.towers.quant == "none":
@@ -64,3 +78,14 @@ def write_arm(inputs: Inputs, arm: str, params: Flat, out: Path, kept: Collectio
             export_lm(scratch / "lm", LM(inputs.lm.config, partition.unflatten(lm)["lm"]))
             inputs.lm_tokenizer.save_pretrained(scratch / "lm")
         (scratch / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _is_there(out: Path, kept: dict[str, np.ndarray], record: dict) -> bool:
+    """Whether a folder, which is written whole or not at all, holds this export to the bit."""
+    try:
+        found = read_json(out / RECORD)
+        leaves = load_file(out / LEAVES)
+    except (Damaged, OSError, SafetensorError):
+        return False
+    same = leaves.keys() == kept.keys() and all(np.array_equal(leaves[path], kept[path]) for path in kept)
+    return same and found == json.loads(json.dumps(record))

@@ -8,6 +8,7 @@ from eim_jax.commands.score_report import report_scores
 from eim_jax.commands.trained_arms import check_identity, check_trainable, read_record
 from eim_jax.config import Config
 from eim_jax.data.datasets import data_set, load_split
+from eim_jax.data.samples import Split
 from eim_jax.evaluation import scoring
 from eim_jax.evaluation.tasks import task_of
 from eim_jax.parallel import processes
@@ -52,7 +53,8 @@ def _train(config: Config, workdir: Path, record: dict) -> None:
     saved = read_record(workdir)
     spent = saved.get("seconds", 0.0)
     kept = {key: saved[key] for key in ("started", "finished", "seconds") if key in saved}
-    record = {**record, "seam": inputs.config.data.seam, "identity": inputs.identity(), **kept}
+    identity = inputs.identity() | _test_pictures(config, workdir, test, saved.get("identity", {}))
+    record = {**record, "seam": inputs.config.data.seam, "identity": identity, **kept}
     write_json(workdir / "run.json", record)
     news, table = False, {}
     for arm in config.arms:
@@ -78,3 +80,20 @@ def _train(config: Config, workdir: Path, record: dict) -> None:
         console.print(f"trained, not scored: {data_set(config.data).unscored}", soft_wrap=True)
     else:
         report_scores(workdir, test, config.data.eval_limit, table)
+
+
+def _test_pictures(config: Config, workdir: Path, test: Split | None, before: dict) -> dict[str, str]:
+    """What tells the test pictures from others of the same names and sizes, for run.json.
+
+    Scores of pictures that were replaced are removed, before run.json says so: a run killed in between scores again.
+    """
+    contents = "" if test is None else test.images.contents()
+    if test is None or not contents:
+        return {}
+    data, pictures = before.get("test pictures", " ").split(" ")
+    if data == test.fingerprint() and pictures != contents:
+        console.print("test pictures were replaced by others of the same size: scoring again", soft_wrap=True)
+        if processes.is_first():
+            for arm in config.arms:
+                (workdir / arm / scoring.SCORES).unlink(missing_ok=True)
+    return {"test pictures": f"{test.fingerprint()} {contents}"}

@@ -109,9 +109,10 @@ def check_identity(inputs: Inputs) -> None:
     saved, found = read_record(inputs.workdir).get("identity", {}), inputs.identity()
     changed = [name for name in found if name in saved and saved[name] != found[name]]
     if changed:
-        what = " and another ".join(name.replace("_", " ") for name in changed)
+        kinds = [("other " if name.endswith("pictures") else "another ") + name.replace("_", " ") for name in changed]
         raise ConfigError(
-            f"{inputs.workdir} was trained with another {what}: put the old files back, or choose another --workdir"
+            f"{inputs.workdir} was trained with {' and '.join(kinds)}: put the old files back, or choose another "
+            "--workdir"
         )
 
 

@@ -1,5 +1,6 @@
 """The frozen CLIP's features of every image, computed once and kept in a memory-mapped file."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float
 from eim_jax.data.loader import eval_images
 from eim_jax.data.samples import Split
 from eim_jax.parallel import processes
+from eim_jax.parallel.lock import held
 from eim_jax.parallel.sharding import parts_of
 from eim_jax.utils.console import console, progress
 from eim_jax.utils.files import Damaged, allocate, check_sums, flush, new_rows, read_json, read_rows, sha256, write_text
@@ -71,6 +73,7 @@ def cached_features(
             {
                 **manifest,
                 "images": split.images.fingerprint(),
+                **{kind: found for kind, found in _contents(split).items() if found},
                 "preprocessing": _PREPROCESSING[fit],
                 "image_size": image_size,
                 "dtype": dtype,
@@ -80,16 +83,37 @@ def cached_features(
     )
     # Process 0 looks at the files and tells the others how many rows are there.
     first = processes.is_first()
-    done = 0
-    if first:
-        done = shape[0] if cache.matches(cache.manifest, wanted) else cache.prepare(wanted, shape)
-    done = processes.agreed(done)
-    if done < shape[0]:
-        _fill(cache, split, see, shape, done, image_size, fit, batch_size, threads, mesh)
-    if first and not cache.manifest.exists():
-        cache.finish()
-    processes.barrier("vision features")
+    with contextlib.ExitStack() as stack:
+        done = 0
+        if first:
+            if cache.matches(cache.manifest, wanted, quiet=True):  # also where nothing may be written
+                done = shape[0]
+            else:  # a run that shares the cache may be filling it
+                stack.enter_context(held(cache.directory, wait=True))
+                done = shape[0] if cache.matches(cache.manifest, wanted) else cache.prepare(wanted, shape)
+        done = processes.agreed(done)
+        if done < shape[0]:
+            _fill(cache, split, see, shape, done, image_size, fit, batch_size, threads, mesh)
+        if first and not cache.manifest.exists():
+            cache.finish()
+        processes.barrier("vision features")
     return cache.open(shape)
+
+
+def _contents(split: Split) -> dict[str, str]:
+    """What tells pictures from others of the same names and sizes; "" where nothing is known, as of old shards."""
+    return {"contents": split.images.contents(), "modified": split.images.modified()}
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """The fields in which a manifest is another one.
+
+    Prepared shards have no files whose times could be known: shards and files share a cache by what they hold.
+    """
+    unknown = {field for field in ("contents", "modified") if field not in wanted}
+    unknown |= {"modified"} - found.keys()
+    fields = (found.keys() | wanted.keys()) - unknown
+    return sorted(field for field in fields if found.get(field) != wanted.get(field))
 
 
 def _fill(
@@ -161,19 +185,19 @@ class _Cache:
         self.partial, self.progress = directory / "features.partial.npy", directory / "manifest.partial.json"
         self._wanted: dict[str, Any] = {}
 
-    def matches(self, file: pathlib.Path, wanted: Mapping[str, Any]) -> bool:
-        """Returns whether a manifest file says `wanted`; prints the differing fields if it says something else."""
+    def matches(self, file: pathlib.Path, wanted: Mapping[str, Any], quiet: bool = False) -> bool:
+        """Returns whether a manifest file says `wanted`; unless `quiet`, prints the fields in which it differs."""
         try:
             found = read_json(file)
         except FileNotFoundError:
             return False
         except Damaged:
-            console.print(f"{file} is damaged: computing the vision features again")
+            if not quiet:
+                console.print(f"{file} is damaged: computing the vision features again")
             return False
         for beside in ("rows_done", "sha256"):  # what a manifest holds besides what the features depend on
             found.pop(beside, None)
-        differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-        if differing:
+        if (differing := _differing(found, wanted)) and not quiet:
             console.print(f"vision features in {self.directory} are stale and computed again:")
             for key in differing:
                 console.print(f"  {key}: expected {wanted.get(key)}, found {found.get(key)}")

@@ -5,12 +5,14 @@ import hashlib
 import json
 import os
 import pathlib
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import PIL
 
 from eim_jax.data.bad_items import name_problem, outside
+from eim_jax.data.picture_stamps import Stamp, remember, stamp_of
 from eim_jax.data.samples import FileImages, file_in
 from eim_jax.utils.console import console, progress
 from eim_jax.utils.files import Damaged, read_json, write_text
@@ -18,7 +20,8 @@ from eim_jax.utils.images import check_size, to_rgb
 from eim_jax.utils.picture_files import open_picture
 
 _CHUNK = 64  # files a thread checks before it reports
-_CACHE_VERSION = 2  # raised when a file that was good may no longer be
+_CACHE_VERSION = 3  # raised when a file that was good may no longer be, or another thing is kept of it
+_SAVE_SECONDS = 5.0  # between two saves of the verdicts while files are checked
 
 
 def file_problem(path: str | os.PathLike[str]) -> str | None:
@@ -50,8 +53,9 @@ def check_images(
     A name that no file can have, or that leads out of the folder (unless `outside_images`), is such a problem too.
     Where several ids stand for one file the log counts them: their texts are each other's negatives.
 
-    With a folder `cache`, good verdicts are kept by name, size and modification time: a second start only looks at the
-    files' sizes, and an interrupted check goes on where it was.
+    With a folder `cache`, good verdicts are kept by name, size, times and a hash of the file's two ends, and written
+    every few seconds: a second start only looks at sizes and times, and a check that was stopped or killed goes on
+    where it was. How many pictures are others than those that were checked before is said in the log.
     """
     verdicts = _Verdicts(images.folder, cache)
     problems: dict[int, str] = {}
@@ -67,23 +71,21 @@ def check_images(
         elif not verdicts.known_good(name):
             unknown.append(row)
     _note_shared(images, problems)
+    verdicts.note_replaced()
     if not unknown:
         return problems
 
     def check(rows: Sequence[int]) -> list[tuple[int, str | None]]:
-        return [(row, file_problem(images.path(row))) for row in rows]
+        return [(row, verdicts.check(images.names[row])) for row in rows]
 
     chunks = [unknown[start : start + _CHUNK] for start in range(0, len(unknown), _CHUNK)]
     pool = concurrent.futures.ThreadPoolExecutor(threads)
     try:
         with progress("checking images", len(unknown), "images") as advance:
             for found in pool.map(check, chunks):
-                for row, problem in found:
-                    if problem is None:
-                        verdicts.add(images.names[row])
-                    else:
-                        problems[row] = problem
+                problems |= {row: problem for row, problem in found if problem is not None}
                 advance(len(found))
+                verdicts.save_if_due()
     finally:  # an interrupted check keeps what it knows
         pool.shutdown(cancel_futures=True)
         verdicts.save()
@@ -111,12 +113,14 @@ def _note_shared(images: FileImages, problems: Mapping[int, str]) -> None:
 
 
 class _Verdicts:
-    """The names, sizes and modification times of files known to be good."""
+    """The stamps of files known to be good, by name."""
 
     def __init__(self, folder: pathlib.Path, cache: str | os.PathLike[str] | None):
         self._folder = folder
         self._file = None
-        self._good: dict[str, list[int]] = {}
+        self._good: dict[str, Stamp] = {}
+        self._replaced: list[str] = []
+        self._saved, self._every, self._news = time.monotonic(), _SAVE_SECONDS, False
         if cache is None:
             return
         place = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
@@ -124,30 +128,63 @@ class _Verdicts:
         self._header = {"version": _CACHE_VERSION, "pillow": PIL.__version__}
         try:
             stored = read_json(self._file, {"header": dict, "good": dict})
+            if stored["header"] == self._header:
+                self._good = {name: Stamp(*values) for name, values in stored["good"].items()}
         except FileNotFoundError:
             return
-        except Damaged:
+        except (Damaged, TypeError):
             console.print(f"{self._file} is damaged: checking the images again")
-            return
-        if stored["header"] == self._header:
-            self._good = stored["good"]
-
-    def _stamp(self, name: str) -> list[int] | None:
-        try:
-            status = os.stat(file_in(self._folder, name))
-        except OSError:
-            return None
-        return [status.st_size, status.st_mtime_ns]
 
     def known_good(self, name: str) -> bool:
-        return name in self._good and self._good[name] == self._stamp(name)
+        """Whether the file is the one that was good; only one that was touched since is read for that."""
+        known = self._good.get(name)
+        if known is None:
+            return False
+        path = file_in(self._folder, name)
+        remember(path, known)
+        try:
+            found = stamp_of(path)
+        except OSError:
+            return False
+        if found.ends != known.ends:
+            self._replaced.append(name)
+        same = (found.size, found.modified, found.ends) == (known.size, known.modified, known.ends)
+        if same:
+            self._good[name] = found
+        return same
 
-    def add(self, name: str) -> None:
-        stamp = self._stamp(name)
-        if stamp is not None:
+    def note_replaced(self) -> None:
+        """Says which pictures are no longer those that were checked."""
+        if self._replaced:
+            console.print(
+                f"{len(self._replaced):,} pictures in {self._folder} were replaced since they were checked, the first "
+                f"is {self._replaced[0]}",
+                soft_wrap=True,
+            )
+
+    def check(self, name: str) -> str | None:
+        """Returns why the file cannot be used, or None; called in threads."""
+        path = file_in(self._folder, name)
+        try:
+            stamp = stamp_of(path)  # before the file is read: one that is replaced meanwhile is looked at again
+        except OSError:
+            stamp = None
+        problem = file_problem(path)
+        if problem is None and stamp is not None:
             self._good[name] = stamp
+            self._news = True
+        return problem
+
+    def save_if_due(self) -> None:
+        """Saves from time to time, and never so often that it takes a tenth of the time."""
+        if time.monotonic() - self._saved >= self._every:
+            begun = time.monotonic()
+            self.save()
+            self._saved = time.monotonic()
+            self._every = max(_SAVE_SECONDS, 10 * (self._saved - begun))
 
     def save(self) -> None:
-        if self._file is None:
-            return
-        write_text(self._file, json.dumps({"header": self._header, "good": self._good}))
+        """Writes the verdicts where there are new ones; a check may be under way in threads."""
+        if self._file is not None and self._news:
+            self._news = False
+            write_text(self._file, json.dumps({"header": self._header, "good": dict(self._good)}))

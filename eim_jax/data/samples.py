@@ -1,6 +1,7 @@
 """Samples, the images they point to, and the split of both: what every data set becomes first."""
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -8,12 +9,13 @@ import json
 import os
 import pathlib
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
+from eim_jax.data.picture_stamps import Stamp, stamp_of
 from eim_jax.utils.images import load_rgb, to_rgb
 
 
@@ -77,6 +79,14 @@ class ImageSource(abc.ABC):
         """Returns the sha256 over every image's id and identity, in order; computed once."""
         return self._digest
 
+    def contents(self) -> str:
+        """Returns what differs when a picture is replaced by another of its size; "" where the identities tell."""
+        return ""
+
+    def modified(self) -> str:
+        """Returns what differs when a picture's file was written since; "" where there are no files."""
+        return ""
+
 
 def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
     """Returns the file of that name in a folder, also where the name is written in Unicode's other form.
@@ -93,7 +103,10 @@ def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 class FileImages(ImageSource):
-    """Image files under one folder, decoded on every access; identity = relative name and size in bytes."""
+    """Image files under one folder, decoded on every access; identity = relative name and size in bytes.
+
+    That identity is part of what earlier runs were made from, so it stays; what it cannot tell, `contents` does.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], ids: Sequence[str], files: Sequence[str]):
         super().__init__(ids, files)
@@ -108,8 +121,29 @@ class FileImages(ImageSource):
 
     def identity(self, row: int) -> str:
         """Returns the name and the size in bytes: cheap for 113k files, and independent of where the folder lies."""
-        try:
+        with self._readable(row):
             return f"{self.names[row]}:{self.path(row).stat().st_size}"
+
+    def contents(self) -> str:
+        """Returns the sha256 over each picture's id and its file's two ends; independent of where the folder lies."""
+        return _sha256([self.ids[row], stamp.ends] for row, stamp in enumerate(self._stamps))
+
+    def modified(self) -> str:
+        """Returns the sha256 over the times at which the files were written."""
+        return _sha256(stamp.modified for stamp in self._stamps)
+
+    @functools.cached_property
+    def _stamps(self) -> list[Stamp]:
+        stamps = []
+        for row in range(len(self)):
+            with self._readable(row):
+                stamps.append(stamp_of(self.path(row)))
+        return stamps
+
+    @contextlib.contextmanager
+    def _readable(self, row: int) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise ValueError(f"image id {self.ids[row]}: cannot read {self.path(row)}: {error}") from error
 

@@ -31,11 +31,11 @@ MANIFEST, PARTIAL, INDEX = "manifest.json", "manifest.partial.json", "index"
 class PreparedImages(ImageSource):
     """Pictures in ArrayRecord shards, each read and decoded on access; the identity is the file's: name and bytes."""
 
-    def __init__(self, dataset: Path, split: str, images: Mapping[str, Sequence[Any]]):
+    def __init__(self, dataset: Path, split: str, images: Mapping[str, Sequence[Any]], contents: str = ""):
         import tensorflow_datasets as tfds  # half a second that runs on other data need not wait
 
         super().__init__(images["id"], images["name"])
-        self._sizes, self._records = images["size"], images["record"]
+        self._sizes, self._records, self._contents = images["size"], images["record"], contents
         self._source = tfds.builder_from_directory(dataset).as_data_source(split)
 
     def content(self, row: int) -> bytes:
@@ -51,6 +51,10 @@ class PreparedImages(ImageSource):
     def identity(self, row: int) -> str:
         """Returns the name and the size in bytes, as FileImages does."""
         return f"{self.names[row]}:{self._sizes[row]}"
+
+    def contents(self) -> str:
+        """Returns what FileImages said when the folder was prepared; "" for one of an earlier version."""
+        return self._contents
 
 
 def load(data: Data, kind: DataSet, name: str) -> Split:
@@ -83,7 +87,7 @@ def load(data: Data, kind: DataSet, name: str) -> Split:
         raise BadDataError(f"{folder}, prepared with on_bad='drop', split {name!r}", bad)
     check_files(folder, manifest)
     index = _read_index(folder / INDEX / f"{stored}.json", entry["index"])
-    images = PreparedImages(dataset_folder(folder, shards), stored, index["images"])
+    images = PreparedImages(dataset_folder(folder, shards), stored, index["images"], entry.get("contents", ""))
     return shards.split(own, name, index, images)
 
 

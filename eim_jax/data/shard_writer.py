@@ -76,7 +76,10 @@ def prepare(config: Config, folder: Path, shard_bytes: int = SHARD_BYTES) -> Non
     doing("checking the data")
     shards, own = kind.shards, kind.settings(data)
     known = {"cache", INDEX, shards.folder, MANIFEST, PARTIAL}
-    strange = sorted(entry.name for entry in folder.iterdir() if entry.name not in known) if folder.is_dir() else []
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    # A kill in the middle of writing a manifest leaves its partial file, which the next writing removes.
+    begun = tuple(f"{name}." for name in known)
+    strange = sorted(n for n in names if n not in known and not (n.startswith(begun) and n.endswith(".partial")))
     if strange:
         raise ConfigError(f"--out={folder} holds other things ({', '.join(strange[:3])}): choose an empty folder")
     plans, manifest = {}, {"version": VERSION, "kind": kind.name, "settings": shards.settings(own), "splits": {}}
@@ -88,6 +91,7 @@ def prepare(config: Config, folder: Path, shard_bytes: int = SHARD_BYTES) -> Non
         if getattr(split, "turns", False):  # prompts hold earlier answers, joined as a run must join its own
             manifest["settings"]["seam"] = "one_string" if data.seam == "auto" else data.seam
         entry = {"fingerprint": split.fingerprint(), "samples": len(split), "images": len(split.images)}
+        entry |= {"contents": split.images.contents()}
         same = [other for other in plans if manifest["splits"][other]["fingerprint"] == entry["fingerprint"]]
         if same:  # one captions file for training and scores
             manifest["splits"][name] = {"same_as": same[0]}
@@ -120,7 +124,7 @@ def _is_whole(folder: Path, wanted: Mapping[str, Any]) -> bool:
             raise ConfigError(f"{file} is not a manifest of this version of eim_jax: prepare into another folder")
         if not all(isinstance(split, dict) for split in found["splits"].values()):
             raise Damaged(file, "its splits are no splits", folder)
-        if _essence(found) != _essence(wanted):
+        if _essence(found) != _essence(wanted) or _others(found, wanted):
             raise ConfigError(f"--out={folder} was prepared from other files, or with other settings: choose another")
         check_files(folder, found)
         for name, split in found["splits"].items():
@@ -267,3 +271,9 @@ def _essence(manifest: Mapping[str, Any]) -> list[Any]:
     splits = {name: split.get("fingerprint", split.get("same_as")) for name, split in manifest["splits"].items()}
     settings = {"seam": "one_string", **manifest["settings"]}  # as in folders of earlier versions, which do not say it
     return [manifest["kind"], settings, manifest["sources"], splits]
+
+
+def _others(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether pictures are others than were prepared, of the same names and sizes; folders of old cannot tell."""
+    splits = [(found["splits"].get(name, {}), split) for name, split in wanted["splits"].items()]
+    return any(old.get("contents", new.get("contents")) != new.get("contents") for old, new in splits)

@@ -16,6 +16,7 @@ from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.files import read_json, write_json, write_text
 
+SCORES = "scores_test.json"  # in an arm's folder
 EVALS = "evals"  # in an arm's folder: a folder for each other settings that --mode=eval scored it by
 
 
@@ -56,7 +57,7 @@ def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Pa
         found["notes"] = {**found.get("notes", {}), "decoding": settings_of(inputs, method, split)}
     if is_first():
         write_items(directory / "items_test.json", items)
-    write_json(directory / "scores_test.json", scores)
+    write_json(directory / SCORES, scores)
     barrier("scores")
     return scores
 
@@ -92,7 +93,7 @@ def read_scores(inputs: Inputs, directory: Path, test: Split) -> dict[str, dict]
       directory: the arm's.
       test: the test split.
     """
-    path = directory / "scores_test.json"
+    path = directory / SCORES
     if not path.exists() or not (directory / "predictions_test.json").exists():
         return None
     scores = read_json(path, values=dict)
@@ -107,7 +108,7 @@ def place(inputs: Inputs, directory: Path, test: Split) -> Path:
       directory: the arm's.
       test: the test split.
     """
-    path, wanted = directory / "scores_test.json", _wanted(inputs, test)
+    path, wanted = directory / SCORES, _wanted(inputs, test)
     if not path.exists() or _found(read_json(path, values=dict)) == wanted:
         return directory
     digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:8]

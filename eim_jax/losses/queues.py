@@ -17,9 +17,10 @@ from jaxtyping import Array, Float, Int
 from eim_jax.losses.contrastive import NCE, Similarity, queue_nce
 from eim_jax.losses.online_softmax import Positives
 from eim_jax.losses.queue_files import StaleQueue, StoredRows, manifest, open_rows, write_rows
+from eim_jax.losses.queue_parts import QueueParts
 from eim_jax.parallel.sharding import parts_of, queue_sharding
 
-__all__ = ["BadRow", "Queue", "StaleQueue", "compress", "manifest"]
+__all__ = ["BadRow", "Queue", "QueueParts", "StaleQueue", "compress", "manifest"]
 
 
 class BadRow(ValueError):
@@ -119,6 +120,7 @@ class Queue:
         ids: Sequence[str] | None = None,
         name: str = "",
         progress: bool = False,
+        parts: QueueParts | None = None,
     ) -> "Queue":
         """Encodes N samples, `batch` at a time, into a queue whose row i is sample i.
 
@@ -137,6 +139,8 @@ class Queue:
           ids: the samples' names, for messages.
           name: the queue's, for messages.
           progress: show how far it is (needs rich).
+          parts: keeps what is encoded on disk every few seconds, and gives what an interrupted build left there;
+            `parts.remove()` when the queue is saved.
 
         Raises:
           BadRow: naming the sample whose key is not finite, or under the cosine is zero.
@@ -152,13 +156,16 @@ class Queue:
         """
         label = f"queue {name!r}" if name else "the queue"
         count = _common_length(label, fields, groups, ids)
-        encoded = _encode_all(encode, params, fields, count, batch, dtype, similarity, mesh)
+        encoded = _encode_all(encode, params, fields, count, batch, dtype, similarity, mesh, parts)
         pending = keys = None
         with _progress(f"queue {name}".strip(), count) if progress else nullcontext(lambda _: None) as advance:
             for block in encoded:
-                keys, bad, more = block
+                keys, bad, more, steps = block
                 _check(label, pending, count, ids, similarity)  # one step behind, so that the devices never wait
                 pending = bad
+                if parts is not None and steps and parts.due(steps):
+                    _check(label, pending, count, ids, similarity)
+                    parts.save(keys, steps)
                 advance(more)
             _check(label, pending, count, ids, similarity)
         flat = jax.jit(lambda x: x.reshape(-1, *x.shape[2:]), donate_argnums=0, out_shardings=_sharding(mesh))
@@ -276,8 +283,12 @@ def compress(keys: Float[Array, "*rows D"], dtype: Any) -> tuple[Array, Float[Ar
     return jnp.round(keys / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8), scale
 
 
-def _encode_all(encode, params, fields, count, batch, dtype, similarity, mesh):
-    """Yields (keys and scale [devices, rows a device, ...] filled so far, the first bad row, samples encoded since)."""
+def _encode_all(encode, params, fields, count, batch, dtype, similarity, mesh, parts):
+    """Yields what is filled so far after each step, or after those whose rows `parts` holds.
+
+    That is (keys and scale [devices, rows a device, ...], the first bad row, samples encoded since, steps done; 0 where
+    these are no rows to keep: the last step also encodes some of the step before).
+    """
     shards = parts_of(mesh)
     held = -(-count // shards)  # rows a device holds
     rows = min(max(1, batch // shards), held)  # rows a device encodes at a time
@@ -297,7 +308,11 @@ def _encode_all(encode, params, fields, count, batch, dtype, similarity, mesh):
     zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=by_row)
     keys = None
     starts = [min(i * rows, held - rows) for i in range(-(-held // rows))]  # the last step overlaps the one before
-    for done, start in enumerate(starts, 1):
+    before = 0 if parts is None else parts.open(shards, held, rows, by_row)
+    if parts is not None and before:
+        keys = parts.restore(by_row)
+        yield keys, None, min(count, before * rows * shards), 0
+    for done, start in list(enumerate(starts, 1))[before:]:
         row = np.arange(shards, dtype=np.int32)[:, None] * held + np.arange(start, start + rows, dtype=np.int32)
         source = np.minimum(row, count - 1)  # padding rows encode some real sample, and are then set to zero
         inputs = (jax.tree.map(functools.partial(_take, rows=source, sharding=by_row), fields), _put(row, by_row))
@@ -305,7 +320,8 @@ def _encode_all(encode, params, fields, count, batch, dtype, similarity, mesh):
             parts = jax.eval_shape(encode_rows, params, *inputs)[0]
             keys = jax.tree.map(lambda part: zeros((shards, held, *part.shape[2:]), part.dtype), parts)
         keys, bad = step(keys, params, *inputs, start)
-        yield keys, bad, min(count, done * rows * shards) - min(count, (done - 1) * rows * shards)
+        more = min(count, done * rows * shards) - min(count, (done - 1) * rows * shards)
+        yield keys, bad, more, done if done < len(starts) else 0
 
 
 def _as_keys(vectors: jax.Array, row: jax.Array, count: int, similarity: str) -> tuple[jax.Array, jax.Array]:

@@ -1,10 +1,11 @@
-"""One run at a time in a work directory."""
+"""One run at a time in a work directory, one command at a time that writes a folder."""
 
 import errno
 import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,11 +19,12 @@ from eim_jax.utils.files import room_in
 
 FILE = "run.lock"
 
+_POLL = 0.5  # seconds between two looks at a lock that is waited for
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}  # of some network file systems and buckets
 
 
 class InUse(OSError):
-    """Another run works in the directory; the message says which."""
+    """Another run works in the directory, or writes the folder; the message says which."""
 
 
 @contextmanager
@@ -43,7 +45,7 @@ def locked(workdir: Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         number = os.open(workdir / FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _take(workdir, number)
+        _take(workdir / FILE, number, workdir, "--workdir")
         try:
             yield
         finally:
@@ -56,22 +58,73 @@ def locked(workdir: Path) -> Iterator[None]:
         os.close(number)
 
 
-def _take(workdir: Path, number: int) -> None:
-    """Locks the open file and writes this process into it."""
+@contextmanager
+def held(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Holds a folder that the body fills, by a file beside it, FOLDER.lock, which goes away in the end.
+
+    Of a run's processes, the first holds it. As with `locked`, one that a process left behind holds nothing.
+
+    Args:
+      folder: it need not be there.
+      wait: for another holder to end, with a word in the log: for what two runs may both need, once.
+
+    Raises:
+      InUse: another command writes the folder, and `wait` is False.
+    """
+    if not is_first():
+        yield
+        return
+    folder = folder.absolute()
+    file = folder.with_name(f"{folder.name}.lock")
+    number = _open_held(file, folder, wait)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)  # before it is free: whoever has opened it meanwhile finds that it is gone
+        os.close(number)
+
+
+def _open_held(file: Path, folder: Path, wait: bool) -> int:
+    """Opens and locks the file that has this name now."""
+    said = False
+    while True:
+        with room_in(folder.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            number = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _take(file, number, folder, "--out")
+            if file.exists() and os.path.samestat(os.fstat(number), os.stat(file)):
+                return number
+        except InUse as error:
+            if not wait:
+                os.close(number)
+                raise
+            if not said:
+                console.print(f"{str(error).partition(':')[0]}: waiting for it", soft_wrap=True)
+            said = True
+            time.sleep(_POLL)
+        except BaseException:
+            os.close(number)
+            raise
+        os.close(number)
+
+
+def _take(file: Path, number: int, what: Path, flag: str) -> None:
+    """Locks the open file and writes this process into it; `flag` is the one by which `what` was chosen."""
     free = True
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _in_use(workdir, _holder(number)) from None
+        raise _in_use(what, _holder(number), file, flag) from None
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         free = False
     holder = _holder(number)
     if holder and not free and not _is_gone(holder):
-        raise _in_use(workdir, holder)
+        raise _in_use(what, holder, file, flag)
     if holder:
-        said = f"{workdir}: the run of {_described(holder)} ended without a word; going on from what it saved"
+        said = f"{what}: the run of {_described(holder)} ended without a word; going on from what it saved"
         console.print(said, soft_wrap=True)
     own = psutil.Process()
     note = {
@@ -80,7 +133,7 @@ def _take(workdir: Path, number: int) -> None:
         "process_started": own.create_time(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    with room_in(workdir):
+    with room_in(file.parent):
         os.ftruncate(number, 0)
         os.pwrite(number, (json.dumps(note) + "\n").encode(), 0)
 
@@ -107,8 +160,8 @@ def _described(holder: dict) -> str:
     return f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"
 
 
-def _in_use(workdir: Path, holder: dict) -> InUse:
+def _in_use(what: Path, holder: dict, file: Path, flag: str) -> InUse:
     return InUse(
-        f"{workdir} is in use by another run ({_described(holder)}): wait for it or stop it, or choose another "
-        f"--workdir. If it is certain that no run is left, delete {workdir / FILE}"
+        f"{what} is in use by another run ({_described(holder)}): wait for it or stop it, or choose another "
+        f"{flag}. If it is certain that no run is left, delete {file}"
     )

@@ -1,13 +1,15 @@
 """Stopping a run: what a signal does at any moment, and how the run ends."""
 
 import collections
+import functools
 import os
 import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from eim_jax.utils.console import console
 
 _DELAY = 2  # steps after which the processes read what they agreed on: by then it is there, and no step waits for it
+_AGAIN = 0.05  # seconds after which a signal that was dropped comes once more
 _PATIENCE = 3.0  # seconds that a compilation, which no Python handler can stop, may go on after a signal
 
 
@@ -64,11 +67,14 @@ def handled(then: str = "the same command continues") -> Iterator[None]:
     os.set_blocking(writer, False)
     before = {number: signal.signal(number, _note) for number in (signal.SIGTERM, signal.SIGINT)}
     woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_unraisable, hook)
     threading.Thread(target=_watch, args=(reader,), daemon=True, name="signals").start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(woken)
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(writer)  # which ends the thread
@@ -93,6 +99,22 @@ def _note(number: int, _: object) -> None:
     if not _state.stepping:
         raise Interrupted(_state.message(), together=False)
     console.print("stopping after this step; the state will be saved", soft_wrap=True)
+
+
+def _unraisable(before: Callable, lost: Any) -> None:
+    """Python drops what is raised in a finaliser or by the garbage collector: then the signal comes once more."""
+    if not issubclass(lost.exc_type, Interrupted):
+        before(lost)
+        return
+    _state.arrived = False
+    timer = threading.Timer(_AGAIN, _once_more)
+    timer.daemon = True
+    timer.start()
+
+
+def _once_more() -> None:
+    if _state.handled and not _state.arrived:
+        os.kill(os.getpid(), signal.SIGTERM)  # a second SIGINT would mean at once
 
 
 def _watch(reader: int) -> None:

@@ -29,6 +29,7 @@ from eim_jax.models.stacks import Form
 from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
+from eim_jax.parallel.lock import held
 from eim_jax.parallel.sharding import make_mesh, param_shardings, shard_params
 from eim_jax.parallel.signals import doing
 from eim_jax.pretrained.tokenizer import bos_id
@@ -65,7 +66,10 @@ class Inputs:
 
     def identity(self) -> dict[str, str]:
         """What a workdir's results depend on besides its config: fingerprints of towers, tokenisers and data."""
-        data = {} if self.train is None else {"training data": self.train.fingerprint()}
+        if self.train is None:
+            return self.fingerprints
+        pictures = self.train.images.contents()  # beside the data's fingerprint, as earlier runs have none
+        data = {"training data": self.train.fingerprint()} | ({"training pictures": pictures} if pictures else {})
         return {**self.fingerprints, **data}
 
     @property
@@ -99,8 +103,20 @@ class Inputs:
             count=len(self.samples),
         )
         folder = self.workdir / "queues" / kind.name
+        say = functools.partial(console.print, soft_wrap=True)
+        parts = queues.QueueParts(folder.with_name(f"{kind.name}.parts"), manifest, say)
         if (folder / "manifest.json").exists():
+            parts.remove()  # of a run that was killed before it did
             return Queue.load(folder, manifest, self.mesh)
+        with held(folder, wait=True):  # an inspection may build it beside the run
+            if processes.agreed((folder / "manifest.json").exists()):
+                return Queue.load(folder, manifest, self.mesh)
+            queue = self._build_queue(vlm, kind, manifest, parts)
+            queue.save(folder, manifest)
+            parts.remove()
+            return queue
+
+    def _build_queue(self, vlm: VLM, kind: QueueKind, manifest: dict[str, Any], parts: queues.QueueParts) -> Queue:
         ids = [sample.id for sample in self.samples.samples]
         doing(f"building the queue {kind.name}")
         queue = Queue.build(
@@ -109,16 +125,16 @@ class Inputs:
             kind.source.fields(self),
             self.samples.groups,
             batch=256,
-            dtype=dtype,
-            similarity=cast(Similarity, settings.similarity),
+            dtype=jnp.dtype(manifest["dtype"]),
+            similarity=cast(Similarity, manifest["similarity"]),
             mesh=self.mesh,
             ids=ids,
             name=kind.name,
             progress=True,
+            parts=parts,
         )
         for line in queue_health.report(queue, kind.name, ids, self.mesh):
             console.print(line, soft_wrap=True)
-        queue.save(folder, manifest)
         return queue
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,9 +51,12 @@ def write_text(path: Path, text: str) -> None:
     Raises:
       DiskFull: naming the folder.
     """
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.partial")  # processes that share a folder may write at once
+    # Processes that share a folder may write at once.
+    host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+    fresh = path.with_name(f"{path.name}.{host}-{os.getpid()}.partial")
     with room_in(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear(path, host)
         try:
             fresh.write_text(text, encoding="utf-8")
             flush(fresh)
@@ -60,6 +64,20 @@ def write_text(path: Path, text: str) -> None:
         finally:
             fresh.unlink(missing_ok=True)
     flush(path.parent)
+
+
+def _clear(path: Path, host: str) -> None:
+    """Removes what processes of this host that are gone left when they were killed in the middle of writing a file."""
+    begin = f"{path.name}.{host}-"
+    for name in os.listdir(path.parent):
+        number = name.removeprefix(begin).removesuffix(".partial")
+        if name == f"{begin}{number}.partial" and number.isdecimal():
+            try:
+                os.kill(int(number), 0)
+            except ProcessLookupError:
+                path.with_name(name).unlink(missing_ok=True)
+            except OSError:
+                continue  # another user's
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
