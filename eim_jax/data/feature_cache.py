@@ -1,5 +1,6 @@
 """The frozen CLIP's features of every image, computed once and kept in a memory-mapped file."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -28,6 +29,7 @@ _PREPROCESSING = {
 }
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}  # bf16 is stored as its 16 bits
 _MARK_SECONDS = 10.0  # between two notes of how far the file is filled
+_SUMMED = 1024  # rows that are read at once for their sum
 _SPARE = 256 * 2**20  # bytes that stay free on the disk
 
 
@@ -122,7 +124,7 @@ def _fill(
                 "check the CLIP weights, or compute in float32"
             )
         if target is not None:
-            target[rows] = found if cache.dtype == "float32" else found.astype(jnp.bfloat16).view(np.uint16)
+            target[rows] = cache.summed(found)
         advance(len(rows))
         return len(rows)
 
@@ -160,6 +162,13 @@ class _Cache:
         self.array, self.manifest = directory / "features.npy", directory / "manifest.json"
         self.partial, self.progress = directory / "features.partial.npy", directory / "manifest.partial.json"
         self._wanted: dict[str, Any] = {}
+        self._sum = hashlib.sha256()  # of the rows that are filled
+
+    def summed(self, rows: np.ndarray) -> np.ndarray:
+        """Returns rows as the file holds them, and takes them into the sum that the notes hold."""
+        stored = rows if rows.dtype == _DTYPES[self.dtype] else rows.astype(jnp.bfloat16).view(np.uint16)
+        self._sum.update(np.ascontiguousarray(stored).tobytes())
+        return stored
 
     def matches(self, file: pathlib.Path, wanted: Mapping[str, Any]) -> bool:
         """Returns whether a manifest file says `wanted`; prints the differing fields if it says something else."""
@@ -170,7 +179,11 @@ class _Cache:
         except Damaged:
             console.print(f"{file} is damaged: computing the vision features again")
             return False
-        for beside in ("rows_done", "sha256"):  # what a manifest holds besides what the features depend on
+        for beside in (
+            "rows_done",
+            "rows_sha256",
+            "sha256",
+        ):  # what a manifest holds besides what the features depend on
             found.pop(beside, None)
         differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
         if differing:
@@ -193,12 +206,18 @@ class _Cache:
         self._wanted = wanted
         if self.partial.exists() and self.matches(self.progress, wanted):
             try:
-                done = read_json(self.progress, {"rows_done": int})["rows_done"]
-                rows = read_rows(self.partial)
-                if rows.shape == shape and rows.dtype == _DTYPES[self.dtype] and 0 <= done <= shape[0]:
-                    allocate(self.partial)  # earlier versions left holes in it
-                    return done
-                raise Damaged(self.partial, "not as long as its manifest says")
+                noted = read_json(self.progress, {"rows_done": int}, {"rows_sha256": str})
+                done, rows = noted["rows_done"], read_rows(self.partial)
+                if rows.shape != shape or rows.dtype != _DTYPES[self.dtype] or not 0 <= done <= shape[0]:
+                    raise Damaged(self.partial, "not as long as its manifest says")
+                for start in range(0, done, _SUMMED):
+                    self.summed(rows[start : min(start + _SUMMED, done)])
+                # Notes of earlier versions hold no sum.
+                if noted.get("rows_sha256", self._sum.hexdigest()) != self._sum.hexdigest():
+                    self._sum = hashlib.sha256()
+                    raise Damaged(self.partial, "its rows are not those that were written")
+                allocate(self.partial)  # earlier versions left holes in it
+                return done
             except Damaged:
                 console.print(f"{self.partial} is damaged: computing the vision features again", soft_wrap=True)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -217,7 +236,8 @@ class _Cache:
         return 0
 
     def mark(self, rows_done: int) -> None:
-        self._write(self.progress, {**self._wanted, "rows_done": rows_done})
+        filled = {"rows_done": rows_done, "rows_sha256": self._sum.hexdigest()}
+        self._write(self.progress, {**self._wanted, **filled})
 
     def finish(self) -> None:
         flush(self.partial)

@@ -23,7 +23,20 @@ _PARTS = {
     "post_processor": (dict, type(None)),
     "decoder": (dict, type(None)),
 }
-_JSON_NAMES = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
+# What tokenizer_config.json says besides, as far as it is used.
+_SETTINGS = {
+    "tokenizer_class": (str,),
+    "added_tokens_decoder": (dict,),
+    "model_max_length": (int, float),
+    "clean_up_tokenization_spaces": (bool,),
+    "padding_side": (str,),
+    "truncation_side": (str,),
+    "chat_template": (str, list),
+}
+_JSON_NAMES = {
+    **{dict: "an object", list: "a list", str: "a text", type(None): "null"},
+    **{bool: "true or false", int: "a whole number", float: "a number"},
+}
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -109,8 +122,8 @@ def _check_files(place: pathlib.Path) -> None:
                 raise WeightsError(
                     f"{place / name}: {field} is {token!a:.80}, not a text or an object with a text as its content"
                 )
-        for field, kind in (("tokenizer_class", str), ("added_tokens_decoder", dict)):
-            _check_type(place / name, content, field, (kind, type(None)))
+        for field, kinds in _SETTINGS.items():
+            _check_type(place / name, content, field, (*kinds, type(None)))
         for key, token in (content.get("added_tokens_decoder") or {}).items():
             if not (key.isdecimal() and _has_content(token)):
                 raise WeightsError(
@@ -139,6 +152,7 @@ def _is_text(value: object) -> bool:
 
 def _check_type(file: pathlib.Path, content: dict, field: str, kinds) -> None:
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    if not isinstance(content.get(field), kinds):
+    value = content.get(field)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join(_JSON_NAMES[kind] for kind in kinds)
         raise WeightsError(f"{file}: {field} is {content.get(field)!r:.80}, not {wanted}")

@@ -95,7 +95,7 @@ def _check(split, on_bad, folder: pathlib.Path, loaded):
 
 def _form(name, files, split, on_bad):
     return Format(
-        name, files, functools.partial(_read, split, on_bad), functools.partial(_check, split, on_bad), quick=60
+        name, files, functools.partial(_read, split, on_bad), functools.partial(_check, split, on_bad), quick=30
     )
 
 

@@ -20,8 +20,9 @@ from .plain import as_json, json_of
 PRESETS = ("miniature", "photos", "lavin7b_eim_chat", "llama_adapter_eim_scienceqa")
 VALUES = (
     "", "0", "1", "-1", "2", "7", "1000000", "1e3", "1e-3", "1e400", "-0.5", "0.0", "nan", "inf", "-inf", "True",
-    "False", "None", "true", "no", "()", "(1,)", "(1, -1, 1)", "(0, 1, 1)", "(2, 2, 2)", "('eim',)", "('baseline', 'eim')", "[]",
-    "['greedy']", "('beam',)", "('lm/.*',)", "(('st/.*', 0.1),)", "(('[', 1),)", "{}", "{'a': 1}", "auto", "float32",
+    "False", "None", "true", "no", "()", "(1,)", "(1, -1, 1)", "(0, 1, 1)", "(2, 2, 2)", "('eim',)",
+    "('baseline', 'eim')", "[]", "['greedy']", "('beam',)", "('lm/.*',)", "(('st/.*', 0.1),)", "(('[', 1),)", "{}",
+    "{'a': 1}", "auto", "float32",
     "bfloat16", "nf4", "error", "drop", "int8", "cosine", "dot", "linear", "10:15", "15:10", "coco", "scienceqa",
     "miniature/gpt2", "1" * 400, "0x10", "1_000", "1,2", "'a'", '"', "\\", "a=b", "--x", "(" * 300, "lambda: 1",
 )  # fmt: skip
@@ -128,7 +129,7 @@ def _plain(value):
 
 FORMATS = (
     Format(
-        "command-line", _valid, _read, _check, change=_changed, quick=60,
+        "command-line", _valid, _read, _check, change=_changed, quick=30,
         words=("config.", "config has", "--config", "--mode", "--workdir", "--samples", "--process_id", "flag",
                "unexpected argument"),
     ),

@@ -81,4 +81,4 @@ def _one(files):
     return st.sampled_from(sorted(files)).flatmap(lambda name: changed({name: files[name]}))
 
 
-FORMATS = (Format("pictures", _files, _read, _check, quick=150, change=_one),)
+FORMATS = (Format("pictures", _files, _read, _check, quick=80, change=_one),)

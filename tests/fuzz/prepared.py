@@ -70,7 +70,7 @@ FORMATS = tuple(
         functools.partial(_read, kind),
         functools.partial(_check, kind),
         most=2,
-        quick=30,
+        quick=12,
     )
     for kind in ("coco", "scienceqa")
 )

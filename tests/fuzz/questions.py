@@ -143,7 +143,7 @@ FORMATS = tuple(
         files,
         functools.partial(read, on_bad),
         functools.partial(check, on_bad),
-        quick=60,
+        quick=30,
     )
     for name, files, read, check in (
         ("scienceqa", _scienceqa, _read_scienceqa, _check_scienceqa),

@@ -116,6 +116,6 @@ def _check_page(folder: pathlib.Path, found):
 
 
 FORMATS = (
-    Format("run.json", _saved, _read_saved, _check_saved, quick=150, words=("config.",)),
-    Format("page", _page, _read_page, _check_page, quick=12),
+    Format("run.json", _saved, _read_saved, _check_saved, quick=50, words=("config.",)),
+    Format("page", _page, _read_page, _check_page, quick=5),
 )

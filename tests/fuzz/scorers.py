@@ -114,7 +114,7 @@ def _yes_or_no(said: str) -> str:
 
 
 FORMATS = (
-    Format("caption-scores", _captions, _read_captions, _check_captions, quick=60),
-    Format("scienceqa-scores", _answers, _read_answers, _check_answers, quick=60),
+    Format("caption-scores", _captions, _read_captions, _check_captions, quick=30),
+    Format("scienceqa-scores", _answers, _read_answers, _check_answers, quick=30),
     Format("mme-scores", _yes_no, _read_yes_no, _check_yes_no, quick=100),
 )

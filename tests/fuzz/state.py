@@ -182,10 +182,10 @@ FORMATS = (
             functools.partial(_load_queue, dtype),
             functools.partial(_check_queue, dtype),
             most=1,
-            quick=60,
+            quick=30,
         )
         for dtype in ("int8", "bfloat16")
     ),
-    Format("features", _features, _features_of, _check_features, most=1, quick=60),
-    Format("features-partial", _interrupted, _features_of, _check_features, most=1, quick=60),
+    Format("features", _features, _features_of, _check_features, most=1, quick=30),
+    Format("features-partial", _interrupted, _features_of, _check_features, most=1, quick=30),
 )

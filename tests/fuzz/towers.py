@@ -227,16 +227,16 @@ def _check_tokenizer(folder: pathlib.Path, found):
 
 
 FORMATS = (
-    Format("clip", _clip, _read_clip, _check_clip, quick=40),
-    Format("gpt2", _gpt2, load_lm, _check_gpt2, quick=40),
-    Format("llama", _llama, load_lm, _check_llama, quick=40),
+    Format("clip", _clip, _read_clip, _check_clip, quick=10),
+    Format("gpt2", _gpt2, load_lm, _check_gpt2, quick=15),
+    Format("llama", _llama, load_lm, _check_llama, quick=15),
     Format(
         "clip-config",
         _clip,
         clip_config,
         lambda folder, found: None,
         names=("config.json", "preprocessor_config.json"),
-        quick=60,
+        quick=30,
     ),
     Format("gpt2-config", _gpt2, lm_config, lambda folder, found: None, names=("config.json",), quick=40),
     Format("llama-config", _llama, lm_config, lambda folder, found: None, names=("config.json",), quick=40),
