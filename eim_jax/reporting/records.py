@@ -35,7 +35,7 @@ _WEIGHTS = _Kind(
 )
 _MAYBE = _Kind("a number or null", lambda value: value is None or _is_number(value))
 
-_RUN = {"config": _OBJECT, "versions": _OBJECT, "machine": _OBJECT, "seconds": _NUMBER}
+_RUN = {"config": _OBJECT, "versions": _OBJECT, "machine": _OBJECT, "seconds": _MAYBE}
 _ARM = {"description": _TEXT, "stages": _LIST}
 _STAGE = {"name": _TEXT, "losses": _WEIGHTS, "trained_params": _COUNT, "total_params": _COUNT, "steps": _COUNT}
 _STAGE |= {"epochs": _NUMBER}

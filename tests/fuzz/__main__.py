@@ -8,7 +8,7 @@ import time
 from .engine import ELSE, Tally, explore, table
 from .formats import FORMATS
 
-SLICE = 5.0  # seconds of one format's turn
+SLICE = 3.5  # seconds of one format's turn
 
 
 def run(minutes: float, names: tuple[str, ...], seed: int, keep: pathlib.Path) -> dict[str, Tally]:
