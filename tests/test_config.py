@@ -157,6 +157,7 @@ def test_only_fields_that_decide_the_parameters_make_another_run():
         ("stages.ei.lr=1", "config.stages has no field 'ei'; did you mean config.stages.ie?"),
         ("stages.ie.learning=1", "config.stages.ie has no field 'learning'; "),
         ("arm.eim.sequence=('st','xx')", "config.arm.eim.sequence: no stage 'xx'"),
+        ("=3", "config has no field ''; it has "),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, flag, message):

@@ -124,14 +124,15 @@ def _fill(
                 "check the CLIP weights, or compute in float32"
             )
         if target is not None:
-            target[rows] = cache.summed(found)
+            target[rows] = stored = found if cache.dtype == "float32" else found.astype(jnp.bfloat16).view(np.uint16)
+            cache.took(stored)
         advance(len(rows))
         return len(rows)
 
     def mark() -> None:
         if target is not None:
             target.flush()
-            cache.mark(done)
+            cache.mark()
 
     remaining = np.arange(done, shape[0], dtype=np.int32)
     mine = remaining.copy()
@@ -162,13 +163,13 @@ class _Cache:
         self.array, self.manifest = directory / "features.npy", directory / "manifest.json"
         self.partial, self.progress = directory / "features.partial.npy", directory / "manifest.partial.json"
         self._wanted: dict[str, Any] = {}
-        self._sum = hashlib.sha256()  # of the rows that are filled
+        self._filled = (0, hashlib.sha256())  # how many rows are written, and the sum of them
 
-    def summed(self, rows: np.ndarray) -> np.ndarray:
-        """Returns rows as the file holds them, and takes them into the sum that the notes hold."""
-        stored = rows if rows.dtype == _DTYPES[self.dtype] else rows.astype(jnp.bfloat16).view(np.uint16)
-        self._sum.update(np.ascontiguousarray(stored).tobytes())
-        return stored
+    def took(self, rows: np.ndarray) -> None:
+        """Counts rows that the file holds now, and takes them into the sum that the notes hold."""
+        done, summed = self._filled[0], self._filled[1].copy()
+        summed.update(np.ascontiguousarray(rows).tobytes())
+        self._filled = (done + len(rows), summed)  # both at once: a signal may come between any two lines
 
     def matches(self, file: pathlib.Path, wanted: Mapping[str, Any]) -> bool:
         """Returns whether a manifest file says `wanted`; prints the differing fields if it says something else."""
@@ -211,10 +212,11 @@ class _Cache:
                 if rows.shape != shape or rows.dtype != _DTYPES[self.dtype] or not 0 <= done <= shape[0]:
                     raise Damaged(self.partial, "not as long as its manifest says")
                 for start in range(0, done, _SUMMED):
-                    self.summed(rows[start : min(start + _SUMMED, done)])
+                    self.took(rows[start : min(start + _SUMMED, done)])
                 # Notes of earlier versions hold no sum.
-                if noted.get("rows_sha256", self._sum.hexdigest()) != self._sum.hexdigest():
-                    self._sum = hashlib.sha256()
+                found = self._filled[1].hexdigest()
+                if noted.get("rows_sha256", found) != found:
+                    self._filled = (0, hashlib.sha256())
                     raise Damaged(self.partial, "its rows are not those that were written")
                 allocate(self.partial)  # earlier versions left holes in it
                 return done
@@ -232,11 +234,11 @@ class _Cache:
             raise OSError(f"{what}, but only {_gib(free)} are free: use dtype bfloat16, another folder, or no cache")
         console.print(f"{what} ({_gib(free)} free)")
         new_rows(self.partial, stored, shape).flush()
-        self.mark(0)
+        self.mark()
         return 0
 
-    def mark(self, rows_done: int) -> None:
-        filled = {"rows_done": rows_done, "rows_sha256": self._sum.hexdigest()}
+    def mark(self) -> None:
+        filled = {"rows_done": self._filled[0], "rows_sha256": self._filled[1].hexdigest()}
         self._write(self.progress, {**self._wanted, **filled})
 
     def finish(self) -> None:

@@ -135,10 +135,21 @@ def _check_files(place: pathlib.Path) -> None:
         for field, kinds in _PARTS.items():
             if field == "model" or field in content:
                 _check_type(place / "tokenizer.json", content, field, kinds)
+        if isinstance(vocab := content["model"].get("vocab"), dict):  # SentencePiece's is a list, whose places are ids
+            _check_ids(place / "tokenizer.json", vocab)
     if (place / "vocab.json").is_file():
-        for piece, number in read_json(place / "vocab.json").items():
-            if type(number) is not int or number < 0:
-                raise WeightsError(f"{place / 'vocab.json'}: {piece!r} is {number!r:.80}, not an id (0, 1, ...)")
+        _check_ids(place / "vocab.json", read_json(place / "vocab.json"))
+
+
+def _check_ids(file: pathlib.Path, vocab: dict) -> None:
+    """Raises WeightsError for a piece whose id is none, or another's: libraries differ in which they keep."""
+    pieces: dict[int, str] = {}
+    for piece, number in vocab.items():
+        if type(number) is not int or number < 0:
+            raise WeightsError(f"{file}: {piece!a:.80} is {number!a:.80}, not an id (0, 1, ...)")
+        if number in pieces:
+            raise WeightsError(f"{file}: {pieces[number]!a:.80} and {piece!a:.80} have one id, {number}")
+        pieces[number] = piece
 
 
 def _has_content(token: object) -> bool:

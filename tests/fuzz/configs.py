@@ -109,9 +109,16 @@ def _check(folder: pathlib.Path, found):
         elif isinstance(got, bool):
             assert got == (value.lower() in ("true", "t", "1", "yes", "y")), f"{name}: {got!r} for {value!r}"
         elif isinstance(got, int | float):
-            assert got == float(value) or got == int(value, 0), f"{name}: {got!r} for {value!r}"
+            assert got == _number(value), f"{name}: {got!r} for {value!r}"
         else:
             assert _plain(got) in _meant(value), f"{name}: {got!r} for {value!r}"
+
+
+def _number(value: str) -> int | float:
+    try:
+        return int(value, 0)
+    except ValueError:
+        return float(value)
 
 
 def _meant(value: str) -> tuple:

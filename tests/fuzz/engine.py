@@ -41,8 +41,8 @@ _SETTINGS = {
 # What Python says of a defect, not of a file.
 _PYTHON = re.compile(
     r"object is not|has no attribute|indices must be|invalid literal|could not convert|not supported between|"
-    r"embedded null|values to unpack|unhashable|must be real number|expected str(ing)? (instance|or)|'NoneType'|"
-    r"positional argument"
+    r"embedded null|values to unpack|unhashable|must be real number|expected str instance|"
+    r"expected string or bytes|'NoneType'|positional argument"
 )
 _MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # many small files, each flushed
 _numbers = itertools.count()
