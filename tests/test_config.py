@@ -92,6 +92,11 @@ def test_the_papers_coco_settings():
         ("data.max_tokn", 3, "config.data.max_tokn: no such field; did you mean 'max_tokens'?"),
         ("data.anotations", "a", "config.data.anotations: no such field; did you mean 'annotations'?"),
         ("data.annotations", 3, "config.data.annotations: 3 is not a str"),
+        ("arms", ({"name": "a"},), "config.arms: {'name': 'a'} is no name"),
+        ("arm.a.sequence", (7,), "config.arm.a.sequence: 7 is no name"),
+        ("decode.methods", (None,), "config.decode.methods: None is no name"),
+        ("arm.a", 7, "config.arm.a: 7 is not a group of fields"),
+        ("towers", "clip", "config.towers: 'clip' is not a group of fields"),
         ("data.kind", "cocoa", "config.data.kind: 'cocoa' is none of coco, .*; did you mean 'coco'?"),
     ],
 )

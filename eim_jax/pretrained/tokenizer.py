@@ -14,6 +14,7 @@ from eim_jax.pretrained.json_files import read_json
 
 # What may stand in tokenizer_config.json and special_tokens_map.json and decides ids.
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+_NAMES = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 # tokenizer.json's parts, which the format fixes.
 _PARTS = {
     "model": dict,
@@ -62,9 +63,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             return LlamaTokenizer.from_pretrained(place)
         named = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for files that it does not understand
+        read = [name for name in _NAMES if (place / name).is_file()]
+        said = f"transformers says of {', '.join(read)}: " if read else ""
         raise ValueError(
-            f"no tokenizer in {path}: {error or type(error).__name__}. A folder needs tokenizer.json, tokenizer.model, "
-            "or vocab.json with merges.txt."
+            f"no tokenizer in {path}: {said}{error or type(error).__name__}. A folder needs tokenizer.json, "
+            "tokenizer.model, or vocab.json with merges.txt."
         ) from error
     return named if own is None else _with_special_tokens(own, named)
 

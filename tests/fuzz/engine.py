@@ -44,6 +44,8 @@ _PYTHON = re.compile(
     r"embedded null|values to unpack|unhashable|must be real number|expected str instance|"
     r"expected string or bytes|'NoneType'|positional argument"
 )
+# What stands before another's words: which flag, which file.
+_QUOTED = ("damaged", "Flags parsing error:", "transformers says of tokenizer")
 _MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # many small files, each flushed
 _numbers = itertools.count()
 
@@ -193,8 +195,7 @@ def _named(form: Format, files: Files, folder: pathlib.Path, message: str, where
     names = {pathlib.PurePath(name).name for name in files} | {str(folder), *form.words}
     if not any(name in message for name in names if len(name) > 2):
         return Outcome(ELSE, f"a message that names nothing: {message}\n{whole}", where)
-    # absl puts the flag's name before what the type said.
-    if _PYTHON.search(message) and "damaged" not in message and "Flags parsing error: flag --" not in message:
+    if _PYTHON.search(message) and not any(words in message for words in _QUOTED):
         return Outcome(ELSE, f"Python's own words: {message}\n{whole}", where)
     return Outcome(CLEAR, message)
 

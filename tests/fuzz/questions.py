@@ -11,7 +11,7 @@ from eim_jax.data.datasets.scienceqa import load_scienceqa
 from .engine import Format
 from .plain import as_json, json_of, name_of, opens, picture, sound, text_of
 
-TEXTS = ("hint", "lecture", "solution", "subject", "grade", "topic", "category", "skill", "image", "split")
+TEXTS = ("hint", "lecture", "solution", "subject", "grade", "topic", "category", "skill", "image")
 
 
 def _scienceqa():
@@ -57,7 +57,9 @@ def _usable(folder, name, record, home, caption) -> bool:
     if not all(record.get(field) is None or sound(record[field]) for field in TEXTS):
         return False
     if not record.get("image"):
-        return True
+        return True  # nor is "split" read, which says where the picture lies
+    if record.get("split") is not None and not sound(record["split"]):
+        return False
     where = f"{record.get('split') or home}/{name}/{record['image']}"
     return any(opens(place, where) for place in (folder / "images", folder))
 
