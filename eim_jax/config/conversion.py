@@ -114,7 +114,7 @@ def explain_unknown(values: Any, field: str) -> str | None:
     return None
 
 
-def build(kind: type[Built], values: Mapping[str, Any], where: str) -> Built:
+def build(kind: type[Built], values: Any, where: str) -> Built:
     """Builds a dataclass from nested plain values.
 
     Args:
