@@ -180,7 +180,14 @@ def test_a_header_that_is_no_literal_is_damage(tmp_path):
         read_rows(tmp_path / "a.npy")
 
 
-@pytest.mark.parametrize("line", [b"\xff\xfe", b"7", b"{"])
+@pytest.mark.parametrize("line", [b'{"step": "1"}', b'{"step": null}', b'{"stage_index": 0.5}', b'{"step": true}'])
+def test_a_step_of_the_log_that_is_no_number_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: (step|stage_index) is .*, not a whole number: delete this"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"7", b"{", b"[" * 9999])
 def test_a_damaged_line_of_the_log_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2: not a JSON record: delete this line"):

@@ -1,6 +1,19 @@
 """All formats."""
 
-from . import captions, configs, instructions, pictures, prepared, questions, runs, scorers, state, towers
+from . import (
+    answers,
+    captions,
+    configs,
+    instructions,
+    pictures,
+    prepared,
+    questions,
+    runs,
+    scorers,
+    state,
+    tower_settings,
+    towers,
+)
 
 FORMATS = (
     *captions.FORMATS,
@@ -9,8 +22,10 @@ FORMATS = (
     *pictures.FORMATS,
     *configs.FORMATS,
     *towers.FORMATS,
+    *tower_settings.FORMATS,
     *state.FORMATS,
     *prepared.FORMATS,
     *scorers.FORMATS,
     *runs.FORMATS,
+    *answers.FORMATS,
 )

@@ -1,4 +1,4 @@
-"""Hugging Face folders: a CLIP, a GPT-2 and a LLaMA with their tokenizers and picture settings."""
+"""Hugging Face folders of weights: a CLIP, a GPT-2 and a LLaMA in two shards."""
 
 import functools
 import json
@@ -6,18 +6,15 @@ import pathlib
 
 import numpy as np
 import safetensors.numpy
-import tokenizers
 
 from eim_jax.pretrained import clip_config, lm_config, load_clip, load_lm
 from eim_jax.pretrained.image_processor import image_processor
-from eim_jax.pretrained.tokenizer import eos_id, load_tokenizer
 
 from .engine import Format
 from .plain import as_json, json_of
 
 TESTS = pathlib.Path(__file__).resolve().parent.parent
 MINIATURE = TESTS.parent / "eim_jax" / "data" / "miniature" / "towers"
-WORDS = ("a red cube", "Two balls, 12 of them!", "naïve  dög 😀 <|endoftext|>", "")
 _SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1}
 
 
@@ -198,34 +195,6 @@ def _check_llama(folder: pathlib.Path, found):
     _equal(found.params["token_embedding"]["embedding"], tensors["model.embed_tokens.weight"])
 
 
-@functools.cache
-def _tokenizer(name):
-    """The miniature's tokenizer with a vocabulary of its first pieces, so that changes reach the other fields."""
-    files = {file.name: file.read_bytes() for file in sorted((MINIATURE / name).glob("tokenizer*"))}
-    return files
-
-
-def _read_tokenizer(folder: pathlib.Path):
-    found = load_tokenizer(folder)
-    return found, [found(text, add_special_tokens=False)["input_ids"] for text in WORDS], eos_id(folder)
-
-
-def _check_tokenizer(folder: pathlib.Path, found):
-    tokenizer, ids, end = found
-    own = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    own.no_truncation()
-    own.no_padding()
-    wanted = [own.encode(text, add_special_tokens=False).ids for text in WORDS]
-    said = json_of(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
-    added = set(tokenizer.get_vocab()) - set(own.get_vocab())  # special tokens that the config alone names
-    if not added:
-        assert ids == wanted, f"ids {ids} for {wanted}"
-    token = said.get("eos_token")
-    token = token.get("content") if isinstance(token, dict) else token
-    if token is not None and token in own.get_vocab():
-        assert end == own.token_to_id(token), f"EOS {end} for {token!r}"
-
-
 FORMATS = (
     Format("clip", _clip, _read_clip, _check_clip, quick=10),
     Format("gpt2", _gpt2, load_lm, _check_gpt2, quick=15),
@@ -240,6 +209,4 @@ FORMATS = (
     ),
     Format("gpt2-config", _gpt2, lm_config, lambda folder, found: None, names=("config.json",), quick=40),
     Format("llama-config", _llama, lm_config, lambda folder, found: None, names=("config.json",), quick=40),
-    Format("tokenizer-gpt2", functools.partial(_tokenizer, "gpt2"), _read_tokenizer, _check_tokenizer, quick=25),
-    Format("tokenizer-llama", functools.partial(_tokenizer, "llama"), _read_tokenizer, _check_tokenizer, quick=25),
 )
