@@ -80,19 +80,29 @@ def _size(content, *path, default=None):
     return default if content is None else content
 
 
+_CLIP_FIELDS = {
+    "hidden_size": "width", "num_hidden_layers": "layers", "num_attention_heads": "heads", "intermediate_size": "mlp",
+    "image_size": "image_size", "patch_size": "patch_size", "vocab_size": "vocab", "max_position_embeddings": "context",
+}  # fmt: skip
+
+
+def _agree(config, ours, fields, part=""):
+    """Whether our shape has what a config.json states; a field that is absent or null keeps its default."""
+    for field, name in fields.items():
+        if config.get(field) is not None and hasattr(ours, name):
+            assert getattr(ours, name) == config[field], f"{part}{field} {config[field]} became {getattr(ours, name)}"
+
+
+def _check_clip_config(folder: pathlib.Path, found):
+    config = json_of(folder / "config.json")
+    for part, ours in zip(("vision_config", "text_config"), found[:2], strict=True):
+        older = config.get(f"{part}_dict")
+        _agree((config.get(part) or {}) if older is None else older, ours, _CLIP_FIELDS, f"{part}.")
+
+
 def _check_clip(folder: pathlib.Path, found):
-    config, tensors = json_of(folder / "config.json"), _tensors(folder)
-    for part, ours in (("vision_config", found.vision), ("text_config", found.text)):
-        tower = config.get(f"{part}_dict") or config.get(part) or {}
-        for field, name in (
-            ("hidden_size", "width"),
-            ("num_hidden_layers", "layers"),
-            ("num_attention_heads", "heads"),
-        ):
-            if tower.get(field) is not None:
-                assert getattr(ours, name) == tower[field], (
-                    f"{part}.{field} {tower[field]} became {getattr(ours, name)}"
-                )
+    _check_clip_config(folder, found)
+    tensors = _tensors(folder)
     visual, text = found.params["visual"], found.params["text"]
     _equal(visual["class_embedding"], tensors["vision_model.embeddings.class_embedding"])
     _equal(visual["projection"]["kernel"], tensors["visual_projection.weight"].T)
@@ -148,12 +158,14 @@ def _gpt2():
     return {"config.json": as_json(config), "model.safetensors": _arrays(shapes)}
 
 
+def _check_gpt2_config(folder: pathlib.Path, found):
+    fields = {"n_embd": "width", "n_layer": "layers", "n_head": "heads", "vocab_size": "vocab"}
+    _agree(json_of(folder / "config.json"), found, fields)
+
+
 def _check_gpt2(folder: pathlib.Path, found):
-    config, tensors = json_of(folder / "config.json"), _tensors(folder)
-    tensors = {key.removeprefix("transformer."): value for key, value in tensors.items()}
-    for field, ours in (("n_embd", "width"), ("n_layer", "layers"), ("n_head", "heads"), ("vocab_size", "vocab")):
-        if config.get(field) is not None:
-            assert getattr(found.config, ours) == config[field], f"{field} {config[field]}"
+    _check_gpt2_config(folder, found.config)
+    tensors = {key.removeprefix("transformer."): value for key, value in _tensors(folder).items()}
     _equal(found.params["token_embedding"]["embedding"], tensors["wte.weight"])
     _equal(found.params["blocks_0"]["mlp"]["up"]["kernel"], tensors["h.0.mlp.c_fc.weight"])
     _equal(found.params["ln_f"]["bias"], tensors["ln_f.bias"])
@@ -185,13 +197,16 @@ def _llama():
     return {"config.json": as_json(config), "model.safetensors.index.json": as_json(index), **files}
 
 
-def _check_llama(folder: pathlib.Path, found):
-    config, tensors = json_of(folder / "config.json"), _tensors(folder)
-    for field, ours in (("hidden_size", "width"), ("num_hidden_layers", "layers"), ("vocab_size", "vocab")):
-        if config.get(field) is not None:
-            assert getattr(found.config, ours) == config[field], f"{field} {config[field]}"
+def _check_llama_config(folder: pathlib.Path, found):
+    config = json_of(folder / "config.json")
+    _agree(config, found, {**_CLIP_FIELDS, "num_key_value_heads": "kv_heads", "rms_norm_eps": "eps"})
     theta = _size(config, "rope_parameters", "rope_theta", default=config.get("rope_theta"))
-    assert theta is None or found.config.rope_theta == theta, f"rope_theta {theta}"
+    assert theta is None or found.rope_theta == theta, f"rope_theta {theta}"
+
+
+def _check_llama(folder: pathlib.Path, found):
+    _check_llama_config(folder, found.config)
+    tensors = _tensors(folder)
     _equal(found.params["token_embedding"]["embedding"], tensors["model.embed_tokens.weight"])
 
 
@@ -203,10 +218,10 @@ FORMATS = (
         "clip-config",
         _clip,
         clip_config,
-        lambda folder, found: None,
+        _check_clip_config,
         names=("config.json", "preprocessor_config.json"),
         quick=30,
     ),
-    Format("gpt2-config", _gpt2, lm_config, lambda folder, found: None, names=("config.json",), quick=40),
-    Format("llama-config", _llama, lm_config, lambda folder, found: None, names=("config.json",), quick=40),
+    Format("gpt2-config", _gpt2, lm_config, _check_gpt2_config, names=("config.json",), quick=40),
+    Format("llama-config", _llama, lm_config, _check_llama_config, names=("config.json",), quick=40),
 )
