@@ -11,10 +11,9 @@ from .formats import FORMATS
 SLICE = 3.5  # seconds of one format's turn
 
 
-def run(minutes: float, names: tuple[str, ...], seed: int, keep: pathlib.Path) -> dict[str, Tally]:
+def run(minutes: float, tallies: dict[str, Tally], seed: int, keep: pathlib.Path) -> None:
     """Gives each format a turn of a few seconds, round after round; another seed in each."""
-    forms = [form for form in FORMATS if not names or form.name in names]
-    tallies = {form.name: Tally() for form in forms}
+    forms = [form for form in FORMATS if form.name in tallies]
     end, turn = time.monotonic() + 60 * minutes, 0
     while time.monotonic() < end:
         for form in forms:
@@ -23,7 +22,6 @@ def run(minutes: float, names: tuple[str, ...], seed: int, keep: pathlib.Path) -
         tried = sum(t.tried for t in tallies.values())
         others = sum(t.counts[ELSE] for t in tallies.values())
         print(f"after turn {turn}: {tried:,} inputs, {others} of them {ELSE}", file=sys.stderr, flush=True)
-    return tallies
 
 
 def main() -> None:
@@ -37,8 +35,11 @@ def main() -> None:
     names = tuple(filter(None, options.only.split(",")))
     if unknown := set(names) - {form.name for form in FORMATS}:
         parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(form.name for form in FORMATS)}")
-    tallies = run(options.minutes, names, options.seed, options.keep)
-    print(table(tallies))
+    tallies = {form.name: Tally() for form in FORMATS if not names or form.name in names}
+    try:
+        run(options.minutes, tallies, options.seed, options.keep)
+    finally:  # also after Ctrl-C
+        print(table(tallies))
     sys.exit(any(tally.counts[ELSE] for tally in tallies.values()))
 
 

@@ -189,7 +189,7 @@ def _judged(form: Format, files: Files, folder: pathlib.Path, said: io.StringIO)
 def _named(form: Format, files: Files, folder: pathlib.Path, message: str, where: str, whole: str = "") -> Outcome:
     """A message is clear if a terminal can show it and it names a file or a field."""
     try:
-        shown(message).encode()
+        shown(message).encode(errors="strict" if where != "exit" else "backslashreplace")  # as Python's stderr does
     except UnicodeEncodeError:
         return Outcome(ELSE, f"a message that no terminal shows\n{message!a}\n{whole}", where)
     names = {pathlib.PurePath(name).name for name in files} | {str(folder), *form.words}
