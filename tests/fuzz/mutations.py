@@ -127,8 +127,8 @@ def changed_json(draw, value):
         other, there = _somewhere(draw, root)
         _put(container, place, copy.deepcopy(_kept(other, there)))
     elif way == 5 and isinstance(old, int | float) and not isinstance(old, bool):
-        half = old / 2 if abs(old) < 2**1000 else 0.5  # no float holds half of a larger one
-        _put(container, place, draw(st.sampled_from((old + 1, old - 1, -old, half, str(old), old * 1000))))
+        point = float(old) if abs(old) < 2**1000 else 0.5  # tables write 5 as 5.0; no float is larger
+        _put(container, place, draw(st.sampled_from((old + 1, old - 1, -old, point, str(old), old * 1000))))
     elif way == 6 and isinstance(old, str):
         text = draw(
             st.sampled_from((old.upper(), old[:-1], f" {old} ", old + old, old[::-1], f"\ufeff{old}", f"{old}\n"))
