@@ -285,6 +285,10 @@ def _presets_as_files(argv: list[str]) -> list[str]:
     if given is None:
         return argv
     name, colon, argument = given.partition(":")
+    if sum(word.partition("=")[0] in ("--config", "-config") for word in argv) > 1:
+        sys.exit("error: --config is given more than once: a run has one config")
+    if not name:
+        sys.exit(f"error: --config={given} names nothing: give a preset ({', '.join(known)}) or a Python file")
     if Path(name).suffix or os.sep in name:
         file = f"{user_path(name)}{colon}{argument}" if name.startswith("~") else given
         return _with_config(argv, given, file)
@@ -314,7 +318,7 @@ def _parse(argv: list[str]) -> list[str]:
     flags.FLAGS.set_gnu_getopt(True)  # flags may stand behind the images of --mode=caption
     try:
         return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError) as error:
+    except (AttributeError, KeyError, ValueError) as error:  # ValueError: the field is no name at all
         file = _given(argv, "config")
         if file is not None:
             alone = flags.FlagValues()  # the file as it stands, without what the command line changes

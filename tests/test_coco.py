@@ -281,6 +281,7 @@ def test_karpathy_bad_sentences_are_named(tmp_path):
     records = karpathy(tmp_path / "images")
     records[3]["sentences"][1] = {"tokens": ["a"]}
     records[4]["sentences"] = []
+    records[2] |= {"split": "test", "filepath": 7}
     file = tmp_path / "dataset_coco.json"
     file.write_text(json.dumps({"images": [*records, 7]}))
     with pytest.raises(BadDataError) as caught:
@@ -289,6 +290,7 @@ def test_karpathy_bad_sentences_are_named(tmp_path):
     for part in (
         "caption 103#1 (dataset_coco.json images[3])",
         "image 104 (val2014/COCO_4.jpg): it has no",
+        'image 102 (dataset_coco.json images[2]): its "filepath" is no text, but 7',
         "images[5]",
     ):
         assert part in text

@@ -81,6 +81,19 @@ def test_files_stay_files_and_an_unknown_preset_names_the_nearest():
         main._presets_as_files(["eim_jax", "--config=photo"])
 
 
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["--config="], r"--config= names nothing: give a preset \(.*photos"),
+        (["--config=photos", "--config=miniature"], "--config is given more than once"),
+        (["--config=photos", "--config", ""], "--config is given more than once"),
+    ],
+)
+def test_an_empty_or_second_config_is_said(words, match):
+    with pytest.raises(SystemExit, match=match):
+        main._presets_as_files(["eim_jax", *words])
+
+
 def test_the_console_command_reads_the_same_flags():
     done = subprocess.run(
         [sys.executable, "-m", "eim_jax", "--help"], cwd=ROOT, capture_output=True, text=True, check=True

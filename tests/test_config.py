@@ -92,6 +92,11 @@ def test_the_papers_coco_settings():
         ("data.max_tokn", 3, "config.data.max_tokn: no such field; did you mean 'max_tokens'?"),
         ("data.anotations", "a", "config.data.anotations: no such field; did you mean 'annotations'?"),
         ("data.annotations", 3, "config.data.annotations: 3 is not a str"),
+        ("arms", ({"name": "a"},), "config.arms: {'name': 'a'} is no name"),
+        ("arm.a.sequence", (7,), "config.arm.a.sequence: 7 is no name"),
+        ("decode.methods", (None,), "config.decode.methods: None is no name"),
+        ("arm.a", 7, "config.arm.a: 7 is not a group of fields"),
+        ("towers", "clip", "config.towers: 'clip' is not a group of fields"),
         ("data.kind", "cocoa", "config.data.kind: 'cocoa' is none of coco, .*; did you mean 'coco'?"),
     ],
 )
@@ -157,6 +162,7 @@ def test_only_fields_that_decide_the_parameters_make_another_run():
         ("stages.ei.lr=1", "config.stages has no field 'ei'; did you mean config.stages.ie?"),
         ("stages.ie.learning=1", "config.stages.ie has no field 'learning'; "),
         ("arm.eim.sequence=('st','xx')", "config.arm.eim.sequence: no stage 'xx'"),
+        ("=3", "config has no field ''; it has "),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, flag, message):

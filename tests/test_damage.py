@@ -16,7 +16,7 @@ from eim_jax.losses.queues import Queue, StaleQueue, manifest
 from eim_jax.reporting.arm_files import read_arm
 from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.training.log import read_metrics
-from eim_jax.utils.files import SUMS, Damaged, read_json, read_rows
+from eim_jax.utils.files import SUMS, Damaged, check_sums, read_json, read_rows
 
 TRAINED = {"lm/ln_f/scale": np.arange(4096.0, dtype=np.float32), "st/dense/kernel": np.ones((64, 64), np.float32)}
 
@@ -166,7 +166,28 @@ def test_damaged_scores_are_one_message(tmp_path, content):
         read_arm(CAPTIONS, tmp_path)
 
 
-@pytest.mark.parametrize("line", [b"\xff\xfe", b"7", b"{"])
+@pytest.mark.parametrize("name", ["a\0b", "\ud83d", "x" * 300])
+def test_a_sum_of_a_file_that_cannot_be_is_damage(tmp_path, name):
+    with pytest.raises(Damaged, match=f"delete {tmp_path}, the same command makes it again"):
+        check_sums(tmp_path, {name: "0" * 64})
+
+
+def test_a_header_that_is_no_literal_is_damage(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((3, 2)))
+    content = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(content.replace(b"}", b"("))
+    with pytest.raises(Damaged, match=r"a\.npy is damaged"):
+        read_rows(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("line", [b'{"step": "1"}', b'{"step": null}', b'{"stage_index": 0.5}', b'{"step": true}'])
+def test_a_step_of_the_log_that_is_no_number_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: (step|stage_index) is .*, not a whole number: delete this"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("line", [b"\xff\xfe", b"7", b"{", b"[" * 9999])
 def test_a_damaged_line_of_the_log_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl:2: not a JSON record: delete this line"):

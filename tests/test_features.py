@@ -110,6 +110,54 @@ def test_interrupted_equals_uninterrupted_and_does_not_start_over(tmp_path, afte
     assert sorted(opened) == list(range(marked, COUNT))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("damage", ["a count", "a bit"])
+def test_a_half_filled_file_that_is_not_what_was_written_is_computed_again(tmp_path, capsys, dtype, damage):
+    whole = np.array(cached(tmp_path / "whole", dtype=dtype))
+    calls = []
+
+    def failing(images):
+        calls.append(isinstance(images, jax.core.Tracer))
+        if calls.count(False) == 3:
+            raise KeyboardInterrupt
+        return see(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path, tower=failing, dtype=dtype)
+    note, rows = (tmp_path / "cache" / name for name in ("manifest.partial.json", "features.partial.npy"))
+    content = json.loads(note.read_text())
+    assert content["rows_done"] == 4
+    if damage == "a count":  # rows that were never computed would stay zero
+        note.write_text(json.dumps({**content, "rows_done": 6}))
+    else:
+        data = bytearray(rows.read_bytes())
+        data[128] ^= 1
+        rows.write_bytes(data)
+    np.testing.assert_array_equal(np.array(cached(tmp_path, dtype=dtype)), whole)
+    assert "features.partial.npy is damaged: computing" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_half_filled_file_of_an_earlier_version_is_continued(tmp_path):
+    calls = []
+
+    def failing(images):
+        calls.append(isinstance(images, jax.core.Tracer))
+        if calls.count(False) == 3:
+            raise KeyboardInterrupt
+        return see(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        cached(tmp_path, tower=failing)
+    note = tmp_path / "cache" / "manifest.partial.json"
+    content = json.loads(note.read_text())
+    assert len(content.pop("rows_sha256")) == 64
+    note.write_text(json.dumps(content))
+    opened = []
+    found = cached(tmp_path, split_of(draw=lambda row: opened.append(row) or picture(row)))
+    assert min(opened) == 4
+    assert_close(found, expected(), 1e-5)
+
+
 def test_an_interrupted_cache_of_other_weights_is_not_continued(tmp_path):
     def broken(images):
         if isinstance(images, jax.core.Tracer):

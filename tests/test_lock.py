@@ -67,9 +67,17 @@ def test_without_locks_of_the_file_system_the_note_decides(tmp_path, other, monk
     file.write_text(json.dumps({**note, "host": "elsewhere"}))  # nobody can tell from here
     with pytest.raises(InUse, match="on elsewhere"), locked(tmp_path / "run"):
         pass
-    file.write_text('{"pid": 1')  # a note cut short by a kill
-    with locked(tmp_path / "run"):
-        pass
+    # Cut short by a kill, or damaged.
+    for content in (
+        '{"pid": 1',
+        "[7]",
+        "[" * 4096,
+        json.dumps({**note, "pid": 10**30}),
+        json.dumps({**note, "pid": []}),
+    ):
+        file.write_text(content)
+        with locked(tmp_path / "run"):
+            pass
 
 
 def test_a_refused_run_leaves_no_folder(tmp_path):

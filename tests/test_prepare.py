@@ -365,6 +365,27 @@ def no_index(folder):
     (folder / "index" / "train.json").unlink()
 
 
+def flipped_note(folder):
+    file = folder / "captions/1.0.0/features.json"
+    file.write_text(file.read_text().replace("captions", "Captions", 1))
+
+
+def broken_notes(folder):
+    """As a folder of an earlier version, which holds no sums of its notes."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert sorted(manifest.pop("notes")) >= ["captions/1.0.0/dataset_info.json", "captions/1.0.0/features.json"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "captions/1.0.0/dataset_info.json").write_bytes(b"\xff")
+
+
+def entry(group, content):
+    def damage(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({**manifest, group: content}))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -375,6 +396,13 @@ def no_index(folder):
         (short_shard, r"array_record-00000 has [\d,]+ bytes, not [\d,]+: copy it again"),
         (damaged_index, "train.json is damaged"),
         (no_index, "train.json is missing"),
+        (flipped_note, r"features.json is damaged: copy it again, or prepare again"),
+        (broken_notes, r"captions/1.0.0 is damaged \(\w+Error: .*: copy the whole folder"),
+        (entry("files", {"captions/x": "7"}), r"manifest.json is damaged \(files has an entry 'captions/x': '7'\)"),
+        (entry("files", {"../x": 7}), r"manifest.json is damaged \(files has an entry '../x'"),
+        (entry("splits", {"train": 3}), r"manifest.json is damaged \(splits.train is 3\)"),
+        (entry("splits", {"train": {"same_as": "dev"}}), r"splits.train.same_as is 'dev', none of the splits"),
+        (entry("splits", {"train": {"index": "x", "bad": [{"id": 1}]}}), r"splits.train.bad is .*not a list of bad"),
     ],
 )
 def test_a_damaged_folder_is_refused_by_the_file(made, tmp_path, damage, message):
@@ -391,7 +419,8 @@ def test_a_shard_damaged_inside_names_the_picture(made, tmp_path):
         content[len(content) // 2] ^= 255
         file.write_bytes(bytes(content))
     split = load_split(shard, "train", tmp_path)
-    with pytest.raises(ValueError, match=r"image id \d \(\d.jpg\) cannot be read"):
+    remedy = r"image id \d \(\d.jpg\) cannot be read.* A shard in .*coco-prepared/.* is damaged: copy the whole folder"
+    with pytest.raises(ValueError, match=remedy):
         for row in range(len(split.images)):
             split.images[row]
 

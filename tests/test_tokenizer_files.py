@@ -148,7 +148,19 @@ def test_published_vocabularies_saved_by_transformers_keep_their_ids(shared_data
         ("tokenizer.json", {"model": None}, r"tokenizer\.json: model is None, not an object"),
         ("tokenizer.json", {"added_tokens": {}}, r"tokenizer\.json: added_tokens is \{\}, not a list"),
         ("tokenizer.json", {"pre_tokenizer": "ByteLevel"}, r"tokenizer\.json: pre_tokenizer is 'ByteLevel'"),
-        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}}, r"/tokenizer\.json is none"),
+        (
+            "tokenizer.json",
+            {"model": {"type": "BPE", "vocab": {"a": "b"}, "merges": []}},
+            r"/tokenizer\.json: 'a' is 'b', not",
+        ),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [7]}}, r"/tokenizer\.json is none"),
+        ("tokenizer.json", {"model": {"vocab": {"a": 0, "b": 1, "c": 0}}}, r"json: 'a' and 'c' have one id, 0"),
+        (
+            "tokenizer_config.json",
+            {"model_max_length": "a"},
+            r"max_length is 'a', not a whole number or a number",
+        ),
+        ("tokenizer_config.json", {"padding_side": 3}, r"tokenizer_config\.json: padding_side is 3, not a text"),
         ("vocab.json", {"a": "b"}, r"vocab\.json: 'a' is 'b', not an id"),
     ],
 )

@@ -113,6 +113,11 @@ def check(config: "Config", flat: dict[str, Any]) -> None:
     _check_texts(config)
     if not config.arms or not config.decode.methods:
         raise ConfigError("config.arms and config.decode.methods need at least one entry")
+    sequences = {f"arm.{name}.sequence": arm.sequence for name, arm in config.arm.items()}
+    for field, entries in {"arms": config.arms, "decode.methods": config.decode.methods, **sequences}.items():
+        for entry in entries:
+            if not isinstance(entry, str):
+                raise ConfigError(f"config.{field}: {entry!a:.60} is no name")
     for method in config.decode.methods:
         if method not in ("greedy", "beam", "nucleus"):
             raise ConfigError(f"config.decode.methods: {method!r} is none of greedy, beam, nucleus")

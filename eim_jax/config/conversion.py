@@ -114,7 +114,7 @@ def explain_unknown(values: Any, field: str) -> str | None:
     return None
 
 
-def build(kind: type[Built], values: Mapping[str, Any], where: str) -> Built:
+def build(kind: type[Built], values: Any, where: str) -> Built:
     """Builds a dataclass from nested plain values.
 
     Args:
@@ -128,6 +128,8 @@ def build(kind: type[Built], values: Mapping[str, Any], where: str) -> Built:
     Raises:
       ConfigError: a name is no field, or a value has another type than its field.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: {values!a:.60} is not a group of fields")
     hints, own = typing.get_type_hints(kind), issubclass(kind, Data)  # what Data does not know is a data set's own
     known = [f.name for f in dataclasses.fields(typing.cast(Any, kind))]
     for name in values:

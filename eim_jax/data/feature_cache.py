@@ -1,6 +1,7 @@
 """The frozen CLIP's features of every image, computed once and kept in a memory-mapped file."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -30,6 +31,7 @@ _PREPROCESSING = {
 }
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}  # bf16 is stored as its 16 bits
 _MARK_SECONDS = 10.0  # between two notes of how far the file is filled
+_SUMMED = 1024  # rows that are read at once for their sum
 _SPARE = 256 * 2**20  # bytes that stay free on the disk
 
 
@@ -146,14 +148,15 @@ def _fill(
                 "check the CLIP weights, or compute in float32"
             )
         if target is not None:
-            target[rows] = found if cache.dtype == "float32" else found.astype(jnp.bfloat16).view(np.uint16)
+            target[rows] = stored = found if cache.dtype == "float32" else found.astype(jnp.bfloat16).view(np.uint16)
+            cache.took(stored)
         advance(len(rows))
         return len(rows)
 
     def mark() -> None:
         if target is not None:
             target.flush()
-            cache.mark(done)
+            cache.mark()
 
     remaining = np.arange(done, shape[0], dtype=np.int32)
     mine = remaining.copy()
@@ -184,6 +187,13 @@ class _Cache:
         self.array, self.manifest = directory / "features.npy", directory / "manifest.json"
         self.partial, self.progress = directory / "features.partial.npy", directory / "manifest.partial.json"
         self._wanted: dict[str, Any] = {}
+        self._filled = (0, hashlib.sha256())  # how many rows are written, and the sum of them
+
+    def took(self, rows: np.ndarray) -> None:
+        """Counts rows that the file holds now, and takes them into the sum that the notes hold."""
+        done, summed = self._filled[0], self._filled[1].copy()
+        summed.update(np.ascontiguousarray(rows).tobytes())
+        self._filled = (done + len(rows), summed)  # both at once: a signal may come between any two lines
 
     def matches(self, file: pathlib.Path, wanted: Mapping[str, Any], quiet: bool = False) -> bool:
         """Returns whether a manifest file says `wanted`; unless `quiet`, prints the fields in which it differs."""
@@ -195,7 +205,11 @@ class _Cache:
             if not quiet:
                 console.print(f"{file} is damaged: computing the vision features again")
             return False
-        for beside in ("rows_done", "sha256"):  # what a manifest holds besides what the features depend on
+        for beside in (
+            "rows_done",
+            "rows_sha256",
+            "sha256",
+        ):  # what a manifest holds besides what the features depend on
             found.pop(beside, None)
         if (differing := _differing(found, wanted)) and not quiet:
             console.print(f"vision features in {self.directory} are stale and computed again:")
@@ -217,12 +231,19 @@ class _Cache:
         self._wanted = wanted
         if self.partial.exists() and self.matches(self.progress, wanted):
             try:
-                done = read_json(self.progress, {"rows_done": int})["rows_done"]
-                rows = read_rows(self.partial)
-                if rows.shape == shape and rows.dtype == _DTYPES[self.dtype] and 0 <= done <= shape[0]:
-                    allocate(self.partial)  # earlier versions left holes in it
-                    return done
-                raise Damaged(self.partial, "not as long as its manifest says")
+                noted = read_json(self.progress, {"rows_done": int}, {"rows_sha256": str})
+                done, rows = noted["rows_done"], read_rows(self.partial)
+                if rows.shape != shape or rows.dtype != _DTYPES[self.dtype] or not 0 <= done <= shape[0]:
+                    raise Damaged(self.partial, "not as long as its manifest says")
+                for start in range(0, done, _SUMMED):
+                    self.took(rows[start : min(start + _SUMMED, done)])
+                # Notes of earlier versions hold no sum.
+                found = self._filled[1].hexdigest()
+                if noted.get("rows_sha256", found) != found:
+                    self._filled = (0, hashlib.sha256())
+                    raise Damaged(self.partial, "its rows are not those that were written")
+                allocate(self.partial)  # earlier versions left holes in it
+                return done
             except Damaged:
                 console.print(f"{self.partial} is damaged: computing the vision features again", soft_wrap=True)
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -237,11 +258,12 @@ class _Cache:
             raise OSError(f"{what}, but only {_gib(free)} are free: use dtype bfloat16, another folder, or no cache")
         console.print(f"{what} ({_gib(free)} free)")
         new_rows(self.partial, stored, shape).flush()
-        self.mark(0)
+        self.mark()
         return 0
 
-    def mark(self, rows_done: int) -> None:
-        self._write(self.progress, {**self._wanted, "rows_done": rows_done})
+    def mark(self) -> None:
+        filled = {"rows_done": self._filled[0], "rows_sha256": self._filled[1].hexdigest()}
+        self._write(self.progress, {**self._wanted, **filled})
 
     def finish(self) -> None:
         flush(self.partial)

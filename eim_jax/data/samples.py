@@ -41,6 +41,8 @@ class ImageSource(abc.ABC):
     `_load(i)` and `identity(i)`, a short string that changes when the image does.
     """
 
+    _remedy = "Repair or remove it, or load the data with on_bad='drop'."  # for an image that cannot be read
+
     def __init__(self, ids: Sequence[str], names: Sequence[str]):
         if len(ids) != len(names):
             raise ValueError(f"{len(ids)} image ids but {len(names)} image names: give one name for each id")
@@ -59,8 +61,7 @@ class ImageSource(abc.ABC):
             return self._load(row)
         except Exception as error:  # PIL's decoders raise many types on damaged files
             raise ValueError(
-                f"image id {self.ids[row]} ({self.names[row]}) cannot be read: {error}. "
-                "Repair or remove it, or load the data with on_bad='drop'."
+                f"image id {self.ids[row]} ({self.names[row]}) cannot be read: {error}. {self._remedy}"
             ) from error
 
     @abc.abstractmethod

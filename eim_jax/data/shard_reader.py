@@ -7,6 +7,7 @@
 The split is the one that the files give, with the same fingerprint, so a workdir may change between them.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from eim_jax.config import ConfigError, Data
-from eim_jax.data.bad_items import BadDataError, BadItem
+from eim_jax.data.bad_items import BadDataError, BadItem, name_problem, outside
 from eim_jax.data.data_set import DataSet, Shards
 from eim_jax.data.samples import ImageSource, Split
 from eim_jax.utils.files import Damaged, read_json, user_path
@@ -36,13 +37,18 @@ class PreparedImages(ImageSource):
 
         super().__init__(images["id"], images["name"])
         self._sizes, self._records, self._contents = images["size"], images["record"], contents
-        self._source = tfds.builder_from_directory(dataset).as_data_source(split)
+        self._remedy = f"A shard in {dataset} is damaged: copy the whole folder again, or prepare again."
+        try:
+            self._source = tfds.builder_from_directory(dataset).as_data_source(split)
+        except Exception as error:  # TFDS and protobuf raise many types on damaged notes
+            reason = f"{type(error).__name__}: {str(error)[:300]}"
+            raise ValueError(f"{dataset} is damaged ({reason}): copy the whole folder, or prepare again") from error
 
     def content(self, row: int) -> bytes:
         """Returns the picture's file, byte for byte; ValueError when the shard holds something else."""
         content = self._source[self._records[row]]["image"]
         if len(content) != self._sizes[row]:
-            raise ValueError(f"its record has {len(content)} bytes, not {self._sizes[row]}: the shard is damaged")
+            raise ValueError(f"its record has {len(content)} bytes, not {self._sizes[row]}")
         return content
 
     def _load(self, row: int) -> Image.Image:
@@ -122,21 +128,46 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("version") != VERSION:
         raise ValueError(f"{file} is not a manifest of this version of eim_jax: prepare into another folder")
     try:
-        return read_json(file, {"kind": str, "settings": dict, "sources": dict, "splits": dict, "files": dict})
+        fields = {"kind": str, "settings": dict, "sources": dict, "splits": dict, "files": dict}
+        manifest = read_json(file, fields, {"notes": dict})
+        _check_entries(file, manifest)
+        return manifest
     except Damaged as error:
         raise ValueError(f"{error.what}: prepare again into the same folder") from error
 
 
+def _check_entries(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises Damaged for an entry of a manifest that is not of its form."""
+    for name, entry in manifest["splits"].items():
+        if not isinstance(entry, dict):
+            raise Damaged(file, f"splits.{name} is {entry!a:.60}")
+        if "same_as" in entry:
+            other = entry["same_as"]
+            if not isinstance(other, str) or "same_as" in manifest["splits"].get(other, {"same_as": ""}):
+                raise Damaged(file, f"splits.{name}.same_as is {other!a:.60}, none of the splits that are written")
+            continue
+        bad, names = entry.get("bad"), {field.name for field in dataclasses.fields(BadItem)}
+        if not isinstance(entry.get("index"), str):
+            raise Damaged(file, f"splits.{name}.index is {entry.get('index')!a:.60}, not a sha256")
+        items = bad if isinstance(bad, list) else [None]
+        if not all(isinstance(item, dict) and item.keys() == names for item in items):
+            raise Damaged(file, f"splits.{name}.bad is {bad!a:.60}, not a list of bad items")
+    for group, kind in (("files", int), ("notes", str)):
+        for name, value in manifest.get(group, {}).items():
+            if type(value) is not kind or name_problem(name) or outside(name):
+                raise Damaged(file, f"{group} has an entry {name!a:.60}: {value!a:.60}")
+
+
 def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Checks that every shard is there, with the size that was written.
+    """Checks that every shard is there, with the size that was written, and that the notes beside them are unchanged.
 
     Args:
       folder: the prepared folder.
       manifest: its manifest.
 
     Raises:
-      FileNotFoundError: a shard is missing.
-      ValueError: a shard has another size.
+      FileNotFoundError: a file is missing.
+      ValueError: a shard has another size, or a note is another one.
     """
     for name, size in manifest["files"].items():
         try:
@@ -145,6 +176,13 @@ def check_files(folder: Path, manifest: Mapping[str, Any]) -> None:
             raise FileNotFoundError(f"{folder / name} is missing: copy the whole folder, or prepare again") from None
         if found != size:
             raise ValueError(f"{folder / name} has {found:,} bytes, not {size:,}: copy it again, or prepare again")
+    for name, wanted in manifest.get("notes", {}).items():  # folders of earlier versions have none
+        try:
+            sound = digest(folder / name) == wanted
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{folder / name} is missing: copy the whole folder, or prepare again") from None
+        if not sound:
+            raise ValueError(f"{folder / name} is damaged: copy it again, or prepare again")
 
 
 def digest(file: Path) -> str:

@@ -166,6 +166,7 @@ def _write(folder: Path, shards: Shards, plans: Mapping[str, _Plan], manifest: d
     for file in [*dataset.iterdir(), dataset]:
         flush(file)
     manifest["files"] = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+    manifest["notes"] = {str(file.relative_to(folder)): digest(file) for file in sorted(dataset.glob("*.json"))}
     write_json(folder / MANIFEST, manifest)  # last: a folder is complete when it has a manifest
     partial.unlink()
 

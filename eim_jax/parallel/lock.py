@@ -142,7 +142,7 @@ def _holder(number: int) -> dict:
     """Who wrote itself into the file and has not left; {} where nobody has, or half of a note is there."""
     try:
         found = json.loads(os.pread(number, 4096, 0))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -152,7 +152,7 @@ def _is_gone(holder: dict) -> bool:
         return False
     try:
         return psutil.Process(holder["pid"]).create_time() != holder["process_started"]
-    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
+    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError, OverflowError):
         return True
 
 

@@ -15,6 +15,7 @@ from eim_jax.pretrained.json_files import read_json
 
 # What may stand in tokenizer_config.json and special_tokens_map.json and decides ids.
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+_NAMES = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "vocab.json")
 # tokenizer.json's parts, which the format fixes.
 _PARTS = {
     "model": dict,
@@ -24,7 +25,20 @@ _PARTS = {
     "post_processor": (dict, type(None)),
     "decoder": (dict, type(None)),
 }
-_JSON_NAMES = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
+# What tokenizer_config.json says besides, as far as it is used.
+_SETTINGS = {
+    "tokenizer_class": (str,),
+    "added_tokens_decoder": (dict,),
+    "model_max_length": (int, float),
+    "clean_up_tokenization_spaces": (bool,),
+    "padding_side": (str,),
+    "truncation_side": (str,),
+    "chat_template": (str, list),
+}
+_JSON_NAMES = {
+    **{dict: "an object", list: "a list", str: "a text", type(None): "null"},
+    **{bool: "true or false", int: "a whole number", float: "a number"},
+}
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -52,9 +66,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             return LlamaTokenizer.from_pretrained(place)
         named = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for files that it does not understand
+        read = [name for name in _NAMES if (place / name).is_file()]
+        said = f"transformers says of {', '.join(read)}: " if read else ""
         raise ValueError(
-            f"no tokenizer in {path}: {error or type(error).__name__}. A folder needs tokenizer.json, tokenizer.model, "
-            "or vocab.json with merges.txt."
+            f"no tokenizer in {path}: {said}{error or type(error).__name__}. A folder needs tokenizer.json, "
+            "tokenizer.model, or vocab.json with merges.txt."
         ) from error
     return named if own is None else _with_special_tokens(own, named)
 
@@ -119,8 +135,8 @@ def _check_files(place: pathlib.Path) -> None:
                 raise WeightsError(
                     f"{place / name}: {field} is {token!a:.80}, not a text or an object with a text as its content"
                 )
-        for field, kind in (("tokenizer_class", str), ("added_tokens_decoder", dict)):
-            _check_type(place / name, content, field, (kind, type(None)))
+        for field, kinds in _SETTINGS.items():
+            _check_type(place / name, content, field, (*kinds, type(None)))
         for key, token in (content.get("added_tokens_decoder") or {}).items():
             if not (key.isdecimal() and _has_content(token)):
                 raise WeightsError(
@@ -132,10 +148,21 @@ def _check_files(place: pathlib.Path) -> None:
         for field, kinds in _PARTS.items():
             if field == "model" or field in content:
                 _check_type(place / "tokenizer.json", content, field, kinds)
+        if isinstance(vocab := content["model"].get("vocab"), dict):  # SentencePiece's is a list, whose places are ids
+            _check_ids(place / "tokenizer.json", vocab)
     if (place / "vocab.json").is_file():
-        for piece, number in read_json(place / "vocab.json").items():
-            if type(number) is not int or number < 0:
-                raise WeightsError(f"{place / 'vocab.json'}: {piece!r} is {number!r:.80}, not an id (0, 1, ...)")
+        _check_ids(place / "vocab.json", read_json(place / "vocab.json"))
+
+
+def _check_ids(file: pathlib.Path, vocab: dict) -> None:
+    """Raises WeightsError for a piece whose id is none, or another's: libraries differ in which they keep."""
+    pieces: dict[int, str] = {}
+    for piece, number in vocab.items():
+        if type(number) is not int or number < 0:
+            raise WeightsError(f"{file}: {piece!a:.80} is {number!a:.80}, not an id (0, 1, ...)")
+        if number in pieces:
+            raise WeightsError(f"{file}: {pieces[number]!a:.80} and {piece!a:.80} have one id, {number}")
+        pieces[number] = piece
 
 
 def _has_content(token: object) -> bool:
@@ -149,6 +176,7 @@ def _is_text(value: object) -> bool:
 
 def _check_type(file: pathlib.Path, content: dict, field: str, kinds) -> None:
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    if not isinstance(content.get(field), kinds):
+    value = content.get(field)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join(_JSON_NAMES[kind] for kind in kinds)
         raise WeightsError(f"{file}: {field} is {content.get(field)!r:.80}, not {wanted}")

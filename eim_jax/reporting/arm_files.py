@@ -5,6 +5,7 @@ from pathlib import Path
 
 from eim_jax.evaluation.scoring import EVALS
 from eim_jax.evaluation.tasks.task import Predictions, Task
+from eim_jax.reporting.records import check_arm, check_scores, check_steps
 from eim_jax.training.log import read_metrics
 from eim_jax.utils.files import read_json
 
@@ -22,16 +23,27 @@ class Arm:
 
 
 def read_arm(task: Task, directory: Path) -> Arm:
-    """Reads run.json, metrics.jsonl, all scores_test.json and predictions_test.json of an arm, each if it is there."""
+    """Reads run.json, metrics.jsonl, all scores_test.json and predictions_test.json of an arm, each if it is there.
+
+    Raises:
+      Damaged, ValueError: one is not what a run writes; the message names the file and the field or the line.
+    """
     run, scores, path = (directory / f"{name}.json" for name in ("run", "scores_test", "predictions_test"))
-    return Arm(
+    found = Arm(
         name=directory.name,
-        run=read_json(run, optional={"stages": list}) if run.exists() else {},
+        run=read_json(run) if run.exists() else {},
         metrics=read_metrics(directory / "metrics.jsonl"),
-        scores=read_json(scores, values=dict) if scores.exists() else {},
+        scores=_scores(scores) if scores.exists() else {},
         predictions=task.read_predictions(path, read_json(path, form=(dict, list))) if path.exists() else None,
-        evals={
-            file.parent.name: read_json(file, values=dict)
-            for file in sorted(directory.glob(f"{EVALS}/*/{scores.name}"))
-        },
+        evals={file.parent.name: _scores(file) for file in sorted(directory.glob(f"{EVALS}/*/{scores.name}"))},
     )
+    check_arm(run, found.run)
+    check_steps(directory / "metrics.jsonl", found.metrics)
+    return found
+
+
+def _scores(file: Path) -> dict[str, dict]:
+    """Scores by decoding method."""
+    found = read_json(file, values=dict)
+    check_scores(file, found)
+    return found

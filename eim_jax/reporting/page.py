@@ -18,6 +18,7 @@ from eim_jax.reporting.charts import Line, panel
 from eim_jax.reporting.environment import environment
 from eim_jax.reporting.gallery import gallery
 from eim_jax.reporting.questions import questions
+from eim_jax.reporting.records import arms_of
 from eim_jax.reporting.scores import BASELINE, METHODS, table, verdict
 from eim_jax.utils.files import read_json, write_text
 
@@ -47,14 +48,12 @@ def write_report(
 
     Raises:
       FileNotFoundError: the directory holds no run.json.
-      ValueError: it names no arm, or an arm's predictions are another task's.
+      ValueError: it names no arm, an arm's predictions are another task's, or a record has a field of another type.
     """
     if not (workdir / "run.json").exists():
         raise FileNotFoundError(f"{workdir}: no run.json, so nothing has been run here")
-    run = read_json(workdir / "run.json", optional={"config": dict, "versions": dict, "machine": dict})
-    names = [arm if isinstance(arm, str) else arm["name"] for arm in run.get("config", {}).get("arms", ())]
-    if not names:
-        raise ValueError(f"{workdir / 'run.json'}: config names no arms")
+    run = read_json(workdir / "run.json")
+    names = arms_of(workdir / "run.json", run)
     arms = [read_arm(task, workdir / name) for name in names]
     texts = {arm.name: arm.predictions.outputs if arm.predictions else {} for arm in arms}
     scores = {arm.name: arm.scores for arm in arms}

@@ -79,11 +79,16 @@ def read_metrics(path: Path) -> list[dict]:
     for number, line in enumerate(lines, start=1):
         try:
             records.append(json.loads(line))
-            if not isinstance(records[-1], dict):
-                raise ValueError(f"{path}:{number}: not a JSON record: delete this line")
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise ValueError(f"{path}:{number}: not a JSON record: delete this line") from error
+            continue
+        if not isinstance(records[-1], dict):
+            raise ValueError(f"{path}:{number}: not a JSON record: delete this line")
+        for field in ("stage_index", "step"):  # by which a run that goes on finds its place
+            if type(records[-1].get(field, 0)) is not int:
+                found = records[-1][field]
+                raise ValueError(f"{path}:{number}: {field} is {found!a:.60}, not a whole number: delete this line")
     return records
 
 

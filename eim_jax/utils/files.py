@@ -165,8 +165,8 @@ def read_rows(path: Path, delete: Path | None = None) -> np.ndarray:
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
         size = path.stat().st_size
-    except (ValueError, OSError, EOFError, SyntaxError, OverflowError) as error:
-        raise Damaged(path, str(error), delete) from error
+    except Exception as error:  # NumPy's reader of headers lets Python's tokenizer and parser raise what they like
+        raise Damaged(path, str(error) or type(error).__name__, delete) from error
     if not isinstance(rows, np.memmap):
         raise Damaged(path, "no .npy file", delete)
     if rows.offset + rows.nbytes != size:
@@ -195,8 +195,9 @@ def check_sums(folder: Path, sums: Mapping[str, str], delete: Path | None = None
     for name, wanted in sums.items():
         try:
             found = sha256(folder / name)
-        except OSError as error:
-            raise Damaged(folder / name, error.strerror or str(error), delete or folder) from error
+        except (OSError, ValueError) as error:  # ValueError: no file can have such a name
+            reason = (error.strerror if isinstance(error, OSError) else None) or f"it lists a file {name!a:.60}"
+            raise Damaged(folder / ascii(name)[1:-1], reason, delete or folder) from error
         if found != wanted:
             raise Damaged(folder / name, "its sha256 is not the one that was written", delete or folder)
 

@@ -5,7 +5,7 @@ import pathlib
 from collections import defaultdict
 from typing import Any
 
-from eim_jax.data.bad_items import BadItem, text_problem
+from eim_jax.data.bad_items import BadItem, name_problem, text_problem
 from eim_jax.data.text_files import identifier, read_json
 
 # Karpathy's train set is his "train" and "restval" together: 113,287 images.
@@ -82,7 +82,8 @@ def karpathy_form(path: pathlib.Path, records: list[Any], split: str | None, fol
         raise ValueError(f"split {split!r}: {path} has {', '.join(_KARPATHY)}")
     wanted = None if split is None else _KARPATHY[split]
     # COCO's folders train2014/ and val2014/ as in the file, or all pictures in one folder.
-    subfolders = {record.get("filepath") for record in records if isinstance(record, dict)} - {None, ""}
+    named = (record.get("filepath") for record in records if isinstance(record, dict))
+    subfolders = {name for name in named if isinstance(name, str) and name and not name_problem(name)}
     nested = {name for name in subfolders if folder is not None and (folder / name).is_dir()}
     raw = Raw()
     for place, record in enumerate(records):
@@ -97,7 +98,11 @@ def karpathy_form(path: pathlib.Path, records: list[Any], split: str | None, fol
         if image_id is None or not isinstance(file, str) or not file or not isinstance(record.get("sentences"), list):
             raw.bad.append(BadItem("image", str(image_id), where, 'needs "cocoid" or "imgid", "filename", "sentences"'))
             continue
-        filepath = record.get("filepath", "")
+        filepath = record.get("filepath") or ""
+        if not isinstance(filepath, str):
+            raw.bad.append(BadItem("image", image_id, where, f'its "filepath" is no text, but {filepath!r:.60}'))
+            raw.broken.add(image_id)
+            filepath = ""
         if not _add_image(raw, image_id, f"{filepath}/{file}" if filepath in nested else file):
             continue
         for number, sentence in enumerate(record["sentences"]):

@@ -163,7 +163,7 @@ def _load(data: Data, own: ScienceQAFields, name: str, cache: pathlib.Path) -> t
         raise ConfigError(
             "config.data.folder is empty: give the folder that holds problems.json, pid_splits.json and the images"
         )
-    if len(own.splits) != len(_ROLES):
+    if len(own.splits) != len(_ROLES) or not all(isinstance(split, str) for split in own.splits):
         raise ConfigError(f"config.data.splits: {own.splits} is not three names, for train, val and test")
     loaded = load_scienceqa(
         own.folder,

@@ -222,7 +222,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-java", action="store_true", help="no METEOR and SPICE, even where Java is installed")
     options = parser.parse_args(arguments)
     try:
-        scores = score(load_results(options.results), load_references(options.annotations), java=not options.no_java)
+        results, references = load_results(options.results), load_references(options.annotations)
+        try:
+            scores = score(results, references, java=not options.no_java)
+        except ValueError as error:
+            raise ValueError(f"{options.results}: {error}") from error
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(json.dumps(scores))

@@ -210,7 +210,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         problems = read_problems(options.data, options.split)
         predictions = load_predictions(options.predictions)
-        scores = score(predictions, problems, unparsed=options.unparsed, seed=options.seed)
+        try:
+            scores = score(predictions, problems, unparsed=options.unparsed, seed=options.seed)
+        except ValueError as error:
+            raise ValueError(f"{options.predictions}: {error}") from error
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(json.dumps(scores))

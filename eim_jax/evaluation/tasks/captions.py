@@ -8,6 +8,7 @@ from typing import Any
 from eim_jax.data import tokenize
 from eim_jax.data.rows import row_options
 from eim_jax.data.samples import Split
+from eim_jax.data.text_files import identifier
 from eim_jax.evaluation.metrics import caption_scores
 from eim_jax.evaluation.metrics.caption_overlap import caption_rows
 from eim_jax.evaluation.metrics.likelihood import likelihood_rows
@@ -101,7 +102,11 @@ class Captions(Task):
         """Reads COCO's form."""
         if not isinstance(found, list):
             raise ValueError(f"{path}: holds answers to questions, not captions: these are another task's predictions")
-        return Predictions({str(row["image_id"]): row["caption"] for row in found})
+        for place, row in enumerate(found):
+            said = row if isinstance(row, dict) else {}
+            if identifier(said.get("image_id")) is None or not isinstance(said.get("caption"), str):
+                raise ValueError(f'{path} [{place}]: needs an "image_id" and a text "caption", not {row!a:.60}')
+        return Predictions({identifier(row["image_id"]) or "": row["caption"] for row in found})
 
 
 def _coco_id(image_id: str) -> int | str:

@@ -92,6 +92,9 @@ class Options(Questions):
         read = super().read_predictions(path, found)
         if read.results is None:
             raise ValueError(f'{path}: holds no "results" (the chosen option by question id)')
+        for name, index in read.results.items():
+            if type(index) is not int:
+                raise ValueError(f"{path}: results.{name!a:.60} is not the index of an option, but {index!a:.60}")
         decoding = found.get("decoding")
         if isinstance(decoding, Mapping) and decoding.get("answers") == "likelihood":
             said = {"choice": "the most likely option, whatever the text says"}

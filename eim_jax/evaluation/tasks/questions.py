@@ -170,6 +170,11 @@ def read_answers(path: Path, found: Any) -> Predictions:
     if not isinstance(found.get("outputs"), Mapping):
         raise ValueError(f'{path}: holds no "outputs" (raw text by question id)')
     outputs, results = found["outputs"], found.get("results")
+    for name, text in outputs.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: outputs.{name!a:.60} is not a text, but {text!a:.60}")
+    if results is not None and not isinstance(results, Mapping):
+        raise ValueError(f'{path}: "results" is not an object of choices by question id, but {results!a:.60}')
     if results is not None and results.keys() != outputs.keys():
         some = some_of(results.keys() ^ outputs.keys())
         raise ValueError(f'{path}: {some} in only one of "results" and "outputs"')
