@@ -105,7 +105,7 @@ class Inputs:
         folder = self.workdir / "queues" / kind.name
         say = functools.partial(console.print, soft_wrap=True)
         parts = queues.QueueParts(folder.with_name(f"{kind.name}.parts"), manifest, say)
-        if (folder / "manifest.json").exists():
+        if processes.agreed((folder / "manifest.json").exists()):
             parts.remove()  # of a run that was killed before it did
             return Queue.load(folder, manifest, self.mesh)
         with held(folder, wait=True):  # an inspection may build it beside the run
