@@ -196,3 +196,12 @@ def test_command_line_prints_exactly_one_json_object(tmp_path):
     root = pathlib.Path(__file__).resolve().parent.parent
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120, check=True)
     assert list(json.loads(done.stdout)) == [*caption_scores.METRICS, "notes"]
+
+
+def test_results_that_do_not_fit_their_references_are_named_by_file(tmp_path, capsys):
+    results, references = tmp_path / "results.json", tmp_path / "captions.json"
+    results.write_text(json.dumps([{"image_id": 9, "caption": "a dog"}]))
+    references.write_text(json.dumps({"annotations": [{"image_id": 3, "caption": "a dog"}]}))
+    with pytest.raises(SystemExit):
+        caption_scores.main(["--no-java", "--results", str(results), "--annotations", str(references)])
+    assert f"error: {results}: 1 results for images that have no reference" in capsys.readouterr().err

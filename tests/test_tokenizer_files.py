@@ -181,3 +181,10 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path, file):
         (tmp_path / file).write_bytes(content)
         with pytest.raises(WeightsError, match=file.replace(".", r"\.")):
             load_tokenizer(tmp_path)
+
+
+def test_what_transformers_says_stands_behind_the_names_of_its_files(tmp_path):
+    digits().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"post_processor": {"type": "TemplateProcessing"}}))
+    with pytest.raises(ValueError, match=r"transformers says of tokenizer_config\.json, tokenizer\.json: "):
+        load_tokenizer(tmp_path)
