@@ -5,6 +5,7 @@ Values, gradients and exports are compared with transformers in tests/parity/tes
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +111,15 @@ def test_a_folder_is_read_as_it_was_written(name, tmp_path):
     export_lm(tmp_path / "two", again)
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_an_export_names_the_tokenizers_own_ends(tmp_path):
+    tokenizer = types.SimpleNamespace(bos_token_id=None, eos_token_id=7)
+    lm = LM(SHAPES["llama"], random_params(SHAPES["llama"]))
+    for given, ends in ((None, (1, 2)), (tokenizer, (None, 7))):
+        export_lm(tmp_path, lm, given)
+        content = json.loads((tmp_path / "config.json").read_text())
+        assert (content["bos_token_id"], content["eos_token_id"]) == ends
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -75,7 +75,7 @@ def write_arm(inputs: Inputs, arm: str, params: Flat, out: Path, kept: Collectio
         save_file(leaves, scratch / LEAVES)
         if language & trained and config.towers.quant == "none":
             lm = {path: params[path].astype(np.float32) for path in language}
-            export_lm(scratch / "lm", LM(inputs.lm.config, partition.unflatten(lm)["lm"]))
+            export_lm(scratch / "lm", LM(inputs.lm.config, partition.unflatten(lm)["lm"]), inputs.lm_tokenizer)
             inputs.lm_tokenizer.save_pretrained(scratch / "lm")
         (scratch / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -188,8 +188,13 @@ def lm_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return flatten_dict({"lm": made["params"]}, sep="/")
 
 
-def export_lm(directory: str | pathlib.Path, lm: LM) -> None:
+def export_lm(directory: str | pathlib.Path, lm: LM, tokenizer: Any = None) -> None:
     """Writes a language model as a directory that transformers and `load_lm` read.
+
+    Args:
+      directory: made if it is not there.
+      lm: shape and parameters.
+      tokenizer: whose BOS and EOS config.json names; None for the family's own.
 
     Raises:
       WeightsError: a leaf is missing or unexpected (an adapter: fold it first), or the weights are quantised.
@@ -199,7 +204,10 @@ def export_lm(directory: str | pathlib.Path, lm: LM) -> None:
         raise WeightsError("4-bit weights are not exported: the directory they were read from holds them whole")
     leaves = reader.leaves_of(family.rows(c), {"lm": c.layers}, c.scan)
     tensors = reader.write_leaves(flatten_dict({"lm": lm.params}, sep="/"), leaves)
-    reader.write(directory, family.write(c), {f"{family.prefix}{key}": x for key, x in tensors.items()})
+    content = family.write(c)
+    if tokenizer is not None:
+        content |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    reader.write(directory, content, {f"{family.prefix}{key}": x for key, x in tensors.items()})
 
 
 def _read_quantised(directory, tensors, path: str, leaf: reader.Leaf, shardings) -> dict[str, jax.Array]:
