@@ -115,6 +115,19 @@ def test_losses_and_gradients_are_theirs(case, held, loss_and_slopes):
     assert worst(slopes, case.leaves(group(held, "grad_gates_zero"))) <= 1e-7
 
 
+def test_the_loss_with_their_float16_prompts_and_opened_gates_is_theirs(case, held, loss_and_slopes):
+    """Their code rounds the prompts and the gates' tanh, not the gates: here by the gate that opens as far."""
+
+    def half(x):
+        return np.asarray(x).astype(np.float16).astype(np.float32)
+
+    prompts, gates = (np.asarray(case.adapter[f"lm/adapter/{name}"]) for name in ("tokens", "gate"))
+    rounded = placed({"lm/adapter/tokens": half(prompts), "lm/adapter/gate": np.arctanh(half(np.tanh(gates)))})
+    loss, _ = loss_and_slopes(rounded, case.batch(held["examples"], held["labels"]))
+    assert off(loss, held["loss_with_fp16_prompts_and_gates"]) <= 2e-6
+    assert off(loss, held["loss"]) > 4e-6  # the rounding shows
+
+
 def test_each_rows_loss_is_theirs_and_loss_mean_rows_is_their_mean(case, held):
     batch = case.batch(held["examples"], held["labels"])
     params = partition.unflatten({**case.frozen, **case.adapter})
