@@ -5,6 +5,7 @@ devices, own flags, own end; a signal reaches it alone.
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import pathlib
@@ -78,7 +79,8 @@ class Main:
     def signal(self, number):
         """Sends a signal, unless it has ended."""
         if self.poll() is None:
-            os.kill(self._process.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # ended since then, and reaped by the server
+                os.kill(self._process.pid, number)
 
     def kill(self):
         """SIGKILL, and waits for the end."""
