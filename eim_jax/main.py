@@ -44,6 +44,9 @@ _OUT = flags.DEFINE_string(
 _SAMPLES = flags.DEFINE_integer(
     "samples", None, "For inspect the training samples to show (4), for plan the number of them, N.", lower_bound=1
 )
+_NEIGHBOURS = flags.DEFINE_boolean(
+    "neighbours", False, "Also the nearest rows of each loss's queue, which is built where it is not there."
+)
 _TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:4x4, v5p:2x2x2, gpu:h100x8, cpu:8; else what is here.")
 _STAGES = flags.DEFINE_list("stages", [], "These stages alone, separated by commas; all by default.")
 _TABLE = flags.DEFINE_boolean("table", False, "Where every parameter lies, instead of the stages' costs.")
@@ -102,7 +105,7 @@ def _run_on_data(config: settings.Config, workdir: Path) -> None:
     from eim_jax.commands import evaluate, inspection, train
 
     if _MODE.value == "inspect":
-        inspection.inspect(config, workdir, _arm(config), _SAMPLES.value or 4)
+        inspection.inspect(config, workdir, _arm(config), _SAMPLES.value or 4, _NEIGHBOURS.value)
     elif _MODE.value == "eval":
         evaluate.evaluate(config, workdir, _record(config) if _INIT.value else None)
     else:

@@ -21,7 +21,7 @@ MODES = {
     "eval": Mode("scores a finished run again, with the decoding settings given now", ("init",)),
     "caption": Mode("captions image files, or all images in folders", ("images", "init", "arm", "out")),
     "chat": Mode("talks about an image, or without one", ("image", "init", "arm")),
-    "inspect": Mode("shows training samples as the losses see them", ("arm", "samples")),
+    "inspect": Mode("shows training samples as the losses see them", ("arm", "samples", "neighbours")),
     "export": Mode("writes a trained arm as plain files", ("init", "arm", "out")),
     "prepare": Mode("packs a data set into shards for a bucket; needs no workdir", ("out",)),
     "plan": Mode(

@@ -24,21 +24,34 @@ from eim_jax.utils.console import console, print_table, shown
 NEAREST = 3
 
 
-def inspect(config: Config, workdir: Path, arm: str, samples: int) -> None:
-    """Shows training samples as the losses see them, with the arm as trained, or as training would start."""
+def inspect(config: Config, workdir: Path, arm: str, samples: int, neighbours: bool = False) -> None:
+    """Shows training samples as the losses see them.
+
+    Args:
+      config: the run's.
+      workdir: the run's.
+      arm: which arm's losses.
+      samples: how many.
+      neighbours: also each queue loss's nearest keys, by the arm as trained, or as training would start. Builds the
+        queues that the workdir does not hold.
+    """
     inputs = setup.load(config, workdir)
     check_identity(inputs)
+    if not neighbours:
+        show_samples(inputs, arm, samples)
+        console.print("--neighbours shows the nearest rows of each loss's queue, which it builds", style="dim")
+        return
     try:
-        vlm, params = trained(inputs, arm)
+        model = trained(inputs, arm)
         console.print(f"arm {arm} after training", soft_wrap=True)
     except ConfigError:
-        vlm, params = setup.start(inputs, config.arm[arm])
+        model = setup.start(inputs, config.arm[arm])
         console.print(f"arm {arm} as it starts to train (not all its stages are finished)", soft_wrap=True)
-    show_samples(inputs, arm, vlm, params, samples)
+    show_samples(inputs, arm, samples, model)
 
 
-def show_samples(inputs: Inputs, arm: str, vlm: VLM, params: Flat, samples: int) -> None:
-    """Prints images, text with the supervised tokens coloured, and each loss's nearest queue rows."""
+def show_samples(inputs: Inputs, arm: str, samples: int, model: tuple[VLM, Flat] | None = None) -> None:
+    """Prints images and text with the supervised tokens coloured; given a model, each loss's nearest queue rows too."""
     config, split = inputs.config, inputs.train
     chosen = config.arm[arm].sequence
     contrasts = [loss for loss in losses_of(*(config.stages[name] for name in chosen)) if loss.queue is not None]
@@ -50,11 +63,11 @@ def show_samples(inputs: Inputs, arm: str, vlm: VLM, params: Flat, samples: int)
         batch_size=samples,
         seed=config.seed,
         epochs=1,
-        image_size=vlm.visual.config.image_size,
+        image_size=inputs.clip.vision.image_size,
     )
     batch = next(iterator)
     iterator.close()
-    nearest = {loss.name: _nearest(inputs, vlm, params, batch, loss) for loss in contrasts}
+    nearest = {} if model is None else {loss.name: _nearest(inputs, *model, batch, loss) for loss in contrasts}
     for b, row in enumerate(batch.index):
         sample = split.samples[row]
         console.rule(f"row {row}: sample {sample.id}")
@@ -67,7 +80,7 @@ def show_samples(inputs: Inputs, arm: str, vlm: VLM, params: Flat, samples: int)
         console.print(
             f"{supervised} of {int(batch.valid[b].sum())} tokens are supervised ([green], the others dim)", style="dim"
         )
-        for loss in contrasts:
+        for loss in contrasts if nearest else ():
             similar, order = nearest[loss.name]
             own = int((similar[b] > similar[b, row]).sum()) + 1
             rows = [

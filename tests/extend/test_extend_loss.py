@@ -101,8 +101,15 @@ def test_it_trained_and_its_queue_is_on_disk(world):
 
 
 def test_inspection_shows_each_sample_s_nearest_rows(world, loaded, capsys):
-    inspection.show_samples(loaded[0], "eim", *loaded[1:], 2)
+    inspection.show_samples(loaded[0], "eim", 2, loaded[1:])
     assert capsys.readouterr().out.count("loss_V: nearest of 40 rows of queue features") == 2
+
+
+def test_without_a_model_inspection_shows_the_samples_and_asks_for_no_queue(loaded, monkeypatch, capsys):
+    monkeypatch.setattr(type(loaded[0]), "queue", None)
+    inspection.show_samples(loaded[0], "eim", 2)
+    said = capsys.readouterr().out
+    assert said.count("tokens are supervised") == 2 and "nearest" not in said
 
 
 def test_a_plan_counts_its_queue(world):
