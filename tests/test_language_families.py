@@ -5,6 +5,8 @@ Values, gradients and exports are compared with transformers in tests/parity/tes
 
 import dataclasses
 import json
+import pathlib
+import shutil
 import types
 
 import jax
@@ -14,14 +16,17 @@ import pytest
 from close import assert_close
 from llama_oracle import random_params, stacked, tokens_of
 
+from eim_jax.models.adapters.llama_adapter import ZeroInit
 from eim_jax.models.hugging_face import WeightsError
 from eim_jax.models.kv_cache import init_cache, narrowed
 from eim_jax.models.language import FAMILIES
 from eim_jax.models.language.llama import Llama, LlamaConfig
 from eim_jax.models.language.rope import RopeScaling
-from eim_jax.pretrained import LM, export_lm, lm_config, lm_shapes, load_lm
+from eim_jax.models.vlm import VLM
+from eim_jax.pretrained import LM, export_lm, lm_config, lm_shapes, load_lm, resolve
 from eim_jax.pretrained.tokenizer import bos_id, load_tokenizer
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = LlamaConfig(
     vocab=61, context=40, width=32, layers=3, heads=4, kv_heads=2, own_head_width=10, mlp=40, rope_theta=50.0
 )
@@ -182,10 +187,58 @@ def test_older_files_say_the_same_in_other_words(tmp_path):
     assert shape(model_type="smollm3").no_rope == (False, False, False, True) + (False,) * 3
 
 
-def test_a_text_starts_with_bos_where_the_tokenizer_says_so():
+def test_a_text_starts_with_bos_where_the_tokenizers_files_say_so(tmp_path):
+    """By its ids; by `add_bos_token`; or by its class, where nothing else says it."""
     assert bos_id(load_tokenizer("miniature/llama")) == 1
     assert bos_id(load_tokenizer("miniature/gpt2")) is None
-    assert bos_id(FAMILIES["llama"].plan_tokenizer) == 1
+    assert bos_id(FAMILIES["llama"].plan_tokenizer) == 1 and bos_id(None) is None
+    shutil.copytree(resolve("miniature/llama"), tmp_path / "mine")
+    file, parts = tmp_path / "mine" / "tokenizer_config.json", tmp_path / "mine" / "tokenizer.json"
+    parts.write_text(json.dumps({**json.loads(parts.read_text()), "post_processor": None}))
+    for content, starts in (
+        ({"tokenizer_class": "LlamaTokenizer"}, True),
+        ({"tokenizer_class": "GemmaTokenizerFast"}, True),
+        ({"tokenizer_class": "LlamaTokenizer", "add_bos_token": False}, False),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True}, True),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, False),
+    ):
+        file.write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", **content}))
+        tokenizer = load_tokenizer(tmp_path / "mine")
+        assert bos_id(tokenizer) == (1 if starts else None), content
+        tokenizer.save_pretrained(tmp_path / "again")  # as an export does, under another class's name
+        assert bos_id(load_tokenizer(tmp_path / "again")) == (1 if starts else None), content
+        shutil.rmtree(tmp_path / "again")
+
+
+def test_meta_s_tokenizer_model_alone_starts_with_bos(tmp_path):
+    model = ROOT.parent / "shared" / "originals" / "tokenizers" / "llama" / "tokenizer.model"
+    if not model.exists():
+        pytest.skip("no folder shared/originals beside the checkout")
+    shutil.copy(model, tmp_path)
+    assert bos_id(load_tokenizer(tmp_path)) == 1
+
+
+def test_without_bos_and_inserted_tokens_the_text_predicts_from_its_second_token_on():
+    """LLaMA-Adapter's prompts on an LM such as Qwen's: [:, i] is the LM's own output at token i - 1."""
+    adapter = ZeroInit(prompts=2, layers=2)
+    lm = Llama(dataclasses.replace(SHAPES["qwen3"], adapter=adapter))
+    params = {"lm": random_params(lm.config)}
+    vlm = VLM(visual=lm, text=lm, st=lm, lm=lm)  # the LM alone is asked
+    tokens, seen = tokens_of((2, 5), TINY), jnp.array([True, False])
+    visual = jnp.asarray(np.random.default_rng(1).standard_normal((2, 2, 32), np.float32))
+
+    def own(module):
+        steer = module.steer(visual, seen)
+        return module.hidden(module.embed(tokens), steer=steer)[0]
+
+    want = lm.apply({"params": params["lm"]}, method=own)
+    found = vlm.lm_hidden(params, visual, tokens, jnp.ones((2, 5), bool), has_image=seen)
+    np.testing.assert_array_equal(found[:, 1:], want[:, :-1])
+    np.testing.assert_array_equal(vlm.starts(seen), [False, False])
+    plain = dataclasses.replace(vlm, lm=Llama(SHAPES["qwen3"]))  # ClipCap's: the image's tokens stand before the text
+    np.testing.assert_array_equal(plain.starts(seen), seen)
+    with pytest.raises(ValueError, match="the language model has nothing to read"):
+        vlm.lm_input(params, tokens[:, :0], jnp.ones((2, 0), bool), visual=visual)
 
 
 def test_the_frequencies_of_llama_3_by_the_formula_of_its_paper():

@@ -102,6 +102,7 @@ def test_instruction_tasks_train_the_chatbot_which_then_answers_about_a_picture(
         "data.mme": "",
         "arm.eim.sequence": "('lm','adapter')",
         "arm.eim.visual_adapter": False,  # no stage of text alone would train it
+        "arm.eim.visual_routing": "sample",
     }
     asked = command(towers, "lavin7b_eim_chat", tmp_path / "run", fields)
     assert "trained, not scored" in succeed(asked, tmp_path)

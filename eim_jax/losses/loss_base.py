@@ -63,12 +63,12 @@ class NextTokenLoss:
 
 
 def _supervised(vlm: VLM, batch: Batch) -> Bool[Array, "b t"]:
-    """The tokens that count. Without BOS, nothing stands before a text-only row's first token."""
+    """The tokens that count: not the first of a row in which nothing stands before it."""
     supervised = batch.read("supervised")
     if vlm.bos is not None:
         return supervised
     first = jnp.arange(supervised.shape[1])[None] == 0
-    return supervised & (batch.read("has_image")[:, None] | ~first)
+    return supervised & (vlm.starts(batch.read("has_image"))[:, None] | ~first)
 
 
 BASE = NextTokenLoss("base", "loss_base")

@@ -183,6 +183,9 @@ class VLM:
           visual: the ST's output; None reads text alone (loss_LM: then markers are left out too).
           has_image: False hides a row's visual tokens; None means that all rows have an image, if `visual` is given.
           generating: new tokens follow: the adapter says at which positions (`generation_positions`).
+
+        Raises:
+          ValueError: there is nothing to read: no BOS, no text, and no image whose tokens the LM reads.
         """
         b, adapter = tokens.shape[0], self.lm.config.adapter
         texts, flags = [], []  # token ids before the text, [b k] each
@@ -208,6 +211,11 @@ class VLM:
             shown = jnp.broadcast_to(pictured[:, None], visual.shape[:2])
             embeds = jnp.concatenate([embeds[:, :before], visual.astype(embeds.dtype), embeds[:, before:]], axis=1)
             valid = jnp.concatenate([valid[:, :before], shown, valid[:, before:]], axis=1)
+        if not embeds.shape[1]:
+            raise ValueError(
+                "the language model has nothing to read: its texts start without BOS, no prompt is given, and the "
+                "adapter takes the image elsewhere: take data with prompts, or an adapter that inserts the image"
+            )
         first = 0 if adapter is None else adapter.first_position
         positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0) + first
         steer = newest = None
@@ -281,15 +289,25 @@ class VLM:
     ) -> Float[Array, "b t d"]:
         """Returns LM_block's output from which the head predicts: [:, i] has read the visual tokens and tokens[:, :i].
 
-        The arguments are those of `token_logits`.
+        Where `starts` says that a row reads nothing before its text, [:, 0] of that row predicts nothing. The arguments
+        are those of `token_logits`.
         """
         found = self.lm_input(params, tokens, valid, visual=visual, has_image=has_image)
         hidden = self.run_lm(params, found, dropout)
         before = hidden.shape[1] - tokens.shape[1]
+        if not before:  # no BOS, and the image enters elsewhere: nothing predicts the first token
+            return jnp.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
         # What stands before the text's first token: in a row without image not the last slot, but the last valid one.
         last = before - 1 - jnp.argmax(found.valid[:, :before][:, ::-1], axis=1)
         first = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
         return jnp.concatenate([first, hidden[:, before:-1]], axis=1)
+
+    def starts(self, has_image: Bool[Array, "b"]) -> Bool[Array, "b"]:
+        """Returns which rows read something before their text's first token: BOS, or an image's tokens."""
+        if self.bos is not None:
+            return jnp.ones_like(has_image)
+        adapter = self.lm.config.adapter
+        return has_image if adapter is None or adapter.visual_tokens else jnp.zeros_like(has_image)
 
     def head_weights(self, params: dict) -> tuple[Float[Array, "_ _"], int]:
         """Returns the weights that turn `lm_hidden` into logits, and which of their axes counts the vocabulary."""

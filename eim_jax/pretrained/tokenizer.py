@@ -35,6 +35,8 @@ _SETTINGS = {
     "truncation_side": (str,),
     "chat_template": (str, list),
 }
+_START = "starts_with_bos"  # ours, in a tokenizer's settings
+_WITH_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 _JSON_NAMES = {
     **{dict: "an object", list: "a list", str: "a text", type(None): "null"},
     **{bool: "true or false", int: "a whole number", float: "a number"},
@@ -63,7 +65,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     alone = (place / "tokenizer.model").is_file() and not list(place.glob("tokenizer*.json"))
     try:
         if alone:  # AutoTokenizer would read the pieces, but without SentencePiece's leading space: other ids, no error
-            return LlamaTokenizer.from_pretrained(place)
+            return _with_start(LlamaTokenizer.from_pretrained(place), place)
         named = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for files that it does not understand
         read = [name for name in _NAMES if (place / name).is_file()]
@@ -72,7 +74,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
             f"no tokenizer in {path}: {said}{error or type(error).__name__}. A folder needs tokenizer.json, "
             "tokenizer.model, or vocab.json with merges.txt."
         ) from error
-    return named if own is None else _with_special_tokens(own, named)
+    return _with_start(named if own is None else _with_special_tokens(own, named), place)
 
 
 def _own(file: pathlib.Path) -> Tokenizer | None:
@@ -104,10 +106,34 @@ def _with_special_tokens(own: Tokenizer, named: PreTrainedTokenizerBase) -> PreT
     )
 
 
+def _with_start(tokenizer: PreTrainedTokenizerBase, place: pathlib.Path) -> PreTrainedTokenizerBase:
+    """The tokenizer with a note of whether its texts start with BOS.
+
+    By tokenizer_config.json's `add_bos_token`, else if its ids do, else if it is of a class that adds BOS unless told
+    otherwise: transformers 5 no longer does that for every folder of LLaMA's.
+    """
+    file = place / "tokenizer_config.json"
+    config = read_json(file) if file.is_file() else {"tokenizer_class": type(tokenizer).__name__}
+    stated = config.get(_START, config.get("add_bos_token"))
+    if not isinstance(stated, bool):
+        bos = tokenizer.bos_token_id
+        added = bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
+        stated = added or str(config.get("tokenizer_class")).removesuffix("Fast") in _WITH_BOS
+    tokenizer.init_kwargs[_START] = stated  # saved with an exported tokenizer, which names another class
+    return tokenizer
+
+
 def bos_id(tokenizer: Any) -> int | None:
-    """Returns the token that the tokenizer itself starts every text with; None where it does not (GPT-2's, Qwen's)."""
-    bos = None if tokenizer is None else tokenizer.bos_token_id  # None: a plan of a family that needs none
-    return bos if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else None
+    """Returns the token that a text starts with; None where it starts without one (GPT-2's, SmolLM2's, Qwen's).
+
+    Args:
+      tokenizer: of `load_tokenizer`; or a plan's stand-in, whose ids tell; or None.
+    """
+    if tokenizer is None or tokenizer.bos_token_id is None:
+        return None
+    said = getattr(tokenizer, "init_kwargs", {}).get(_START)
+    starts = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] if said is None else said
+    return tokenizer.bos_token_id if starts else None
 
 
 @functools.lru_cache(maxsize=16)
