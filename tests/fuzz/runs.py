@@ -25,7 +25,8 @@ def _saved():
     from configs import miniature
     from eim_jax.config import from_config_dict
 
-    return {"run.json": as_json({"command": "c", "config": as_dict(from_config_dict(miniature.get_config()))})}
+    config = as_dict(from_config_dict(miniature.get_config()))
+    return {"run.json": as_json({"command": "c", "config": config, "seam": "one_string"})}
 
 
 def _read_saved(folder: pathlib.Path):
@@ -40,7 +41,10 @@ def _check_saved(folder: pathlib.Path, found):
     if found is None:
         assert not (folder / "run.json").exists(), "a run.json was passed over"
         return
-    wanted = json_of(folder / "run.json")["config"]
+    run = json_of(folder / "run.json")
+    wanted = run["config"]
+    if (data := wanted.get("data", {})).get("seam", "auto") == "auto":  # settled when it was trained; before: apart
+        data["seam"] = run.get("seam", "apart")
 
     def visit(prefix, value):
         if isinstance(value, dict):
