@@ -203,6 +203,9 @@ def _encodable(text: str, label: str) -> str:
 
 def _lavin(record: Mapping[str, Any]) -> Row:
     """A row of all_data.json, whose instruction is the whole prompt, to the last space."""
+    for key in ("system", "history"):
+        if record.get(key):
+            raise BadRowError(f'"{key}" cannot be put into a prompt that is already made: write it there, or remove it')
     problem, image = instruct_lavin.image_of(record)
     if problem:
         raise BadRowError(problem)
