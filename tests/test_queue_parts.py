@@ -144,6 +144,7 @@ def test_between_parts_some_seconds_pass(tmp_path):
 TWO = """
 import os, pathlib, sys
 import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import multihost_utils
 sys.path.insert(0, os.path.dirname(sys.argv[5]))
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
@@ -159,7 +160,11 @@ rows = own.Rows(2, stop or None)
 try:
     queue, parts = own.build(pathlib.Path(folder), rows, mesh=make_mesh((1, 4, 1), jax.devices()), batch=16)
 except own.Stopped:
-    print("stopped", flush=True)
+    # Both are gone at once: one that ends before the other has done its third step takes it along.
+    multihost_utils.sync_global_devices("stopped")
+    pathlib.Path(f"{folder}-stopped-{number}").touch()
+    while not pathlib.Path(f"{folder}-stopped-{1 - number}").exists():
+        pass
     os._exit(3)
 print("asked", len(rows.asked) // 2, flush=True)
 queue.save(pathlib.Path(folder) / "k", own.described())
