@@ -93,6 +93,17 @@ def test_any_change_of_any_file_of_a_checkpoint_is_named_with_what_to_delete(tmp
     read(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["[7]", '{"commit_timestamp_nsecs": "x", "init_timestamp_nsecs": []}'])
+def test_a_note_of_when_a_save_began_that_is_no_note_is_named_too(tmp_path, content):
+    saved(tmp_path)
+    for file in tmp_path.rglob("_CHECKPOINT_METADATA"):
+        file.write_text(content)
+    try:
+        assert restored(tmp_path)[0] == 3  # what a run does not read may say anything
+    except Damaged as error:
+        assert f"delete {tmp_path / 'steps'}, the same command makes it again" in str(error)
+
+
 @pytest.mark.parametrize(("write", "read"), [(saved, restored), (finished, result)])
 def test_a_checkpoint_of_an_earlier_version_without_sums_restores(tmp_path, write, read):
     write(tmp_path)

@@ -146,17 +146,16 @@ class StageCheckpoints:
     def _manager(self) -> ocp.CheckpointManager:
         logging.getLogger("absl").addFilter(_is_news)
         if self._steps is None:
-            self._steps = ocp.CheckpointManager(
-                self._directory / "steps",
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=1,
-                    create=True,
-                    async_options=ocp.AsyncOptions(
-                        post_finalization_callback=lambda: _seal(self._directory / "steps" / str(self._saving))
-                    ),
-                ),
-                item_names=("state", "record"),
+            folder = self._directory / "steps"
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=1,
+                create=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=lambda: _seal(folder / str(self._saving))),
             )
+            try:
+                self._steps = ocp.CheckpointManager(folder, options=options, item_names=("state", "record"))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:  # its notes of the steps that are there
+                raise Damaged(folder, f"{type(error).__name__}: {str(error)[:300]}", folder) from error
         return self._steps
 
 

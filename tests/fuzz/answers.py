@@ -48,7 +48,7 @@ def _check_answers(folder: pathlib.Path, found):
     for name, line in shown.items():
         index = said["results"][name]
         assert line["raw"] == said["outputs"][name], "another text"
-        assert line["choice"] == ("not readable" if index == -1 else f"({'ABC'[index]})"), f"{line} for {index}"
+        assert line["choice"] == ("names no option" if index == -1 else f"({'ABC'[index]})"), f"{line} for {index}"
         assert line["mark"] == ("right" if index == 1 else "wrong"), f"{line} for {index}"
 
 
