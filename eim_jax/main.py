@@ -3,17 +3,14 @@
 import dataclasses
 import difflib
 import os
-import platform
 import shlex
 import sys
 import time
 import traceback
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import jax
-import psutil
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -23,6 +20,7 @@ from eim_jax.commands.help import MODES, fields, general, presets
 from eim_jax.parallel import processes, signals
 from eim_jax.utils.console import console, duration, shown
 from eim_jax.utils.files import Damaged, DiskFull, full_disk, user_path
+from eim_jax.utils.this_machine import machine, versions
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes; plan and prepare need none.")
 _MODE = flags.DEFINE_enum("mode", "train", tuple(MODES), "What to do.")
@@ -179,26 +177,6 @@ def _prepare() -> None:
 
 def _command() -> str:
     return shlex.join(["python", "-m", "eim_jax.main", *sys.argv[1:]])
-
-
-def versions() -> dict[str, str]:
-    """The packages that decide a run's numbers."""
-    names = ("eim_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
-
-
-def machine() -> dict[str, str | int]:
-    """What the run ran on."""
-    device = jax.devices()[0]
-    return {
-        "platform": device.platform,
-        "device": device.device_kind,
-        "devices": jax.device_count(),
-        "processes": jax.process_count(),
-        "cpu_cores": os.cpu_count() or 0,
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "system": f"{platform.system()} {platform.machine()}",
-    }
 
 
 def _config(workdir: Path | None, mode: str) -> settings.Config:

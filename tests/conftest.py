@@ -1,5 +1,6 @@
 """Eight fake devices, strict ranks and run-time shape checks for every test."""
 
+import functools
 import os
 import pathlib
 import shutil
@@ -8,6 +9,7 @@ import tempfile
 import jax
 import pytest
 from jaxtyping import install_import_hook
+from shared_folders import shared
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -54,31 +56,19 @@ def programs_of_one_module():
     jax.clear_caches()
 
 
-def _shared(kind: str):
-    """Returns a function: name of a folder in shared/KIND beside the checkout -> its path, or a skipped test."""
-
-    def find(name: str) -> pathlib.Path:
-        path = ROOT.parent / "shared" / kind / name
-        if not path.exists():
-            pytest.skip(f"no folder shared/{kind}/{name} beside the checkout")
-        return path
-
-    return find
-
-
 @pytest.fixture(scope="session")
 def shared_data():
-    """Finds a folder of small real data by its name."""
-    return _shared("data")
+    """Returns a function: name of a folder of small real data -> its path, or a skipped test."""
+    return functools.partial(shared, "data")
 
 
 @pytest.fixture(scope="session")
 def shared_case():
-    """Finds a folder of small hard inputs by its name."""
-    return _shared("cases")
+    """Returns a function: name of a folder of small hard inputs -> its path, or a skipped test."""
+    return functools.partial(shared, "cases")
 
 
 @pytest.fixture(scope="session")
 def shared_original():
     """Finds a folder of what the originals' own code gave by its name."""
-    return _shared("originals")
+    return functools.partial(shared, "originals")

@@ -15,7 +15,7 @@ from eim_jax.models.kv_cache import init_cache
 from eim_jax.models.language.gpt2 import GPT2, GPT2Config
 from eim_jax.models.language.llama import Llama, LlamaConfig
 from eim_jax.models.vision.clip import CLIPVision, CLIPVisionConfig
-from eim_jax.training.setup import resolve_attention
+from eim_jax.training.tower_form import resolve_attention
 
 B, T, SMALL = 3, 9, {"vocab": 50, "context": 16, "width": 32, "layers": 2, "heads": 4, "mlp": 64}
 MODELS = {

@@ -5,7 +5,6 @@ Values, gradients and exports are compared with transformers in tests/parity/tes
 
 import dataclasses
 import json
-import pathlib
 import shutil
 import types
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from close import assert_close
 from llama_oracle import random_params, stacked, tokens_of
+from transformers import AutoConfig
 
 from eim_jax.models.adapters.llama_adapter import ZeroInit
 from eim_jax.models.hugging_face import WeightsError
@@ -23,10 +23,10 @@ from eim_jax.models.language import FAMILIES
 from eim_jax.models.language.llama import Llama, LlamaConfig
 from eim_jax.models.language.rope import RopeScaling
 from eim_jax.models.vlm import VLM
+from eim_jax.parallel.sharding import make_mesh, param_spec
 from eim_jax.pretrained import LM, export_lm, lm_config, lm_shapes, load_lm, resolve
 from eim_jax.pretrained.tokenizer import bos_id, load_tokenizer
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = LlamaConfig(
     vocab=61, context=40, width=32, layers=3, heads=4, kv_heads=2, own_head_width=10, mlp=40, rope_theta=50.0
 )
@@ -157,6 +157,12 @@ REFUSED = {
         {**STATED, "model_type": "smollm3", "no_rope_layers": [1, "0"]},
         r"no_rope_layers is \[1, '0'\], not a list of 0 and 1",
     ),
+    "pattern": ({**GEMMA, "sliding_window_pattern": "6"}, "sliding_window_pattern is '6', not a whole number"),
+    "from": (
+        {**STATED, "model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "1"},
+        "max_window_layers is '1', not a whole number",
+    ),
+    "both ways": ({**GEMMA, "use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
     "capped": ({**GEMMA, "final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported, only None"),
     "scaled": (
         {**GEMMA, "rope_parameters": {"full_attention": {}, "sliding_attention": LINEAR}},
@@ -187,6 +193,36 @@ def test_older_files_say_the_same_in_other_words(tmp_path):
     assert shape(model_type="smollm3").no_rope == (False, False, False, True) + (False,) * 3
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_fields_that_a_file_leaves_out_are_those_of_transformers(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
+    ours, theirs = lm_config(tmp_path), AutoConfig.for_model(name)
+    assert (ours.vocab, ours.width, ours.layers, ours.mlp) == (
+        theirs.vocab_size, theirs.hidden_size, theirs.num_hidden_layers, theirs.intermediate_size,
+    )  # fmt: skip
+    assert (ours.heads, ours.kv_heads) == (theirs.num_attention_heads, theirs.num_key_value_heads)
+    width = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    assert (ours.head_width, ours.context, ours.eps) == (width, theirs.max_position_embeddings, theirs.rms_norm_eps)
+    assert ours.tied == theirs.tie_word_embeddings and ours.window == (theirs.to_dict().get("sliding_window") or 0)
+    rope = theirs.rope_parameters
+    assert ours.rope_theta == rope.get("full_attention", rope)["rope_theta"]
+    assert ours.narrow_theta == rope.get("sliding_attention", {"rope_theta": 0})["rope_theta"]
+    kinds = getattr(theirs, "layer_types", None) or ["full_attention"] * ours.layers
+    narrow = tuple(kind == "sliding_attention" for kind in kinds)
+    assert (ours.narrow or (False,) * ours.layers) == narrow
+    assert (ours.no_rope or (False,) * ours.layers) == tuple(
+        not turned for turned in getattr(theirs, "no_rope_layers", [1] * ours.layers)
+    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_leaf_has_its_place_on_a_mesh(name):
+    mesh = make_mesh((2, 2, 2))
+    for path, leaf in lm_shapes(SHAPES[name]).items():
+        split = any(param_spec(path, leaf.shape, mesh))  # an error where no rule knows the name
+        assert split or not path.endswith(("kernel", "embedding")), path
+
+
 def test_a_text_starts_with_bos_where_the_tokenizers_files_say_so(tmp_path):
     """By its ids; by `add_bos_token`; or by its class, where nothing else says it."""
     assert bos_id(load_tokenizer("miniature/llama")) == 1
@@ -210,11 +246,8 @@ def test_a_text_starts_with_bos_where_the_tokenizers_files_say_so(tmp_path):
         shutil.rmtree(tmp_path / "again")
 
 
-def test_meta_s_tokenizer_model_alone_starts_with_bos(tmp_path):
-    model = ROOT.parent / "shared" / "originals" / "tokenizers" / "llama" / "tokenizer.model"
-    if not model.exists():
-        pytest.skip("no folder shared/originals beside the checkout")
-    shutil.copy(model, tmp_path)
+def test_meta_s_tokenizer_model_alone_starts_with_bos(shared_original, tmp_path):
+    shutil.copy(shared_original("tokenizers") / "llama" / "tokenizer.model", tmp_path)
     assert bos_id(load_tokenizer(tmp_path)) == 1
 
 

@@ -1,7 +1,6 @@
 """LaVIN's all_data.json as training data: its prompts to the last space, its pictures from two folders."""
 
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -9,8 +8,6 @@ from PIL import Image
 
 from eim_jax.data.bad_items import BadDataError
 from eim_jax.data.datasets.instruct import load_instruct
-
-ORIGINALS = pathlib.Path(__file__).resolve().parents[2] / "shared" / "originals"
 
 
 def draw(file, seed):
@@ -56,10 +53,8 @@ def test_prompts_stay_as_they_are_and_pictures_come_from_both_folders(mixed, ind
     assert split.samples[0].image is None
 
 
-def test_lavins_own_rows_keep_their_prompts_and_answers(tmp_path):
-    source = ORIGINALS / "prompts" / "instruct.jsonl"
-    if not source.exists():
-        pytest.skip("no folder shared/originals/prompts beside the checkout")
+def test_lavins_own_rows_keep_their_prompts_and_answers(shared_original, tmp_path):
+    source = shared_original("prompts") / "instruct.jsonl"
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     for one in rows:  # what the folder's makers put beside LaVIN's own keys
         one.pop("source"), one.pop("llama_adapter_prompt", None)

@@ -1,14 +1,17 @@
 """Claims about prepared data: the split that the files give, bit by bit; whole after interruptions; honest errors."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
 import mains
 import numpy as np
+import prepared_cases
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from prepared_cases import DATASET, KINDS, SMALL, coco, emptied, reading, shards
 
 from eim_jax.config import Arm, Config, ConfigError, Data
 from eim_jax.data import shard_writer as writing
@@ -19,100 +22,12 @@ from eim_jax.data.tokenize import encode_split, load_tokenizer
 from eim_jax.training import kinds
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = 4000  # bytes in a shard: several shards for a few pictures
-KINDS = ("coco", "scienceqa", "instruct")
-DATASET = {"coco": "captions", "scienceqa": "scienceqa", "instruct": "instructions"}
-
-
-def picture(file, seed):
-    """JPEG, PNG, transparent PNG, or a JPEG lying on its side, in turn: what decoders disagree about."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(seed).integers(0, 256, (20 + seed, 30, 3 + (seed % 4 == 2)), np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(noise).save(
-        file, "PNG" if seed % 4 in (1, 2) else "JPEG", **({"exif": exif} if seed % 4 == 3 else {})
-    )
-
-
-def coco(place):
-    images = [{"id": i, "file_name": f"{i}.jpg"} for i in (5, 3, 9, 4, 8, 7, 2)]
-    for record in images:
-        picture(place / "images" / record["file_name"], record["id"])
-    captions = [
-        {"id": 10 * i + k, "image_id": i, "caption": f"a dög {i} runs {k}"}
-        for k in range(2)
-        for i in (3, 5, 9, 8, 4, 2, 7)
-    ]
-    (place / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}))
-    test = {"images": images[:3], "annotations": [c for c in captions if c["image_id"] in (5, 3, 9)]}
-    (place / "test.json").write_text(json.dumps(test))
-    return Data(
-        annotations=str(place / "captions.json"),
-        images=str(place / "images"),
-        eval_annotations=str(place / "test.json"),
-    )
-
-
-def scienceqa(place):
-    problems = {}
-    for i in range(1, 12):
-        problems[str(i)] = {
-            "question": f"Which {i}?", "choices": ["x", "y", "z"][: 2 + i % 2], "answer": 1, "hint": "h" * (i % 3),
-            "image": "image.png" if i % 3 else None, "grade": "grade2", "lecture": "L.", "solution": "S.",
-            "split": "train" if i < 9 else "test",
-        }  # fmt: skip
-        if i % 3:
-            picture(place / "images" / problems[str(i)]["split"] / str(i) / "image.png", i)
-    ids = {split: [i for i in problems if problems[i]["split"] == split][::-1] for split in ("train", "test")}
-    (place / "problems.json").write_text(json.dumps(problems))
-    (place / "pid_splits.json").write_text(json.dumps(ids))
-    (place / "captions.json").write_text(json.dumps({"captions": {"2": "two", "5": "five"}}))
-    return Data(kind="scienceqa", folder=str(place))
-
-
-def instruct(place):
-    rows = []
-    for i in range(9):
-        image = f"{i % 4}.jpg" if i % 3 else None
-        if image:
-            picture(place / "images" / image, i % 4)
-        turns = [("human", f"what {i}?"), ("gpt", f"a {i}"), ("human", "and then?"), ("gpt", "nothing")]
-        rows.append(
-            {
-                "id": str(i),
-                **({"image": image} if image else {}),
-                "conversations": [{"from": a, "value": b} for a, b in turns],
-            }
-        )
-    (place / "llava.json").write_text(json.dumps(rows))
-    alpaca = [{"instruction": f"do {i}", "input": "", "output": "done"} for i in range(6)]
-    (place / "alpaca.json").write_text(json.dumps(alpaca))
-    sources = (str(place / "llava.json"), (str(place / "alpaca.json"), 0.5))
-    return Data(kind="instruct", sources=sources, images=str(place / "images"), multi_turn=True)
 
 
 @pytest.fixture
 def made(tmp_path):
     """Returns a function: kind -> (its config on files, the same on the prepared folder, that folder)."""
-
-    def make(kind, **changes):
-        place = tmp_path / kind
-        place.mkdir()
-        data = dataclasses.replace({"coco": coco, "scienceqa": scienceqa, "instruct": instruct}[kind](place), **changes)
-        config, folder = Config(data=data, arm={"eim": Arm()}), tmp_path / f"{kind}-prepared"
-        writing.prepare(config, folder, SMALL)
-        return config, reading(config, folder), folder
-
-    return make
-
-
-def reading(config, folder, **changes):
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, prepared=str(folder), **changes))
-
-
-def shards(folder):
-    return sorted(folder.glob("*/1.0.0/*.array_record-*"))
+    return functools.partial(prepared_cases.make, tmp_path)
 
 
 def epoch(split):
@@ -239,10 +154,6 @@ def cut(file):
     file.write_bytes(file.read_bytes()[:-9])
 
 
-def emptied(file):
-    file.write_bytes(b"")
-
-
 def removed(file):
     file.unlink()
 
@@ -334,128 +245,6 @@ def test_one_captions_file_for_training_and_scores_is_written_once(made, tmp_pat
     raw, shard, folder = made("coco", eval_annotations="")
     assert {file.name.split(".")[0] for file in shards(folder)} == {"captions-train"}
     assert load_split(shard, "test", tmp_path).references == load_split(raw, "test", tmp_path).references
-
-
-def no_manifest(folder):
-    (folder / "manifest.json").unlink()
-
-
-def cut_manifest(folder):
-    (folder / "manifest.json").write_text('{"version": 1')
-
-
-def other_version(folder):
-    (folder / "manifest.json").write_text('{"version": 99}')
-
-
-def no_shard(folder):
-    shards(folder)[1].unlink()
-
-
-def short_shard(folder):
-    shards(folder)[0].write_bytes(shards(folder)[0].read_bytes()[:-9])
-
-
-def damaged_index(folder):
-    file = folder / "index" / "train.json"
-    file.write_text(file.read_text().replace("runs", "sits"))
-
-
-def no_index(folder):
-    (folder / "index" / "train.json").unlink()
-
-
-def flipped_note(folder):
-    file = folder / "captions/1.0.0/features.json"
-    file.write_text(file.read_text().replace("captions", "Captions", 1))
-
-
-def broken_notes(folder):
-    """As a folder of an earlier version, which holds no sums of its notes."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert sorted(manifest.pop("notes")) >= ["captions/1.0.0/dataset_info.json", "captions/1.0.0/features.json"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    (folder / "captions/1.0.0/dataset_info.json").write_bytes(b"\xff")
-
-
-def entry(group, content):
-    def damage(folder):
-        manifest = json.loads((folder / "manifest.json").read_text())
-        (folder / "manifest.json").write_text(json.dumps({**manifest, group: content}))
-
-    return damage
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (no_manifest, r"coco-prepared holds no prepared data \(no manifest.json\): write it with --mode=prepare"),
-        (cut_manifest, "manifest.json is damaged"),
-        (other_version, "is not a manifest of this version of eim_jax"),
-        (no_shard, r"captions-t\w+.array_record-0000\d is missing: copy the whole folder"),
-        (short_shard, r"array_record-00000 has [\d,]+ bytes, not [\d,]+: copy it again"),
-        (damaged_index, "train.json is damaged"),
-        (no_index, "train.json is missing"),
-        (flipped_note, r"features.json is damaged: copy it again, or prepare again"),
-        (broken_notes, r"captions/1.0.0 is damaged \(\w+Error: .*: copy the whole folder"),
-        (entry("files", {"captions/x": "7"}), r"manifest.json is damaged \(files has an entry 'captions/x': '7'\)"),
-        (entry("files", {"../x": 7}), r"manifest.json is damaged \(files has an entry '../x'"),
-        (entry("splits", {"train": 3}), r"manifest.json is damaged \(splits.train is 3\)"),
-        (entry("splits", {"train": {"same_as": "dev"}}), r"splits.train.same_as is 'dev', none of the splits"),
-        (entry("splits", {"train": {"index": "x", "bad": [{"id": 1}]}}), r"splits.train.bad is .*not a list of bad"),
-    ],
-)
-def test_a_damaged_folder_is_refused_by_the_file(made, tmp_path, damage, message):
-    _, shard, folder = made("coco")
-    damage(folder)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load_split(shard, "train", tmp_path)
-
-
-def test_a_shard_damaged_inside_names_the_picture(made, tmp_path):
-    _, shard, folder = made("coco")
-    for file in shards(folder):
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 255
-        file.write_bytes(bytes(content))
-    split = load_split(shard, "train", tmp_path)
-    remedy = r"image id \d \(\d.jpg\) cannot be read.* A shard in .*coco-prepared/.* is damaged: copy the whole folder"
-    with pytest.raises(ValueError, match=remedy):
-        for row in range(len(split.images)):
-            split.images[row]
-
-
-def test_data_of_other_files_or_settings_is_refused_by_the_field(made, tmp_path):
-    raw, shard, folder = made("instruct")
-    questions, asked, _ = made("scienceqa")
-    captions, _, their = made("coco")
-    refused = [
-        (reading(captions, their, strip=False), "config.data.strip is False, but .* was prepared with True"),
-        (reading(questions, folder), r"prepared from data of kind 'instruct', but config.data.kind is 'scienceqa'"),
-        (reading(raw, folder, multi_turn=False), "config.data.multi_turn is False, but .* was prepared with True"),
-        (reading(raw, folder, template="alpaca"), "config.data.template is alpaca, but .* was prepared with plain"),
-        (reading(raw, folder, seam="spaced"), "seam is spaced, but the conversations in .* prepared with one_string"),
-        (reading(raw, folder, sources=raw.data.own["sources"][:1]), "config.data.sources is"),
-        (
-            dataclasses.replace(asked, data=dataclasses.replace(asked.data, splits=("test",) * 3)),
-            "config.data.splits is",
-        ),
-        (reading(raw, tmp_path / "nowhere"), "nowhere holds no prepared data .*: there is no such folder"),
-    ]
-    for config, message in refused:
-        with pytest.raises((ConfigError, FileNotFoundError), match=message):
-            load_split(config, "train", tmp_path)
-    other = dataclasses.replace(asked, data=dataclasses.replace(asked.data, form="QCM-A", captions_in_context=True))
-    files = dataclasses.replace(other, data=dataclasses.replace(other.data, prepared=""))  # the form is free
-    assert load_split(other, "train", tmp_path).fingerprint() == load_split(files, "train", tmp_path).fingerprint()
-    source = Path(raw.data.own["sources"][0])
-    source.write_text(source.read_text().replace("nothing", "much"))
-    with pytest.raises(
-        ConfigError, match=r"llava.json is not the file that .* was prepared from, or has changed since"
-    ):
-        load_split(shard, "train", tmp_path)
-    with pytest.raises(ConfigError, match="was prepared from other files, or with other settings: choose another"):
-        writing.prepare(raw, folder, SMALL)
 
 
 def test_the_folder_must_be_free_and_the_data_have_files(tmp_path):

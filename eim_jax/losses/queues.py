@@ -1,7 +1,6 @@
 """Queues: read-only arrays with one fixed key for each training sample, built once, kept on disk, sharded by row."""
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -10,15 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from eim_jax.losses.contrastive import NCE, Similarity, queue_nce
 from eim_jax.losses.online_softmax import Positives
+from eim_jax.losses.queue_build import as_keys, compress, encode_all, rows_sharding, whole
 from eim_jax.losses.queue_files import StaleQueue, StoredRows, manifest, open_rows, write_rows
 from eim_jax.losses.queue_parts import QueueParts
-from eim_jax.parallel.sharding import parts_of, queue_sharding
+from eim_jax.parallel.sharding import parts_of
 
 __all__ = ["BadRow", "Queue", "QueueParts", "StaleQueue", "compress", "manifest"]
 
@@ -93,14 +92,14 @@ class Queue:
 
         def finish(rows):
             rows = jnp.pad(rows, ((0, total - rows.shape[0]), (0, 0))).astype(jnp.float32)
-            keys, bad = _as_keys(rows, jnp.arange(total, dtype=jnp.int32), count, similarity)
+            keys, bad = as_keys(rows, jnp.arange(total, dtype=jnp.int32), count, similarity)
             return compress(keys, dtype), bad
 
-        where = None if mesh is None else (_sharding(mesh), _whole(mesh))
+        where = None if mesh is None else (rows_sharding(mesh), whole(mesh))
         if not isinstance(features, jax.Array):
             features = _place_rows(np.asarray(features), total, mesh, fill=0)
         elif mesh is not None:
-            features = jax.device_put(jnp.pad(features, ((0, total - count), (0, 0))), _sharding(mesh))
+            features = jax.device_put(jnp.pad(features, ((0, total - count), (0, 0))), rows_sharding(mesh))
         (keys, scale), bad = jax.jit(finish, out_shardings=where)(features)
         _check("the queue", bad, count, ids, similarity)
         return cls(keys, _place_groups(groups, count, mesh), count, scale)
@@ -156,7 +155,7 @@ class Queue:
         """
         label = f"queue {name!r}" if name else "the queue"
         count = _common_length(label, fields, groups, ids)
-        encoded = _encode_all(encode, params, fields, count, batch, dtype, similarity, mesh, parts)
+        encoded = encode_all(encode, params, fields, count, batch, dtype, similarity, mesh, parts)
         pending = keys = None
         with _progress(f"queue {name}".strip(), count) if progress else nullcontext(lambda _: None) as advance:
             for block in encoded:
@@ -168,7 +167,7 @@ class Queue:
                     parts.save(keys, steps)
                 advance(more)
             _check(label, pending, count, ids, similarity)
-        flat = jax.jit(lambda x: x.reshape(-1, *x.shape[2:]), donate_argnums=0, out_shardings=_sharding(mesh))
+        flat = jax.jit(lambda x: x.reshape(-1, *x.shape[2:]), donate_argnums=0, out_shardings=rows_sharding(mesh))
         keys, scale = jax.tree.map(flat, keys)
         return cls(keys, _place_groups(groups, count, mesh), count, scale)
 
@@ -275,86 +274,6 @@ def _unflatten(count: int, leaves) -> Queue:
 jax.tree_util.register_pytree_with_keys(Queue, _flatten, _unflatten)
 
 
-def compress(keys: Float[Array, "*rows D"], dtype: Any) -> tuple[Array, Float[Array, "*rows"] | None]:
-    """Returns the keys in `dtype`; int8: codes -127..127, and the scale of each row that brings its largest to 127."""
-    if jnp.dtype(dtype) != jnp.int8:
-        return keys.astype(dtype), None
-    scale = jnp.max(jnp.abs(keys), axis=-1).astype(jnp.float32) / 127
-    return jnp.round(keys / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8), scale
-
-
-def _encode_all(encode, params, fields, count, batch, dtype, similarity, mesh, parts):
-    """Yields what is filled so far after each step, or after those whose rows `parts` holds.
-
-    That is (keys and scale [devices, rows a device, ...], the first bad row, samples encoded since, steps done; 0 where
-    these are no rows to keep: the last step also encodes some of the step before).
-    """
-    shards = parts_of(mesh)
-    held = -(-count // shards)  # rows a device holds
-    rows = min(max(1, batch // shards), held)  # rows a device encodes at a time
-    by_row = _sharding(mesh)
-
-    def encode_rows(params, fields, row):
-        fields = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), fields)
-        keys, bad = _as_keys(encode(params, fields).astype(jnp.float32), row.reshape(-1), count, similarity)
-        return compress(keys.reshape(shards, -1, keys.shape[-1]), dtype), bad
-
-    def step(keys, params, fields, row, start):
-        key, bad = encode_rows(params, fields, row)
-        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-        return jax.tree.map(put, keys, key), bad
-
-    step = jax.jit(step, donate_argnums=0, out_shardings=None if mesh is None else (by_row, _whole(mesh)))
-    zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=by_row)
-    keys = None
-    starts = [min(i * rows, held - rows) for i in range(-(-held // rows))]  # the last step overlaps the one before
-    before = 0 if parts is None else parts.open(shards, held, rows, by_row)
-    if parts is not None and before:
-        keys = parts.restore(by_row)
-        yield keys, None, min(count, before * rows * shards), 0
-    for done, start in list(enumerate(starts, 1))[before:]:
-        row = np.arange(shards, dtype=np.int32)[:, None] * held + np.arange(start, start + rows, dtype=np.int32)
-        source = np.minimum(row, count - 1)  # padding rows encode some real sample, and are then set to zero
-        inputs = (jax.tree.map(functools.partial(_take, rows=source, sharding=by_row), fields), _put(row, by_row))
-        if keys is None:
-            parts = jax.eval_shape(encode_rows, params, *inputs)[0]
-            keys = jax.tree.map(lambda part: zeros((shards, held, *part.shape[2:]), part.dtype), parts)
-        keys, bad = step(keys, params, *inputs, start)
-        more = min(count, done * rows * shards) - min(count, (done - 1) * rows * shards)
-        yield keys, bad, more, done if done < len(starts) else 0
-
-
-def _as_keys(vectors: jax.Array, row: jax.Array, count: int, similarity: str) -> tuple[jax.Array, jax.Array]:
-    """Float32 vectors [b D] of these rows as keys, zero in the padding; and the first row that cannot be one."""
-    square = jnp.sum(vectors * vectors, axis=-1)
-    good = jnp.isfinite(square) & ((square > 0) | (similarity != "cosine"))
-    if similarity == "cosine":
-        vectors = vectors * lax.rsqrt(jnp.where(good, square, 1))[:, None]
-    return jnp.where((row < count)[:, None], vectors, 0), jnp.min(jnp.where(good, count, row))
-
-
-def _take(field: Any, rows: np.ndarray, sharding: Sharding) -> jax.Array:
-    """The field's rows [devices, rows a device, ...]; each process asks for those of its own devices."""
-    shape = (*rows.shape, *field.shape[1:])
-
-    def part(index: Any) -> np.ndarray:
-        return np.asarray(field[rows[index[:2]]])
-
-    return jax.make_array_from_callback(shape, sharding, part)
-
-
-def _put(array: np.ndarray, sharding: Sharding) -> jax.Array:
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _sharding(mesh: Mesh | None) -> Sharding:
-    return queue_sharding(mesh) if mesh is not None else SingleDeviceSharding(jax.local_devices()[0])
-
-
-def _whole(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
-
-
 def _padded(count: int, mesh: Mesh | None) -> int:
     """The rows of a queue of `count` samples: a multiple of the devices."""
     return count + -count % parts_of(mesh)
@@ -376,7 +295,7 @@ def _place_rows(rows: np.ndarray | StoredRows, total: int, mesh: Mesh | None, fi
         out[: len(real)] = real
         return out
 
-    return jax.make_array_from_callback(shape, _sharding(mesh), part)
+    return jax.make_array_from_callback(shape, rows_sharding(mesh), part)
 
 
 def _common_length(label: str, fields: Any, groups: Any, ids: Any) -> int:

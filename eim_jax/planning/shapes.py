@@ -26,7 +26,8 @@ from eim_jax.parallel.sharding import batch_sharding, parts_of, queue_sharding
 from eim_jax.pretrained import hub
 from eim_jax.training import partition
 from eim_jax.training.partition import Flat
-from eim_jax.training.setup import Inputs, reads_features, resolve_dtype, resolve_form, tower_settings
+from eim_jax.training.setup import Inputs, reads_features, tower_settings
+from eim_jax.training.tower_form import resolve_dtype, resolve_form
 
 
 class Counted(Split):

@@ -25,7 +25,6 @@ from eim_jax.models.adapters import adapter_of
 from eim_jax.models.connector import ST_KINDS, STConfig, make_st
 from eim_jax.models.language import family_of
 from eim_jax.models.quant import NF4_SCALES
-from eim_jax.models.stacks import Form
 from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
@@ -35,6 +34,7 @@ from eim_jax.parallel.signals import doing
 from eim_jax.pretrained.tokenizer import bos_id
 from eim_jax.training import initial, partition
 from eim_jax.training.partition import Flat
+from eim_jax.training.tower_form import resolve_dtype, resolve_form
 from eim_jax.utils.console import console
 from eim_jax.utils.files import user_path
 from eim_jax.utils.images import IMAGENET_MEAN, IMAGENET_STD
@@ -372,34 +372,3 @@ def features_of(inputs: Inputs, vlm: VLM, split: Split, params: Flat):
 @functools.partial(jax.jit, static_argnums=0)
 def _see(vlm: VLM, params: dict, images: jax.Array) -> jax.Array:
     return vlm.encode_image(params, images)
-
-
-def resolve_form(config: Config, dtype: jnp.dtype, platform: str) -> Form:
-    """Returns how the towers are computed, by config.towers, in this dtype on this platform.
-
-    Raises:
-      ConfigError: an attention that the platform does not have.
-    """
-    towers = config.towers
-    attention = resolve_attention(towers.attention, dtype, platform)
-    return {"scan": towers.scan, "remat": towers.remat, "attention": attention, "dtype": dtype}
-
-
-def resolve_attention(name: str, dtype: jnp.dtype, platform: str) -> str:
-    """auto: ours. cudnn is refused where it does not exist; it is chosen by name, as no odd length compiles there.
-
-    Raises ConfigError for cudnn on another platform than a GPU, or in float32.
-    """
-    if name == "cudnn" and (platform not in ("gpu", "cuda") or dtype != jnp.bfloat16):
-        raise ConfigError(
-            f"config.towers.attention='cudnn' is for NVIDIA GPUs in bfloat16, this is {platform} in {dtype.name}: "
-            "set it to 'auto', or config.towers.dtype='bfloat16' on a GPU"
-        )
-    return "softmax" if name == "auto" else name
-
-
-def resolve_dtype(name: str, platform: str) -> jnp.dtype:
-    """auto: float32 on CPU (XLA has no fast bfloat16 there), bfloat16 on accelerators."""
-    if name == "auto":
-        name = "float32" if platform == "cpu" else "bfloat16"
-    return jnp.dtype(name)

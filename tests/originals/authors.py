@@ -4,6 +4,7 @@ Written from what their code does with each tensor, and apart from the package's
 """
 
 import collections
+import functools
 import json
 import pathlib
 import pickle
@@ -13,17 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from shared_folders import shared
 
-FOLDER = pathlib.Path(__file__).resolve().parents[3] / "shared" / "originals"
 _STORAGE = {"FloatStorage": "<f4", "HalfStorage": "<f2", "LongStorage": "<i8", "ByteStorage": "u1"}
 
 
-def original(name: str) -> pathlib.Path:
-    """A folder of shared/originals beside the checkout, or a skipped test."""
-    if not (FOLDER / name).exists():
-        pytest.skip(f"no folder shared/originals/{name} beside the checkout")
-    return FOLDER / name
+original = functools.partial(shared, "originals")  # name -> its folder, or a skipped test
 
 
 def arrays(path: pathlib.Path) -> dict[str, np.ndarray]:

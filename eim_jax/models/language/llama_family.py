@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from eim_jax.models.language.family import Family
-from eim_jax.models.language.llama import Llama
 from eim_jax.models.language.llama_block import LlamaConfig
-from eim_jax.models.language.llama_files import IGNORED, QUANTISED, key_rows, read_shape, write_shape
+from eim_jax.models.language.llama_files import llama_like, read_shape, write_shape
 from eim_jax.models.language.llama_meta import META
 
 
@@ -20,20 +18,15 @@ class LlamaWords:
         return {"input_ids": [*[1] * add_special_tokens, *markers.get(words, [263])]}
 
 
-LLAMA_FAMILY = Family(
-    model_type="llama",
-    title="LLaMA",
-    build=Llama,
+LLAMA_FAMILY = llama_like(
+    "llama",
+    "LLaMA",
     read=read_shape,
     write=lambda c: write_shape(c, "LlamaForCausalLM", bos_token_id=1, eos_token_id=2),
-    rows=key_rows,
-    ignored=IGNORED,
     published={
         "huggyllama/llama-7b": LlamaConfig(),
         "huggyllama/llama-13b": LlamaConfig(width=5120, layers=40, heads=40, mlp=13824),
     },
-    quantised=QUANTISED,
-    takes_adapters=True,
     plan_tokenizer=LlamaWords(),
     shards=META,
 )

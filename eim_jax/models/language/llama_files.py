@@ -1,9 +1,10 @@
 """Hugging Face files of LLaMA and of the families built like it: fields of config.json, keys of the weights, both ways.
 
-A family's own file (llama_family.py, mistral.py, qwen.py, ...) says in which fields of `LlamaConfig` it differs.
+A family's own file (llama_family.py, mistral.py, qwen.py, ...) says in which fields of `LlamaConfig` it differs, and
+what transformers' configuration class takes for a field that a file leaves out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from eim_jax.models.hugging_face import (
@@ -15,6 +16,8 @@ from eim_jax.models.hugging_face import (
     our_fields,
     their_fields,
 )
+from eim_jax.models.language.family import Family
+from eim_jax.models.language.llama import Llama
 from eim_jax.models.language.llama_block import LlamaConfig
 from eim_jax.models.language.rope import RopeScaling
 
@@ -32,10 +35,39 @@ FIELDS = {
 }
 # Values that a config.json may not change, in any of the families.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-IGNORED = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"  # computed, not trained
-QUANTISED = r"lm/blocks.*/kernel"
+LAYER_TYPES = ("full_attention", "sliding_attention")
 _LINEAR = {"factor": "factor"}
 _LLAMA3 = {"low_freq_factor": "low", "high_freq_factor": "high", "original_max_position_embeddings": "original"}
+
+
+def llama_like(
+    model_type: str,
+    title: str,
+    read: Callable[[Mapping[str, Any]], LlamaConfig],
+    write: Callable[[LlamaConfig], dict[str, Any]],
+    **more: Any,
+) -> Family:
+    """Returns the record of a family whose decoder is `Llama`.
+
+    Args:
+      model_type: config.json's name for it.
+      title: its name in messages.
+      read: config.json's content -> shape; `read_shape` with what is the family's own.
+      write: shape -> config.json's content; `write_shape` with what is the family's own.
+      **more: further fields of `Family`.
+    """
+    return Family(
+        model_type=model_type,
+        title=title,
+        build=Llama,
+        read=read,
+        write=write,
+        rows=key_rows,
+        ignored=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",  # computed, not trained
+        quantised=r"lm/blocks.*/kernel",
+        takes_adapters=True,
+        **more,
+    )
 
 
 def read_shape(theirs: Mapping[str, Any], fixed: Mapping[str, Any] = FIXED, **ours: Any) -> LlamaConfig:
@@ -110,9 +142,6 @@ def layer_flags(theirs: Mapping[str, Any], field: str, yes: Any, values: Sequenc
     return flags if any(flags) else ()
 
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
-
-
 def read_window(theirs: Mapping[str, Any]) -> tuple[int, tuple[bool, ...]]:
     """Returns the sliding window, 0 for none, and in which layers it holds (() for all).
 
@@ -128,13 +157,25 @@ def read_window(theirs: Mapping[str, Any]) -> tuple[int, tuple[bool, ...]]:
     return window, () if all(narrow) else narrow
 
 
-def write_shape(c: LlamaConfig, architecture: str, **more: Any) -> dict[str, Any]:
-    """Returns config.json's content as transformers 4 and 5 read it; `more` are the family's own fields."""
+def layer_types(c: LlamaConfig) -> list[str]:
+    """Returns config.json's `layer_types`: which layers have the sliding window."""
+    return [LAYER_TYPES[flag] for flag in c.narrow or (c.window > 0,) * c.layers]
+
+
+def write_shape(c: LlamaConfig, architecture: str, fixed: Mapping[str, Any] = FIXED, **more: Any) -> dict[str, Any]:
+    """Returns config.json's content as transformers 4 and 5 read it.
+
+    Args:
+      c: the shape.
+      architecture: transformers' class.
+      fixed: as `read_shape`'s.
+      **more: the family's own fields.
+    """
     rope = {"rope_type": "default"} if c.rope_scaling is None else c.rope_scaling.as_theirs()
     found = {
         **their_fields(c, FIELDS),
         "head_dim": c.head_width,
-        **FIXED,
+        **fixed,
         "architectures": [architecture],
         "model_type": c.model_type,
         "rope_theta": c.rope_theta,  # transformers 4

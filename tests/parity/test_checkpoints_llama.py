@@ -1,4 +1,4 @@
-"""Checkpoints of the original codebases, loaded by config.init: the authors' own logits (shared/originals)."""
+"""LLaMA-Adapter's and LaVIN's checkpoints by config.init, LLaMA's folders: the authors' logits (shared/originals)."""
 
 import dataclasses
 import json
@@ -6,254 +6,50 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import mains
 import ml_dtypes
 import numpy as np
 import pytest
+from checkpoint_cases import FEATURES, LOGITS, changed, clip_folder, noise
 from PIL import Image
 from safetensors.numpy import load_file
 from tiny import config_of
 
 from eim_jax.commands import chat, exporting
 from eim_jax.config import ConfigError
-from eim_jax.models.connector import make_st
-from eim_jax.models.language.gpt2 import GPT2Config
 from eim_jax.models.vision.clip import CLIPTextConfig, CLIPVisionConfig
 from eim_jax.pretrained import (
     CLIP,
-    LM,
     WeightsError,
     clip_shapes,
     export_clip,
     export_lm,
     fingerprint,
-    lm_shapes,
     load_lm,
     resolve,
-    torch_files,
 )
 from eim_jax.training import initial, partition, setup
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
 
-ORIGINALS = pathlib.Path(__file__).resolve().parents[3] / "shared" / "originals"
-# shared/originals/README.md: what float32 leaves between two implementations.
-LOGITS, FEATURES = 5e-6, 2e-5
 
-
-@pytest.fixture
-def original():
-    """Returns a function: name of a case -> its folder, or a skipped test."""
-
-    def find(name: str) -> pathlib.Path:
-        if not (ORIGINALS / name).exists():
-            pytest.skip(f"no folder shared/originals/{name} beside the checkout")
-        return ORIGINALS / name
-
-    return find
-
-
-def noise(shapes, seed=0):
-    rng = np.random.default_rng(seed)
-    return {path: jnp.asarray(0.05 * rng.standard_normal(leaf.shape), jnp.float32) for path, leaf in shapes.items()}
-
-
-def clip_folder(place: pathlib.Path, joint: int) -> pathlib.Path:
-    """A CLIP of noise whose image feature is so wide, with the miniature's tokenizer."""
-    vision = CLIPVisionConfig(image_size=8, patch_size=4, width=16, layers=2, heads=2, mlp=32, joint=joint)
-    text = CLIPTextConfig(vocab=724, context=20, width=16, layers=1, heads=2, mlp=32, joint=joint, eos_id=723)
-    params = partition.unflatten(noise(clip_shapes(vision, text)))
-    export_clip(place, CLIP(vision, text, params))
-    for file in resolve("miniature/clip").glob("tokenizer*"):
-        (place / file.name).write_bytes(file.read_bytes())
-    return place
-
-
-def gpt2_folder(place: pathlib.Path, sizes: dict, tokenizer: pathlib.Path) -> pathlib.Path:
-    """A GPT-2 of noise of the case's sizes: what a ClipCap user's config.towers.lm is before hers is loaded."""
-    shape = GPT2Config(
-        vocab=sizes["vocab_size"], context=sizes["n_positions"], width=sizes["n_embd"], layers=sizes["n_layer"],
-        heads=sizes["n_head"],
-    )  # fmt: skip
-    export_lm(place, LM(shape, partition.unflatten(noise(lm_shapes(shape)))["lm"]))
-    for file in tokenizer.iterdir():
-        (place / file.name).write_bytes(file.read_bytes())
-    return place
-
-
-@pytest.fixture
-def clipcap(original, tmp_path):
-    """Returns a function: case -> (its folder, the config whose baseline is that ClipCap)."""
-
-    def make(name: str, **changes):
-        case = original(name)
-        theirs = json.loads((case / "config.json").read_text())
-        args = theirs["args"]
-        config = config_of(
-            "clipcap_small_coco",
-            **{
-                "towers.clip": str(clip_folder(tmp_path / "clip", theirs["prefix_size"])),
-                "towers.lm": str(gpt2_folder(tmp_path / "gpt2", theirs["gpt2"], original("tokenizers") / "gpt2")),
-                "arm.baseline.st": args["mapping_type"],
-                "arm.baseline.st_tokens": args["prefix_length"],
-                "arm.baseline.st_layers": args["num_layers"],
-                "init": str(case / "weights.pt"),
-                **changes,
-            },
-        )
-        return case, config
-
-    return make
-
-
-def logits_of(vlm, params, prefix, tokens, mask):
-    """Logits at every position of prefix and caption, as ClipCaptionModel gives them."""
-    tree = partition.unflatten(params)
-    visual = vlm.st.apply({"params": tree["st"]}, jnp.asarray(prefix)[:, None])
-    valid = jnp.asarray(mask[:, visual.shape[1] :] > 0)
-    read = vlm.lm_input(tree, jnp.asarray(tokens), valid, visual=visual)
-    return visual, vlm.logits(tree, vlm.run_lm(tree, read))
-
-
-def test_clipcaps_mlp_gives_the_authors_logits(clipcap, tmp_path):
-    case, config = clipcap("clipcap_mlp")
-    inputs = setup.load(config, tmp_path, data=False)
-    vlm, params = setup.start(inputs, config.arm["baseline"])
-    theirs = np.load(case / "forward.npz")
-    visual, logits = logits_of(vlm, params, theirs["prefix"], theirs["tokens"], theirs["mask"])
-    np.testing.assert_allclose(visual, theirs["mapped"], atol=LOGITS, rtol=0)
-    seen = theirs["mask"] > 0
-    np.testing.assert_allclose(np.asarray(logits)[seen], theirs["logits"][seen], atol=LOGITS, rtol=0)
-
-
-def test_clipcaps_transformer_gives_the_authors_logits(clipcap, tmp_path):
-    case, config = clipcap("clipcap_transformer")
-    theirs = np.load(case / "forward.npz")
-    inputs = setup.load(dataclasses.replace(config, init=""), tmp_path, data=False)
-    vlm = setup.model(inputs, config.arm["baseline"])
-    # prefix_length_clip is 8 here; the arm's own is 10.
-    vlm = dataclasses.replace(vlm, st=make_st(dataclasses.replace(vlm.st.config, clip_length=8)))
-    inputs = dataclasses.replace(inputs, config=config)
-    drawn = {**inputs.towers, **setup.fresh(vlm, jax.random.key(0))}
-    held = {path: leaf.dtype for path, leaf in drawn.items()}
-    params = drawn | initial.read(inputs, config.arm["baseline"], vlm, drawn, held)
-    visual, logits = logits_of(vlm, params, theirs["prefix"], theirs["tokens"], theirs["mask"])
-    np.testing.assert_allclose(visual, theirs["mapped"], atol=LOGITS, rtol=0)
-    seen = theirs["mask"] > 0
-    np.testing.assert_allclose(np.asarray(logits)[seen], theirs["logits"][seen], atol=LOGITS, rtol=0)
-
-
-def test_a_clipcap_file_is_captioned_by_without_a_work_directory(clipcap, tmp_path):
-    case, config = clipcap("clipcap_mlp")
-    picture, out = tmp_path / "a photo.png", tmp_path / "out.txt"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), np.uint8)).save(picture)
-    flags = [
-        "--config=configs/clipcap_small_coco.py", "--mode=caption", f"--init={case / 'weights.pt'}", str(picture),
-        f"--config.towers.clip={config.towers.clip}", f"--config.towers.lm={config.towers.lm}",
-        "--config.arm.baseline.st_tokens=5", "--config.decode.max_tokens=8", f"--out={tmp_path / 'said.json'}",
-    ]  # fmt: skip
-    code, said = mains.run(flags, out)
-    assert code == 0, said
-    assert "made with config.decode.stop_at_period=True" in said
-    [row] = json.loads((tmp_path / "said.json").read_text())
-    assert row["image_id"] == str(picture) and f"a photo.png: {row['caption']}" in said
-    code, said = mains.run([f for f in flags if "st_tokens" not in f], out)
-    assert code != 0 and "config.arm.baseline.st_tokens is 10" in said and "set it to 5" in said
-
-
-def changed(case: pathlib.Path, place: pathlib.Path, change) -> pathlib.Path:
-    """A state_dict with its tensors changed."""
-    held = torch.load(case, weights_only=True)
-    change(held)
-    torch.save(held, place)
-    return place
-
-
-def test_what_does_not_fit_a_clipcap_file_is_one_message(clipcap, tmp_path):
-    case, config = clipcap("clipcap_mlp")
-    inputs = setup.load(dataclasses.replace(config, init=""), tmp_path, data=False)
-
-    def refused(name, change):
-        file = changed(case / "weights.pt", tmp_path / name, change)
-        with pytest.raises(WeightsError) as error:
-            setup.start(dataclasses.replace(inputs, config=dataclasses.replace(config, init=str(file))), arm)
-        return str(error.value)
-
-    arm = config.arm["baseline"]
-
-    def spoil(held):
-        held["clip_project.model.5.weight"] = held.pop("clip_project.model.0.bias")
-        held["gpt.transformer.ln_f.weight"] = held["gpt.transformer.ln_f.weight"][:7]
-        held["gpt.transformer.h.1.attn.bias"] = torch.zeros(3)  # the causal mask, by whatever shape
-
-    message = refused("spoilt.pt", spoil)
-    for part in (
-        "'clip_project.model.0.bias' (our st/up/bias) is missing",
-        "'gpt.transformer.ln_f.weight' (our lm/ln_f/scale) has shape (7,), not (24,)",
-        "'clip_project.model.5.weight' is unexpected",
-    ):
-        assert part in message
-    message = refused("untied.pt", lambda held: held.update({"gpt.lm_head.weight": held["gpt.lm_head.weight"] + 1}))
-    assert "'gpt.lm_head.weight' differs" in message
-    resnet = torch.zeros(60, 640)
-    message = refused("resnet.pt", lambda held: held.update({"clip_project.model.0.weight": resnet}))
-    assert "RN50x4; CLIP's ResNets are not supported" in message and "config.towers.clip" in message
-    message = refused("other.pt", lambda held: [held.pop(key) for key in list(held)[:-1]])
-    assert "is missing" in message
-    message = refused("lm.pt", lambda held: [held.pop(key) for key in list(held) if key.startswith("clip_project")])
-    assert "none of the forms" in message and "clip_project.*" in message
-
-
-def test_a_mapper_alone_leaves_the_language_model_as_it_is(clipcap, tmp_path):
-    case, config = clipcap("clipcap_mlp")
-    file = changed(
-        case / "weights.pt",
-        tmp_path / "mapper.pt",
-        lambda held: [held.pop(key) for key in list(held) if key.startswith("gpt.")],
-    )
-    inputs = setup.load(dataclasses.replace(config, init=str(file)), tmp_path, data=False)
-    _, params = setup.start(inputs, config.arm["baseline"])
-    theirs = torch.load(file, weights_only=True)
-    np.testing.assert_array_equal(params["st/up/kernel"], theirs["clip_project.model.0.weight"].numpy().T)
-    for path in ("lm/ln_f/scale", "lm/blocks_1/mlp/up/kernel"):
-        np.testing.assert_array_equal(params[path], inputs.towers[path])
-
-
-class Innocent:
-    """What no reader of tensors builds."""
-
-
-def test_nothing_but_tensors_is_unpickled(tmp_path):
-    file = tmp_path / "model.pt"
-    torch.save(Innocent(), file)
-    with pytest.raises(WeightsError, match=r"holds test_checkpoints\.Innocent beside tensors"):
-        torch_files.read(file)
-    torch.save({"clip_project.a": 3}, file)
-    with pytest.raises(WeightsError, match=r"'clip_project\.a' is no tensor but int"):
-        torch_files.WeightFile(torch_files.read(file), file)
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(WeightsError, match=r"cannot be read by PyTorch.*download it again"):
-        torch_files.read(file)
-
-
-def llama_folder(original, place: pathlib.Path, case: pathlib.Path) -> pathlib.Path:
+def llama_folder(shared_original, place: pathlib.Path, case: pathlib.Path) -> pathlib.Path:
     """Meta's layout: a folder a size, and one tokenizer.model above them."""
     place.mkdir()
-    (place / "tokenizer.model").symlink_to(original("tokenizers") / "llama" / "tokenizer.model")
+    (place / "tokenizer.model").symlink_to(shared_original("tokenizers") / "llama" / "tokenizer.model")
     (place / "7B").symlink_to(case / "7B")
     return place / "7B"
 
 
 @pytest.fixture
-def llama_adapter(original, tmp_path):
+def llama_adapter(shared_original, tmp_path):
     """(case, config whose baseline is that LLaMA-Adapter)."""
-    case = original("llama_adapter")
+    case = shared_original("llama_adapter")
     config = config_of(
         "llama_adapter_scienceqa",
         **{
             "towers.clip": str(clip_folder(tmp_path / "adapter_clip", 12)),
-            "towers.lm": str(llama_folder(original, tmp_path / "adapter", case)),
+            "towers.lm": str(llama_folder(shared_original, tmp_path / "adapter", case)),
             "arm.baseline.adapter_layers": 3,
             "arm.baseline.st_hidden": 16,
             "arm.baseline.st_heads": 2,
@@ -336,16 +132,16 @@ def openai_clip(file: pathlib.Path, place: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.fixture
-def lavin(original, tmp_path):
+def lavin(shared_original, tmp_path):
     """Returns a function: settings -> (case, config whose baseline is that LaVIN)."""
-    case = original("lavin")
+    case = shared_original("lavin")
 
     def make(**changes):
         return case, config_of(
             "lavin7b_scienceqa",
             **{
                 "towers.clip": str(openai_clip(case / "clip.pt", tmp_path / "clip")),
-                "towers.lm": str(llama_folder(original, tmp_path / "llama", case)),
+                "towers.lm": str(llama_folder(shared_original, tmp_path / "llama", case)),
                 "arm.baseline.adapter_rank": 4,
                 "arm.baseline.adapter_temperature": 5.0,
                 "arm.baseline.st_hidden": 16,
@@ -439,8 +235,8 @@ def shards_of(held: dict, parts: int) -> list[dict]:
     return [{key: pieces[i].clone() for key, pieces in split.items()} for i in range(parts)]
 
 
-def test_metas_shards_are_joined_and_another_model_s_are_named(original, tmp_path):
-    whole = original("llama_adapter") / "7B"
+def test_metas_shards_are_joined_and_another_model_s_are_named(shared_original, tmp_path):
+    whole = shared_original("llama_adapter") / "7B"
     (tmp_path / "params.json").write_bytes((whole / "params.json").read_bytes())
     held = torch.load(whole / "consolidated.00.pth", weights_only=True)
     for i, part in enumerate(shards_of(held, 2)):
@@ -456,9 +252,9 @@ def test_metas_shards_are_joined_and_another_model_s_are_named(original, tmp_pat
         load_lm(tmp_path)
 
 
-def test_old_bin_files_are_read_and_a_delta_is_named(original, tmp_path):
+def test_old_bin_files_are_read_and_a_delta_is_named(shared_original, tmp_path):
     """Hugging Face's form of the same LLaMA, as two pytorch_model bins in bfloat16 with an index (Vicuna's)."""
-    lm = load_lm(original("llama_adapter") / "7B")
+    lm = load_lm(shared_original("llama_adapter") / "7B")
     export_lm(tmp_path / "hf", lm)
     theirs = {
         key: torch.from_numpy(x).bfloat16() for key, x in load_file(tmp_path / "hf" / "model.safetensors").items()
