@@ -111,7 +111,7 @@ def test_plan_counts_it(asked):
 def test_inspect_shows_its_samples(finished, capsys):
     inspect(*finished, "eim", 2)
     shown = capsys.readouterr().out
-    assert re.search(r"sample train\d+\.png", shown) and "there are" in shown
+    assert re.search(r"sample train\d+\.png", shown) and "[there] [are]" in shown  # the caption, token by token
 
 
 def test_it_is_prepared_and_read_back_as_it_was(asked, tmp_path):
