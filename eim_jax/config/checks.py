@@ -43,6 +43,9 @@ _RANGES = {
     "arm.*.adapter_temperature": (1e-6, 1e6),
     "arm.*.adapter_dropout": (0.0, 0.99),
     "arm.*.adapter_scale": (1e-6, 1e6),
+    "arm.*.lora_rank": (1, 1 << 20),
+    "arm.*.lora_alpha": (1e-6, 1e6),
+    "arm.*.lora_dropout": (0.0, 0.99),
     "stages.*.epochs": (0, 1 << 40),
     "stages.*.steps": (0, 1 << 40),
     "stages.*.batch": (1, 1 << 30),
@@ -133,6 +136,7 @@ def check(config: "Config", flat: dict[str, Any]) -> None:
                     f"config.arm.{name}.sequence: no stage {stage!r}; config.stages has {', '.join(config.stages)}"
                 )
             _check_stage(stage, config.stages[stage])
+        _check_patterns(f"config.arm.{name}.lora", arm.lora)
         trained = [p for stage in arm.sequence for p, _ in patterns(config.stages[stage])]
         if arm.prompts and not any(re.fullmatch(pattern, "visual/prompt/tokens") for pattern in trained):
             raise ConfigError(
@@ -172,6 +176,17 @@ def patterns(stage: "Stage") -> list[tuple[str, float]]:
             raise ConfigError(f"train pattern {pair[0]!r} is no regular expression: {error}") from error
         found.append((pair[0], float(pair[1])))
     return found
+
+
+def _check_patterns(where: str, entries: tuple) -> None:
+    """Raises ConfigError for an entry that is no regular expression."""
+    for entry in entries:
+        if not isinstance(entry, str):
+            raise ConfigError(f"{where}: {entry!a:.60} is no pattern: write \"('lm/blocks.*/attn/(q|v)',)\"")
+        try:
+            re.compile(entry)
+        except re.error as error:
+            raise ConfigError(f"{where}: {entry!r} is no regular expression: {error}") from error
 
 
 def _positive(value: Any) -> bool:

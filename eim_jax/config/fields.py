@@ -152,6 +152,13 @@ class Arm:
     # What routes them: sample (each image's own [CLS]) | position (LaVIN's code: the token at a position by the one
     # there of the batch's first image, so that what an image gives depends on its batch).
     visual_routing: str = "sample"
+    # Low-rank terms (LoRA) beside linear layers of LM and CLIP.visual: regular expressions over the layers' paths (full
+    # match), ("lm/blocks.*/attn/(q|v)",); a stage trains them by "lm/.*/lora/.*". () = none.
+    lora: tuple = ()
+    lora_rank: int = 8
+    lora_alpha: float = 16.0  # their factor is alpha / rank
+    lora_dropout: float = 0.0  # on their input, in training
+    lora_rs: bool = False  # rsLoRA: the factor is alpha / sqrt(rank)
     sequence: tuple = ()  # names of stages, in order
 
 

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from eim_jax.config import Decode
 from eim_jax.models.adapters.adapter import Steering
+from eim_jax.models.lora import Tuned, dropout_of, plain
 from eim_jax.parallel.sharding import by_row
 from eim_jax.utils.images import normalise
 
@@ -49,7 +50,7 @@ class VLM:
     """Vision tower -> ST -> LM, with a text tower beside them for the caption queue; holds no parameters.
 
     Attributes:
-      visual: a VisionTower.
+      visual: a VisionTower; this and the LM perhaps with low-rank terms (lora.Tuned).
       text: a TextTower.
       st: the connector, from make_st.
       lm: a DecoderLM.
@@ -63,10 +64,10 @@ class VLM:
       mesh: over whose data axes the rows of activations lie.
     """
 
-    visual: nn.Module
+    visual: nn.Module | Tuned
     text: nn.Module
     st: nn.Module
-    lm: nn.Module
+    lm: nn.Module | Tuned
     features: str = "full"
     output_layer: bool = False
     normalize: bool = False
@@ -77,10 +78,16 @@ class VLM:
     mesh: Mesh | None = None
 
     @property
+    def parts(self) -> tuple[tuple[str, Any], ...]:
+        """The towers that an arm may add low-rank terms to, by name."""
+        return ("visual", self.visual), ("lm", self.lm)
+
+    @property
     def dropout(self) -> float:
-        """The highest dropout rate in training, of the `noisy` towers or of adapters in them."""
+        """The highest dropout rate in training, of the `noisy` towers or of adapters and low-rank terms in them."""
         towers = {"visual": self.visual.config, "lm": self.lm.config}
         rates = [getattr(towers[name], "dropout", 0.0) for name in self.noisy]
+        rates += [dropout_of(part) for name, part in self.parts if name in self.noisy]
         adapters = [towers[name].adapter for name in self.noisy]
         return max([0.0, *rates, *(a.dropout_rate for a in adapters if a is not None)])
 
@@ -101,15 +108,15 @@ class VLM:
         return replace(self, lm=self.lm.clone(config=replace(config, adapter=adapter)))
 
     def untouched(self) -> "VLM":
-        """Returns the pretrained towers without this arm's prompts and adapters, and every visual token of theirs.
+        """Returns the pretrained towers without what this arm adds to them, and every visual token of theirs.
 
         Queues are made with them, so that a key is the same in every arm.
         """
         vision, lm = self.visual.config, self.lm.config
         return replace(
             self,
-            visual=self.visual.clone(config=replace(vision, prompts=0, prompt_hidden=0, adapter=None)),
-            lm=self.lm if lm.adapter is None else self.lm.clone(config=replace(lm, adapter=None)),
+            visual=plain(self.visual).clone(config=replace(vision, prompts=0, prompt_hidden=0, adapter=None)),
+            lm=plain(self.lm) if lm.adapter is None else plain(self.lm).clone(config=replace(lm, adapter=None)),
             features="full",
             output_layer=False,
             normalize=False,
@@ -137,7 +144,7 @@ class VLM:
         pixels = normalise(images, config.mean, config.std)
         if has_image is not None and config.adapter is not None and config.adapter.mixes_rows:
             pixels = jnp.where(has_image[:, None, None, None], pixels, 0)
-        noisy = dropout is not None and config.adapter and "visual" in self.noisy
+        noisy = dropout is not None and "visual" in self.noisy and (config.adapter or dropout_of(self.visual))
         options = {"train": True, "rngs": {"dropout": dropout}} if noisy else {}
         tokens = _apply(self.visual, {"params": params["visual"]}, pixels, self.features, method="tokens", **options)
         return by_row(tokens, self.mesh)
@@ -322,7 +329,7 @@ class VLM:
         return _apply(self.text, {"params": params["text"]}, tokens, method="encode")
 
 
-def _apply(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+def _apply(module: nn.Module | Tuned, *arguments: Any, **options: Any) -> Any:
     """What a module's method returns, without collections that it may have changed: there are none."""
     return module.apply(*arguments, **options)
 

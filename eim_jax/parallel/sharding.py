@@ -30,6 +30,12 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"lm/adapter/modality", P(None, "fsdp")),
     (r"lm/adapter/tokens", P(None, None, "fsdp")),
     (r"(visual|lm)/adapter/.*", P()),
+    # Low-rank terms x A B: A's input and B's output as the kernel's; the rank is whole everywhere.
+    (r"(visual|lm)/(.*/)?qkv/lora/b", P(None, None, "tensor")),
+    (r"(visual|lm)/(.*/)?(out|down)/lora/a", P("tensor")),
+    (r"(visual|lm)/(.*/)?(out|down)/lora/b", P(None, "fsdp")),
+    (r"(visual|lm)/(.*/)?lora/a", P("fsdp")),
+    (r"(visual|lm)/(.*/)?lora/b", P(None, "tensor")),
     # Kernels in 4 bits: codes and scales lie as the kernel would.
     (r"lm/.*/(q|k|v|gate|up)/(codes|scale|scale_scale)", COLUMN),
     (r"lm/.*/(out|down)/(codes|scale|scale_scale)", ROW),

@@ -13,7 +13,7 @@ from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
 from eim_jax.parallel.sharding import parts_of
 from eim_jax.parallel.signals import Signals, doing
-from eim_jax.training import initial, partition
+from eim_jax.training import initial, low_rank, partition
 from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.training.context import check_context
 from eim_jax.training.log import RunLog, StageInfo, Trained, read_metrics
@@ -34,6 +34,8 @@ def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
     arm = config.arm[name]
     plan = plan_arm(inputs, name)
     vlm, params = start(inputs, arm)
+    if said := low_rank.described(vlm.parts):
+        console.print(f"{name}: {said}", soft_wrap=True)
     checkpoints = [directory / "checkpoints" / f"{i}-{s}" for i, s in enumerate(arm.sequence)]
     summaries = []
     resume = _resume_point(checkpoints)
@@ -73,6 +75,7 @@ def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
     vlm = model(inputs, arm)
     params = shapes(inputs, arm, vlm)
     initial.check(inputs, arm, vlm, params)
+    low_rank.check_trained(arm, name, config.stages, vlm.parts, config.init)
     plan = []
     for stage_name in arm.sequence:
         stage, where = resolved(config.stages[stage_name], inputs), f"config.stages.{stage_name}"

@@ -24,6 +24,7 @@ from eim_jax.losses.queues import Queue
 from eim_jax.models.adapters import adapter_of
 from eim_jax.models.connector import ST_KINDS, STConfig, make_st
 from eim_jax.models.language import family_of
+from eim_jax.models.lora import Tuned
 from eim_jax.models.quant import NF4_SCALES
 from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.models.vlm import VLM
@@ -32,7 +33,7 @@ from eim_jax.parallel.lock import held
 from eim_jax.parallel.sharding import make_mesh, param_shardings, shard_params
 from eim_jax.parallel.signals import doing
 from eim_jax.pretrained.tokenizer import bos_id
-from eim_jax.training import initial, partition
+from eim_jax.training import initial, low_rank, partition
 from eim_jax.training.partition import Flat
 from eim_jax.training.tower_form import resolve_dtype, resolve_form
 from eim_jax.utils.console import console
@@ -269,11 +270,13 @@ def model(inputs: Inputs, arm: Arm) -> VLM:
         except ValueError as error:
             raise ConfigError(f"config.arm.*.adapter={arm.adapter!r}: {error}") from error
     markers = {} if adapter is None else adapter.markers(inputs.lm_tokenizer)._asdict()
+    parts = {"visual": towers.build(vision), "lm": family.build(lm)}
+    parts = low_rank.tuned(arm, parts, {"visual": towers.rows, "lm": family.rows(lm)}, inputs.towers)
     return VLM(
-        visual=towers.build(vision),
+        visual=parts["visual"],
         text=towers.build_text(inputs.clip.text),
         st=make_st(st),
-        lm=family.build(lm),
+        lm=parts["lm"],
         features=arm.features,
         output_layer=arm.output_layer,
         normalize=arm.normalize_prefix,
@@ -284,7 +287,7 @@ def model(inputs: Inputs, arm: Arm) -> VLM:
 
 
 def fresh(vlm: VLM, key: jax.Array) -> Flat:
-    """The parameters that no checkpoint holds, drawn from the key: the ST's, prompts' and adapters'."""
+    """The parameters that no checkpoint holds, drawn from the key: the ST's, prompts', adapters', low-rank terms'."""
     drawn = {"st": vlm.st.init(jax.random.fold_in(key, 1), jnp.zeros((1, 1, vlm.st.config.width_in)))["params"]}
     visual, size = vlm.visual.config, vlm.visual.config.image_size
     if visual.prompts or visual.adapter:  # the tower around them is shape alone: XLA drops what is not returned
@@ -293,7 +296,11 @@ def fresh(vlm: VLM, key: jax.Array) -> Flat:
     if vlm.lm.config.adapter is not None:
         tower = vlm.lm.init(jax.random.fold_in(key, 3), jnp.zeros((1, 1), jnp.int32))["params"]
         drawn["lm"] = {"adapter": tower["adapter"]}
-    return partition.flatten(drawn)
+    flat = partition.flatten(drawn)
+    for i, (name, part) in enumerate(vlm.parts, start=4):
+        if isinstance(part, Tuned):
+            flat |= {f"{name}/{path}": leaf for path, leaf in part.draw(jax.random.fold_in(key, i)).items()}
+    return flat
 
 
 def shapes(inputs: Inputs, arm: Arm, vlm: VLM) -> dict[str, jax.ShapeDtypeStruct]:
@@ -350,6 +357,8 @@ def features_of(inputs: Inputs, vlm: VLM, split: Split, params: Flat):
         "tower": str(vlm.visual.config),
         "tokens": vlm.features,
     }
+    if isinstance(vlm.visual, Tuned):  # the leaves are among the parameters, their factor is not
+        manifest["lora"] = str(vlm.visual.lora)
     # One folder for each content: data sets and arms may share data.cache.
     name = hashlib.sha256(f"{manifest} {inputs.config.data.fit} {split.images.fingerprint()}".encode()).hexdigest()[:12]
     doing("computing the vision features")
