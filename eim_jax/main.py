@@ -47,6 +47,9 @@ _NEIGHBOURS = flags.DEFINE_boolean(
 )
 _TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:4x4, v5p:2x2x2, gpu:h100x8, cpu:8; else what is here.")
 _STAGES = flags.DEFINE_list("stages", [], "These stages alone, separated by commas; all by default.")
+_MERGE = flags.DEFINE_boolean(
+    "merge", False, "Also the towers that have low-rank terms (LoRA) as folders, the terms inside their weights."
+)
 _TABLE = flags.DEFINE_boolean("table", False, "Where every parameter lies, instead of the stages' costs.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "Several processes without SLURM, Open MPI, Kubernetes or a TPU pod: HOST:PORT of process 0."
@@ -128,7 +131,7 @@ def _use(config: settings.Config, workdir: Path | None, places: list[str]) -> No
     elif _MODE.value == "export":
         if not _OUT.value:
             raise app.UsageError("--mode=export needs --out=FOLDER")
-        exporting.export(config, workdir, _arm(config), user_path(_OUT.value), init=init)
+        exporting.export(config, workdir, _arm(config), user_path(_OUT.value), init=init, merge=_MERGE.value)
     else:
         if len(places) + bool(_IMAGE.value) > 1:
             raise app.UsageError("--mode=chat is about one image: give one, or /image FILE in the conversation")

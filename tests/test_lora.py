@@ -102,6 +102,9 @@ def test_fused_maps_share_one_a_where_their_file_has_one_layer_and_have_three_wh
         assert not any("embedding" in path for path in leaves)
         both = jax.jit(lambda p, q, x, t=tuned: (t.apply({"params": p}, x), t.module.apply({"params": q}, x)))
         whole = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in added(base, leaves, 0.5).items()}
+        merged = flatten_dict(tuned.merge(tree(base, leaves)), sep="/")
+        for path, leaf in whole.items():
+            assert_close(merged[path], leaf, 3e-7)
         found, expected = both(tree(base, leaves), tree(whole), x)
         for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
             assert_close(one, other)

@@ -204,7 +204,7 @@ def _add_term(lora: LoRA, call, arguments, options, context):
     return y + jnp.asarray(lora.scale, y.dtype) * term
 
 
-def _product(a: Float[Array, "d *k r"], b: Float[Array, "*k r o"]) -> Float[Array, "d *m"]:
+def _product(a: Float[Array, "d *_"], b: Float[Array, "*_ o"]) -> Float[Array, "d *_"]:
     """A B in a kernel's shape."""
     if a.ndim == 3:
         return jnp.einsum("dkr,kro->dko", a, b, precision="highest")

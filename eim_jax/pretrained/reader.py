@@ -86,7 +86,7 @@ def read_leaves(
     return flat
 
 
-def write_leaves(flat: dict[str, jax.Array], leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
+def write_leaves(flat: Mapping[str, jax.Array | np.ndarray], leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
     """Returns their keys -> arrays, from our leaves.
 
     Raises:

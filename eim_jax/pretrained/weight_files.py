@@ -269,7 +269,7 @@ def _check_dtypes(keys: list[str], tensors: Tensors) -> None:
 
 def _name_wrapped(directory: pathlib.Path, known: set[str], found: list[str]) -> None:
     """Raises WeightsError where keys are the right ones but for what a wrapper put before them, or took away."""
-    if any(".lora_" in key or ".base_layer." in key for key in found):
+    if any(".lora_" in key or ".base_layer." in key for key in found) and not any(".lora_" in key for key in known):
         raise WeightsError(
             f"{directory}: its keys are a PEFT (LoRA) model's, saved with its adapter inside ({found[0]!r}): merge it "
             "once (merge_and_unload) and save_pretrained the result"

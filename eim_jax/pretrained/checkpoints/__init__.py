@@ -1,4 +1,4 @@
-"""Checkpoints that a run may start from (config.init): ours, ClipCap's, LLaMA-Adapter's and LaVIN's, known by keys.
+"""Checkpoints that a run may start from (config.init): ours, ClipCap's, LLaMA-Adapter's, LaVIN's, PEFT's; by keys.
 
 A form is added by writing its file and one line in `FORMS`. Every key of a file is accounted for, and every leaf of the
 arm that no tower has is filled, or the file is refused by one message.
@@ -15,16 +15,17 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from eim_jax.models.hugging_face import WeightsError
-from eim_jax.pretrained import json_files, reader, torch_files, weight_files
+from eim_jax.pretrained import json_files, peft, reader, torch_files, weight_files
 from eim_jax.pretrained.checkpoints.clipcap import CLIPCAP
 from eim_jax.pretrained.checkpoints.form import Content, Form, Target
 from eim_jax.pretrained.checkpoints.lavin import LAVIN
 from eim_jax.pretrained.checkpoints.llama_adapter import LLAMA_ADAPTER
+from eim_jax.pretrained.checkpoints.lora import PEFT
 from eim_jax.pretrained.checkpoints.ours import OURS
 
 __all__ = ["FORMS", "RECORD", "Checkpoint", "Content", "Form", "Target", "file_of", "open_checkpoint"]
 
-FORMS: tuple[Form, ...] = (OURS, LAVIN, CLIPCAP, LLAMA_ADAPTER)
+FORMS: tuple[Form, ...] = (OURS, LAVIN, CLIPCAP, LLAMA_ADAPTER, PEFT)
 EXPORT, RECORD = "trained.safetensors", "arm.json"
 
 
@@ -59,12 +60,13 @@ def file_of(path: Path) -> Path:
       WeightsError: there is none.
     """
     if path.is_dir():
-        if not (path / EXPORT).is_file():
-            raise WeightsError(
-                f"config.init={path}: the folder holds no {EXPORT}; give a checkpoint's file (.pt, .pth, "
-                ".safetensors), or a folder that --mode=export wrote. A language model's folder is config.towers.lm"
-            )
-        return path / EXPORT
+        for name in (EXPORT, peft.WEIGHTS):
+            if (path / name).is_file():
+                return path / name
+        raise WeightsError(
+            f"config.init={path}: the folder holds no {EXPORT} or {peft.WEIGHTS}; give a checkpoint's file (.pt, .pth, "
+            ".safetensors), or a folder that --mode=export or PEFT wrote. A language model's folder is config.towers.lm"
+        )
     if not path.is_file():
         raise WeightsError(f"config.init={path}: no such file; give a checkpoint (.pt, .pth, .safetensors)")
     return path
@@ -116,6 +118,8 @@ def _content(path: Path, stack: contextlib.ExitStack) -> tuple[weight_files.Tens
         tensors = weight_files.Tensors(weight_files.open_files([path], stack))
         if (path.parent / RECORD).is_file():
             record = json_files.read_json(path.parent / RECORD)
+        if path.name == peft.WEIGHTS and (path.parent / peft.CONFIG).is_file():
+            settings = json_files.read_json(path.parent / peft.CONFIG)
     else:
         held = torch_files.read(path)
         if isinstance(held, Mapping) and isinstance(held.get("model"), Mapping):  # beside an optimizer, an epoch, ...

@@ -15,7 +15,8 @@ from eim_jax.models.hugging_face import SAME, Layout
 from eim_jax.pretrained.checkpoints.form import Content, Form, Target
 from eim_jax.pretrained.reader import Leaf
 
-_FREE = ("description", "sequence", "adapter_dropout", "st_bias")  # of the arm: how it was trained, not what it is
+# Of the arm: how it was trained, not what it is.
+_FREE = ("description", "sequence", "adapter_dropout", "lora_dropout", "st_bias")
 _STACKED = r"(\w+)/blocks/(.*)"
 
 
@@ -64,6 +65,8 @@ def _is_read(name: str, model: Mapping[str, Any]) -> bool:
         return kind.sized_by_arm
     if name.startswith("adapter_"):
         return model.get("adapter") != "none"
+    if name.startswith("lora"):
+        return bool(model.get("lora")) and name != "lora"  # which layers have terms is said by the leaves
     return name != "prompt_hidden" or bool(model.get("prompts"))
 
 
