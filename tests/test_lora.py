@@ -184,6 +184,16 @@ def test_dropout_is_on_the_terms_input_alone_scaled_and_only_where_a_key_is_give
     assert set(np.round(kept)) == {0, 1, 2, 3, 4} and abs(kept.mean() - 3) < 0.06
 
 
+def test_the_full_size_recipe_trains_what_llavas_does():
+    """Rank 128 on q, k, v, o (4096 x 4096) and gate, up, down (4096 x 11008) of 32 layers; a two-layer projector."""
+    config = tiny.config_of("llava_lora")
+    inputs, _ = abstract_inputs(config, make_mesh((1, 1, 1), jax.devices()[:1]), samples=665_000)
+    arm = config.arm["baseline"]
+    held = shapes(inputs, arm, model(inputs, arm))
+    assert sum(leaf.size for path, leaf in held.items() if "/lora/" in path) == 319_815_680
+    assert sum(leaf.size for path, leaf in held.items() if path.startswith("st/")) == 20_979_712
+
+
 def test_an_arms_terms_are_counted_trained_by_their_pattern_and_asked_for_by_name():
     config = tiny.config_of("miniature_lora", **{"data.scenes": 24, "arm.eim.lora": ("lm/blocks.*", ".*/attn/.*")})
     inputs, _ = abstract_inputs(config, make_mesh((1, 1, 1), jax.devices()[:1]))

@@ -72,6 +72,7 @@ SMALLEST = {
     "lavin7b_eim_scienceqa": ("v5e:2x2", "ie"),
     "lavin7b_eim_chat": ("v5e:2x2", "ie"),
     "lavin13b_scienceqa": ("v5e:2x2", "base"),
+    "llava_lora": ("v5e:4x4", "ie"),
 }
 
 

@@ -26,6 +26,7 @@ LLAMA_FAMILY = llama_like(
     published={
         "huggyllama/llama-7b": LlamaConfig(),
         "huggyllama/llama-13b": LlamaConfig(width=5120, layers=40, heads=40, mlp=13824),
+        "lmsys/vicuna-7b-v1.5": LlamaConfig(context=4096, eps=1e-5),
     },
     plan_tokenizer=LlamaWords(),
     shards=META,
