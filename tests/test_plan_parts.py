@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from eim_jax.config import ConfigError
 from eim_jax.parallel.sharding import make_mesh
-from eim_jax.planning import targets
+from eim_jax.planning import plan, targets
 from eim_jax.planning.collectives import moved
 from eim_jax.planning.flops import work
 
@@ -150,3 +150,9 @@ def test_the_tpu_compilers_own_forms_are_read():
         "reduce-scatter": (4, 768 * 3072 * 2 * 3 / 4, 32),
         "all-reduce": (4, 2 * (40 + 40 * 768) * 4 * 3 / 4, 1),
     }
+
+
+def test_without_libtpu_the_stand_in_s_own_compiler_makes_a_tpus_program():
+    stand_in = targets.Target("v5e:1x1", targets.CHIPS["v5e"], jax.devices()[:1], "tpu", False, "")
+    _, text = plan._compile(jax.jit(lambda x: x + 1).lower(1.0), stand_in)
+    assert "HloModule" in text

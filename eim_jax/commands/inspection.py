@@ -16,7 +16,7 @@ from eim_jax.losses.kinds import ContrastiveLoss, Forward
 from eim_jax.losses.table import losses_of
 from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
-from eim_jax.training import partition, setup
+from eim_jax.training import low_rank, partition, setup
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.console import console, print_table, shown
@@ -37,6 +37,8 @@ def inspect(config: Config, workdir: Path, arm: str, samples: int, neighbours: b
     """
     inputs = setup.load(config, workdir)
     check_identity(inputs)
+    if said := low_rank.described(setup.model(inputs, config.arm[arm]).parts):
+        console.print(f"arm {arm}: {said}", soft_wrap=True)
     if not neighbours:
         show_samples(inputs, arm, samples)
         console.print("--neighbours shows the nearest rows of each loss's queue, which it builds", style="dim")

@@ -201,7 +201,7 @@ def _compile(lowered, target: Target):
     For TPUs the text is what the compiler itself writes to a file: libtpu 0.0.51's programs with asynchronous updates
     (v5p, v6e) cannot be read back by JAX's as_text.
     """
-    if target.platform != "tpu":
+    if target.platform != "tpu" or not target.exact:  # without libtpu the CPU's compiler stands in
         compiled = lowered.compile()
         return compiled, compiled.as_text()
     with tempfile.TemporaryDirectory() as folder:
