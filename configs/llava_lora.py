@@ -18,8 +18,8 @@ from eim_jax.training.kinds import to_config_dict
 
 ST, LOW_RANK = "st/.*", "lm/.*/lora/.*"
 RECIPE = {"epochs": 1, "warmup_epochs": 0.03, "schedule": "cosine", "eps": 1e-8, "clip_norm": 1.0}
-ALIGN = {**RECIPE, "batch": 256, "lr": 1e-3}
-TUNE = {**RECIPE, "batch": 128, "lr": 2e-4}
+ALIGN = {**RECIPE, "batch": 256, "accumulate": 4, "lr": 1e-3}
+TUNE = {**RECIPE, "batch": 128, "accumulate": 2, "lr": 2e-4}
 BASELINE = Arm(
     description="LLaVA-1.5 with LoRA: CLIP tokens -> MLP -> Vicuna, the projector first, trained on loss_base",
     st="ffn",

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from llama_oracle import oracle, stacked, tokens_of
 
 from eim_jax.config import Arm, ConfigError, Stage
+from eim_jax.models.kv_cache import init_cache
 from eim_jax.models.language.gpt2 import GPT2, GPT2_FAMILY, GPT2Config
 from eim_jax.models.language.llama import Llama, LlamaConfig
 from eim_jax.models.linear import Dense
@@ -218,3 +219,41 @@ def test_an_arms_terms_are_counted_trained_by_their_pattern_and_asked_for_by_nam
         low_rank.check_trained(dataclasses.replace(arm, sequence=("st",)), "eim", stages, vlm.parts, "")
     with pytest.raises(ConfigError, match=r"config\.arm\.eim\.lora: '\(' is no regular expression"):
         tiny.config_of("miniature_lora", **{"arm.eim.lora": ("(",)})
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("form", [{}, {"scan": True, "remat": "full"}], ids=["unrolled", "scan"])
+def test_every_term_is_trained_with_dropout_and_cached_decoding_is_the_forward(form):
+    config = dataclasses.replace(LLAMA, **form)
+    module = Llama(config)
+    made = jax.eval_shape(module.init, jax.random.key(0), ONE)["params"]
+    base = flatten_dict(jax.jit(module.init)(jax.random.key(0), ONE)["params"], sep="/")
+    arm = Arm(lora=("lm/blocks.*",), lora_rank=4, lora_dropout=0.2)
+    tuned = low_rank.tuned(arm, {"lm": module}, FAMILIES, flatten_dict({"lm": made}, sep="/"))["lm"]
+    rng = np.random.default_rng(3)
+    leaves = {p: jnp.asarray(0.1 * rng.standard_normal(s.shape), jnp.float32) for p, s in shapes_of(tuned).items()}
+    assert len(leaves) == 14 * (1 if config.scan else config.layers)
+    tokens = tokens_of((2, 9), config)
+
+    def loss(own):
+        made = tuned.apply({"params": tree(base, own)}, tokens, train=True, rngs={"dropout": jax.random.key(1)})
+        return jnp.sum(made**2)
+
+    for path, gradient in jax.jit(jax.grad(loss))(leaves).items():
+        layers = gradient if config.scan else gradient[None]
+        assert all(float(abs(layer).max()) > 0 for layer in layers), path
+
+    @jax.jit
+    def both(params):
+        def run(model, tokens):
+            embeds, places = model.embed(tokens), jnp.broadcast_to(jnp.arange(9), (2, 9))
+            whole, _ = model.hidden(embeds)
+            cache = init_cache(config, 2, 9)
+            first, cache = model.hidden(embeds[:, :8], positions=places[:, :8], cache=cache)
+            last, _ = model.hidden(embeds[:, 8:], positions=places[:, 8:], cache=cache)
+            return whole, jnp.concatenate([first, last], axis=1)
+
+        return tuned.apply({"params": params}, tokens, method=run)
+
+    whole, cached = both(tree(base, leaves))
+    assert_close(cached, whole)
