@@ -1,5 +1,7 @@
 """SigLIP, DINOv2 and CLIP's forms beside transformers on tiny random folders: values, gradients, exports."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,12 +39,17 @@ def close(name, ours, theirs):
     assert worst <= EXACT, (name, worst)
 
 
-def compare(model, saved, theirs, pixels, tokens=None, **options):
+def compare(model, folder, theirs, pixels, tokens=None, **options):
     """Our values, and gradients of their products with fixed numbers, beside `theirs`."""
     probes = {k: torch.randn_like(v) / v.numel() ** 0.5 for k, v in theirs.items()}
     sum((probes[k] * v).sum() for k, v in theirs.items()).backward()
-    weights, gradient = saved(model)
-    found = load_clip(weights, **options)
+    model.save_pretrained(folder / "weights")
+    shadow = copy.deepcopy(model)  # a model of gradients: loading is linear, and the file has the keys of the weights
+    with torch.no_grad():
+        for parameter, of in zip(shadow.parameters(), model.parameters(), strict=True):
+            parameter.copy_(torch.zeros_like(of) if of.grad is None else of.grad)
+    shadow.save_pretrained(folder / "gradient")
+    found = load_clip(folder / "weights", **options)
     tower = VISION_TOWERS[found.vision.model_type].build(found.vision)
 
     def ours(params):
@@ -56,7 +63,7 @@ def compare(model, saved, theirs, pixels, tokens=None, **options):
     grads, values = jax.jit(jax.grad(ours, has_aux=True))(found.params)
     for name, value in values.items():
         close(name, value, theirs[name].detach().numpy())
-    expected = load_clip(gradient, **options).params
+    expected = load_clip(folder / "gradient", **options).params
     if options.get("image_size"):  # theirs is of the table in the file, ours of the one interpolated from it
         del grads["visual"]["position_embedding"], expected["visual"]["position_embedding"]
     assert jax.tree.structure(grads) == jax.tree.structure(expected)
@@ -66,20 +73,20 @@ def compare(model, saved, theirs, pixels, tokens=None, **options):
 @pytest.mark.parametrize(
     ("scan", "size"), [(False, 24), (True, 24), (False, 40), (False, 20)], ids=["own", "scan", "larger", "smaller"]
 )
-def test_siglip_agrees_in_features_and_gradients(scan, size, perturbed, saved):
+def test_siglip_agrees_in_features_and_gradients(scan, size, perturbed, tmp_path):
     model = perturbed(siglip(), 0.05)
     pixels, tokens = torch.randn(2, size, size, 3), torch.randint(0, 60, (2, 10))
     seen = model.vision_model(pixels.permute(0, 3, 1, 2), interpolate_pos_encoding=size != 24)
     text = model.text_model(tokens).pooler_output
     theirs = {"seen": seen.last_hidden_state, "image": seen.pooler_output, "text": text}
-    compare(model, saved, theirs, pixels, tokens, scan=scan, **({"image_size": size} if size != 24 else {}))
+    compare(model, tmp_path, theirs, pixels, tokens, scan=scan, **({"image_size": size} if size != 24 else {}))
 
 
 @pytest.mark.parametrize(
     ("activation", "eos"), [("quick_gelu", 2), ("gelu", 2), ("gelu", 59), ("gelu_pytorch_tanh", 59)]
 )
 @pytest.mark.parametrize("size", [0, 33])
-def test_clip_agrees_in_every_form(activation, eos, size, perturbed, saved):
+def test_clip_agrees_in_every_form(activation, eos, size, perturbed, tmp_path):
     """OpenAI's, DFN's and MetaCLIP's conversions (quick_gelu, eos_token_id 2), OpenCLIP's (gelu), at any size."""
     model = perturbed(clip(activation, eos), 0.05)
     pixels, tokens = torch.randn(2, size or 24, size or 24, 3), torch.randint(0, 57, (2, 9))
@@ -90,7 +97,7 @@ def test_clip_agrees_in_every_form(activation, eos, size, perturbed, saved):
         "image": model.visual_projection(seen.pooler_output),
         "text": model.text_projection(model.text_model(tokens).pooler_output),
     }
-    compare(model, saved, theirs, pixels, tokens, **({"image_size": size} if size else {}))
+    compare(model, tmp_path, theirs, pixels, tokens, **({"image_size": size} if size else {}))
 
 
 def dinov2(**fields):
@@ -103,12 +110,12 @@ def dinov2(**fields):
     [({}, 24, False), ({"use_swiglu_ffn": True, "qkv_bias": False}, 24, True), ({"use_mask_token": False}, 40, False)],
     ids=["mlp", "swiglu", "larger"],
 )
-def test_dinov2_agrees_in_features_and_gradients(fields, size, scan, perturbed, saved):
+def test_dinov2_agrees_in_features_and_gradients(fields, size, scan, perturbed, tmp_path):
     model = perturbed(dinov2(**fields), 0.05)
     pixels = torch.randn(2, size, size, 3)
     seen = model(pixels.permute(0, 3, 1, 2))
     theirs = {"seen": seen.last_hidden_state, "image": seen.pooler_output}
-    compare(model, saved, theirs, pixels, scan=scan, **({"image_size": size} if size != 24 else {}))
+    compare(model, tmp_path, theirs, pixels, scan=scan, **({"image_size": size} if size != 24 else {}))
 
 
 @pytest.mark.parametrize("swiglu", [False, True])
