@@ -7,7 +7,6 @@ Prompts, which Hugging Face's CLIP does not know, live in a file of their own, p
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import pathlib
@@ -25,11 +24,9 @@ from safetensors.numpy import load_file, save_file
 from eim_jax.models.hugging_face import WeightsError
 from eim_jax.models.stacks import Form
 from eim_jax.models.vision import REFUSED, VISION_TOWERS, VisionFamily, build_text
-from eim_jax.parallel.processes import fetch
 from eim_jax.pretrained import json_files, reader, weight_files
 from eim_jax.pretrained.hub import resolve
 from eim_jax.pretrained.image_processor import image_processor
-from eim_jax.pretrained.language import config_file
 from eim_jax.pretrained.positions import interpolated
 
 PROMPT_FILE = "prompt.safetensors"
@@ -251,28 +248,3 @@ def export_clip(directory: str | pathlib.Path, clip: CLIP) -> None:
     (directory / PROMPT_FILE).unlink(missing_ok=True)
     if prompt:
         save_file(prompt, directory / PROMPT_FILE)
-
-
-def fingerprint(source: str | pathlib.Path | dict) -> str:
-    """Returns 16 hex digits of SHA-256 over a checkpoint, for manifests that must notice other weights.
-
-    Args:
-      source: what `resolve` takes: the bytes of the safetensors files and the configuration count, not names or
-        versions noted in it; or a parameter tree: paths, dtypes, shapes and bytes count. The two never agree.
-    """
-    digest = hashlib.sha256()
-    if isinstance(source, dict):
-        for path, leaf in sorted(flatten_dict(source, sep="/").items()):
-            array = fetch(leaf)
-            digest.update(f"{path} {array.dtype} {array.shape} ".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()[:16]
-    directory = resolve(source)
-    config = json_files.read_json(config_file(directory))
-    meaning = {k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path")}
-    digest.update(json.dumps(meaning, sort_keys=True).encode())
-    prompt = directory / PROMPT_FILE
-    for path in [*weight_files.weight_files(directory), *([prompt] if prompt.is_file() else [])]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
