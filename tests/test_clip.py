@@ -182,5 +182,5 @@ def test_select_keeps_the_dtype_and_refuses_what_it_cannot_choose():
     assert {select(seen, name).dtype for name in FEATURES} == {jnp.dtype(jnp.bfloat16)}
     with pytest.raises(ValueError, match="'patches' is not one of"):
         select(seen, "patches")
-    with pytest.raises(ValueError, match="not 256 tokens"):
+    with pytest.raises(ValueError, match="needs a square of patches, not 255"):
         select(seen[:, :256], "grid")

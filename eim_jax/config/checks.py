@@ -21,6 +21,7 @@ _RANGES = {
     "data.length_window": (1, 1 << 20),
     "data.eval_limit": (0, 1 << 40),
     "towers.dropout": (0.0, 0.99),
+    "towers.image_size": (0, 1 << 14),
     "losses.tau": (1e-6, 1e6),
     "losses.chunk": (0, 1 << 30),
     "decode.beams": (1, 1000),

@@ -10,7 +10,10 @@ from typing import Any
 class Towers:
     """The pretrained towers: directories in Hugging Face's layout, hub ids, or the shipped "miniature/..."."""
 
+    # The vision tower with its text tower: a CLIP or SigLIP; or a DINOv2, which has none.
     clip: str = "openai/clip-vit-base-patch32"
+    text: str = ""  # the text tower that makes K_t, a CLIP or SigLIP, for a vision tower that has none
+    image_size: int = 0  # side of the pictures that the vision tower sees (positions interpolated); 0: its own
     lm: str = "gpt2"  # a GPT-2 or a LLaMA, by its config.json
     dropout: float = 0.1  # of GPT-2, in training (LLaMA has none; its adapters': arm.*.adapter_dropout)
     quant: str = "none"  # the LLaMA's frozen linear layers: none | nf4 (4 bits, LaVIN "lite")
@@ -126,7 +129,8 @@ class Arm:
 
     description: str = ""
     # What the ST receives: full ([CLS] and all patches) | cls | grid ([CLS] and a pooled 7 x 7 grid, EIM on LaVIN) |
-    # first (the first 50 tokens) | blocks ([CLS] after every fourth block, stock LaVIN).
+    # first (the first 50 tokens) | blocks ([CLS] after every fourth block, stock LaVIN). Of SigLIP, which has no [CLS]:
+    # full (all patches) | pooled (its attention-pooled vector) | grid (that vector and the grid).
     features: str = "full"
     output_layer: bool = False  # whether CLIP's output layer (ln_post and projection) stands before the ST
     # ffn (EIM) | mlp, transformer (ClipCap's mappers, on one token) | projector (LaVIN's) | queries (LLaMA-Adapter's)

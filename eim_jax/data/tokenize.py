@@ -135,6 +135,37 @@ def encode_clip(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, contex
     return _pad([[bos, *ids[: context - 2], eos] for ids in found], 0 if pad is None else pad)[0]
 
 
+def encode_padded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, context: int) -> Int[np.ndarray, "N s"]:
+    """Returns a text tower's input as its tokenizer frames a text (SigLIP's puts EOS behind), padded to `context`.
+
+    Padding is part of what such a tower reads: it sees all places and takes the last one's feature. A text is cut to
+    what the frame leaves, and the log says how many were.
+
+    Raises:
+      ValueError: the tokenizer has no padding token, or `context` no room for its frame.
+    """
+    alone, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    before = next((at for at in range(len(whole)) if whole[at : at + len(alone)] == alone), None)
+    if before is None or tokenizer.pad_token_id is None:
+        raise ValueError("the text tower's tokenizer has no padding token, or changes a text that it frames")
+    start, end = whole[:before], whole[before + len(alone) :]
+    room = context - len(start) - len(end)
+    if room < 1:
+        raise ValueError(f"context is {context}: needs room for more than {len(start) + len(end)} special tokens")
+    found = rows.ids_of(texts, tokenizer, "tokenising captions")
+    cut = sum(len(ids) > room for ids in found)
+    if cut:
+        console.print(f"{cut:,} of {len(found):,} texts cut to the {context} tokens that the text tower reads")
+    tokens = np.full((len(found), context), tokenizer.pad_token_id, np.int32)
+    for row, ids in zip(tokens, found, strict=True):
+        framed = [*start, *ids[:room], *end]
+        if tokenizer.padding_side == "left":
+            row[context - len(framed) :] = framed
+        else:
+            row[: len(framed)] = framed
+    return tokens
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns the sha256 over what decides the ids: vocabulary, merges, normalisation, splitting, special tokens."""
     content: dict[str, Any] = {"vocab": sorted(tokenizer.get_vocab().items()), "special": tokenizer.special_tokens_map}

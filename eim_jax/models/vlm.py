@@ -50,7 +50,7 @@ class VLM:
 
     Attributes:
       visual: a VisionTower.
-      text: a TextTower.
+      text: a TextTower; None where the vision tower has none beside it.
       st: the connector, from make_st.
       lm: a DecoderLM.
       features: which visual tokens the ST receives, one of the vision tower's `features`.
@@ -64,7 +64,7 @@ class VLM:
     """
 
     visual: nn.Module
-    text: nn.Module
+    text: nn.Module | None
     st: nn.Module
     lm: nn.Module
     features: str = "full"
@@ -319,6 +319,7 @@ class VLM:
 
     def caption_feature(self, params: dict, tokens: Int[Array, "b s"]) -> Float[Array, "b j"]:
         """Returns the text tower's features of captions, in its own tokenizer's ids: rows of K_t."""
+        assert self.text is not None, "an arm whose loss reads captions is checked to have a text tower"
         return _apply(self.text, {"params": params["text"]}, tokens, method="encode")
 
 

@@ -223,7 +223,7 @@ def _batches(inputs: Inputs, vlm: VLM, stage: Stage, index: int, info: StageInfo
         epochs=-(-info.steps // (len(inputs.samples) // stage.batch)),
         features=features,
         image_size=vlm.visual.config.image_size,
-        fit=config.data.fit,
+        fit=inputs.fit,
         process_index=part,
         process_count=parts,
         threads=config.data.threads,

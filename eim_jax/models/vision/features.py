@@ -25,17 +25,26 @@ def select(seen: Float[Array, "b n v"], features: str) -> Float[Array, "b m v"]:
         raise ValueError(f"features {features!r} is not one of {FEATURES}")
     if features != "grid":
         return seen[:, : {"full": None, "cls": 1, "first": 1 + GRID**2}[features]]
-    b, n, v = seen.shape
-    side = math.isqrt(n - 1)
-    if side**2 != n - 1:
-        raise ValueError(f"features 'grid' needs [CLS] and a square of patches, not {n} tokens")
+    return jnp.concatenate([seen[:, :1], grid(seen[:, 1:])], axis=1)
+
+
+def grid(patches: Float[Array, "b n v"]) -> Float[Array, "b m v"]:
+    """Returns patches, row by row of a square grid, average-pooled to 7 x 7; a grid of at most 7 x 7 stays.
+
+    Raises:
+      ValueError: they form no square.
+    """
+    b, n, v = patches.shape
+    side = math.isqrt(n)
+    if side**2 != n:
+        raise ValueError(f"features 'grid' needs a square of patches, not {n} of them")
     if side <= GRID:
-        return seen
+        return patches
     # Bin i holds rows floor(i side / 7) up to ceil((i + 1) side / 7): neighbours overlap where 7 does not divide side.
     start, stop = np.arange(GRID) * side // GRID, -(-np.arange(1, GRID + 1) * side // GRID)
     row = np.arange(side)
     inside = (row >= start[:, None]) & (row < stop[:, None])
     bins = jnp.asarray(inside / inside.sum(1, keepdims=True), jnp.float32)
-    patches = seen[:, 1:].reshape(b, side, side, v).astype(jnp.float32)
-    pooled = jnp.einsum("ir,jc,brcv->bijv", bins, bins, patches, precision="highest")
-    return jnp.concatenate([seen[:, :1], pooled.reshape(b, GRID**2, v).astype(seen.dtype)], axis=1)
+    square = patches.reshape(b, side, side, v).astype(jnp.float32)
+    pooled = jnp.einsum("ir,jc,brcv->bijv", bins, bins, square, precision="highest")
+    return pooled.reshape(b, GRID**2, v).astype(patches.dtype)
