@@ -183,7 +183,7 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
         "clip": pretrained.fingerprint(clip_dir),
         "lm": pretrained.fingerprint(lm_dir),
         "clip_tokenizer": tokenize.fingerprint(clip_tokenizer),
-        "lm_tokenizer": tokenize.fingerprint(lm_tokenizer),
+        "lm_tokenizer": tokenize.fingerprint(lm_tokenizer, config.data.seam),
         **given,
     }
     return Inputs(

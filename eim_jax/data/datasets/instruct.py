@@ -263,7 +263,8 @@ class InstructFields:
     images: str = ""  # folder of the images
     multi_turn: bool = False  # instruct: a turn's instruction holds the turns before it
     # instruct: the words around a question, plain ("Instruction: ...\nResponse:") | lavin (to the letter) | alpaca
-    # (LLaMA-Adapter's) | a text of your own with {instruction} and {input}
+    # (LLaMA-Adapter's) | a text of your own with {instruction} and {input} | tokenizer (the LM's own chat template, in
+    # every kind of data)
     template: str = "plain"
     outside_images: bool = False  # whether a file's name may lead out of the folder of the images
     # instruct: folder of ScienceQA's training pictures (QID/image.png), which LaVIN's all_data.json names beside COCO's
