@@ -12,7 +12,7 @@ leaves out or rewrites one would train on other texts than the user's, and is re
 """
 
 import functools
-import os
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -74,7 +74,7 @@ def write(messages: Sequence[Message], answer: str | None, tokenizer: Any) -> Wr
     turns = [*messages, message("assistant", answer)]
     text = _render(tokenizer, turns)
     if not text.startswith(prompt):
-        at = len(os.path.commonprefix([prompt, text]))
+        at = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
         raise RowError(
             f"the chat template changes what stands before an answer when the answer is there: {prompt[at:][:40]!r} "
             f"becomes {text[at:][:40]!r}; such a template cannot be trained on, take data.template=plain or alpaca"
