@@ -44,9 +44,9 @@ def main() -> None:
 
     print(machine("jax", "numpy"))
     print(f"Command: {' '.join(['python', *sys.argv])}\n")
-    print(
-        f"{len(taken)} responses\n\n| data.template | data.seam | nats a response | nats a token | first token |\n|---|---|---|---|---|"
-    )
+    print(f"{len(taken)} responses\n")
+    print("| data.template | data.seam | nats a response | nats a token | first token |")
+    print("|---|---|---|---|---|")
     for (template, seam), found in rows.items():
         total = count = first = 0.0
         for row in (found[i] for i in taken):

@@ -20,7 +20,7 @@ from eim_jax.data.samples import FileImages, ImageSource, NoImages, Sample, Spli
 from eim_jax.utils.console import console
 from eim_jax.utils.files import user_path
 
-# LLaVA names COCO's images as train2017 does; the same files of 2014 (LaVIN's) carry a prefix.
+# LLaVA names COCO's images as train2017 does; the same files of 2014 (LaVIN's, VQAv2's) carry a prefix.
 _COCO_PREFIXES = ("", "COCO_train2014_", "COCO_val2014_")
 
 
@@ -104,6 +104,10 @@ def load_instruct(
       Alpaca         {"instruction", "input" (may be missing, null or ""), "output"}
       LLaVA          {"id", "image" (missing or null: text only), "conversations": [{"from": human|gpt, "value"}, ...]}
       self-instruct  {"id", "instruction", "instances": [{"input", "output"}, ...]}
+      ShareGPT       the same, the speakers also system, user and assistant
+      OpenAI, TRL    {"messages": [{"role": system|user|assistant, "content": a text, or a list of parts}, ...]}
+      VQA            {"image", "question", "answer" or "answers" (of several people)}; or VQAv2's file of questions, its
+                     annotations beside it
       LaVIN          {"instruction", "answer", "image", "image_source", "qid", "options"}, in {"all": [...]}; the
                      instruction is the whole prompt; pictures of source "sqa" are `scienceqa_images`' {qid}/image.png
     Each may have an "image", or "images" of one; a "system" prompt, which stands in front; a "history"
@@ -201,7 +205,8 @@ def _files(placed: Sequence[_Placed], folder: pathlib.Path | None, scienceqa: pa
         if folder is None:
             raise ValueError(f"{item.where}: the row has the image {image!r}; give the folder of the images")
         head, slash, tail = image.rpartition("/")
-        names = [f"{head}{slash}{prefix}{tail}" for prefix in _COCO_PREFIXES]
+        bare = next((tail.removeprefix(prefix) for prefix in _COCO_PREFIXES[1:] if tail.startswith(prefix)), tail)
+        names = [head + slash + prefix + name for name in dict.fromkeys((tail, bare)) for prefix in _COCO_PREFIXES]
         found[image] = next((name for name in names if os.path.exists(folder / name)), image)
     return found
 
@@ -246,13 +251,15 @@ def _build(
     elif folder is not None:
         source = FileImages(folder, names, names)
     row_of = {file: row for row, file in enumerate(names)}
-    samples = []
+    samples, references = [], {}
     for item in placed:
         image = None if item.row.image is None else row_of[file_of[item.row.image]]
         for turn, (_, answer) in enumerate(item.row.pairs):
             samples.append(Sample(f"{item.id}/{turn}", image, words.prompt(item.row, turn), answer))
+            if item.row.answers:
+                references[samples[-1].id] = item.row.answers
     turns = any(item.row.history or (words.multi_turn and item.row.dialogue) for item in placed)
-    return InstructSplit(name, tuple(samples), source, turns=turns)
+    return InstructSplit(name, tuple(samples), source, references, turns=turns)
 
 
 @dataclasses.dataclass(frozen=True)
