@@ -7,6 +7,7 @@ from test_instruct import photo, write
 
 from eim_jax.data.bad_items import BadDataError
 from eim_jax.data.conversation import messages_of
+from eim_jax.data.datasets import instruct_tables
 from eim_jax.data.datasets.instruct import load_instruct
 
 SAID = [
@@ -174,3 +175,85 @@ def test_vqav2s_annotations_are_looked_for_beside_the_questions(tmp_path):
     (tmp_path / "v2_mscoco_train2014_annotations.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no annotations .*v2_mscoco_train2014_annotations.json"):
         load_instruct(path, tmp_path)
+
+
+def picture_bytes(path):
+    return {"bytes": path.read_bytes(), "path": path.name}
+
+
+def table_rows(pictures):
+    """A row of each of several forms, as `datasets` keeps them: pictures as structs of bytes and a name."""
+    inside = picture_bytes(pictures / "1.jpg")
+    return [
+        {"image": inside, "question": "What?", "answer": "a cat"},
+        {"image": inside, "question": "Who?", "answer": "he"},
+        {"image": None, "question": "Why?", "answer": "so"},
+    ]
+
+
+def parquet(path, rows):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def test_a_parquet_files_pictures_become_files_of_the_cache_once(tmp_path, pictures):
+    path = parquet(tmp_path / "t.parquet", table_rows(pictures))
+    split, report = load_instruct([(path, 1.0)], None, cache=tmp_path / "cache")
+    assert [(s.id, s.image, s.response) for s in split.samples] == [
+        ("t/0/0", 0, "a cat"),
+        ("t/1/0", 0, "he"),
+        ("t/2/0", None, "so"),
+    ]
+    [file] = (tmp_path / "cache" / "pictures_inside").iterdir()
+    assert file.read_bytes() == (pictures / "1.jpg").read_bytes() and file.suffix == ".jpg"
+    assert split.images[0].size == (16, 12) and report.notes == ()
+    written = file.stat().st_mtime_ns
+    again = load_instruct([path], None, cache=tmp_path / "cache").split
+    assert again.fingerprint() == split.fingerprint() and file.stat().st_mtime_ns == written
+    elsewhere = load_instruct([path], None, cache=tmp_path / "other").split  # the cache's place is no part of a run
+    assert elsewhere.fingerprint() == split.fingerprint()
+
+
+def test_trls_columns_of_messages_and_pictures_are_read_from_a_table(tmp_path, pictures):
+    row = {"images": [picture_bytes(pictures / "1.jpg")], "messages": [*messages(SAID[0]), *messages(*MARKED[1:3])]}
+    parts = {"images": [picture_bytes(pictures / "1.jpg")], "messages": PARTS}
+    for name, one in (("a", row), ("b", parts)):
+        split, _ = load_instruct(parquet(tmp_path / f"{name}.parquet", [one]), None, cache=tmp_path / "cache")
+        assert [(s.image, s.response) for s in split.samples] == [(0, "A cat.")]
+        assert "Instruction: What is it?\nResponse:" in split.samples[0].instruction
+
+
+def test_a_table_that_cannot_be_used_is_named_with_what_to_do(tmp_path, pictures):
+    with pytest.raises(ValueError, match=r"t\.parquet has pictures inside: give `cache`"):
+        load_instruct(parquet(tmp_path / "t.parquet", table_rows(pictures)), None)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match=r"t\.parquet is no Parquet file that can be read"):
+        load_instruct(tmp_path / "t.parquet", None)
+    with pytest.raises(FileNotFoundError, match="no instruction file"):
+        load_instruct(tmp_path / "u.parquet", None)
+    bad = {**table_rows(pictures)[0], "answer": ""}
+    with pytest.raises(BadDataError, match=r"row v/0 \(v\.parquet row 0\): \"answer\" is empty"):
+        load_instruct(parquet(tmp_path / "v.parquet", [bad]), None, cache=tmp_path)
+    torn = {**table_rows(pictures)[0], "image": {"bytes": b"\xff\xd8\xffno", "path": "a.jpg"}}
+    with pytest.raises(BadDataError, match=r"image inside://.*\(w\.parquet row 0, w/0\)"):
+        load_instruct(parquet(tmp_path / "w.parquet", [torn]), None, cache=tmp_path)
+    with pytest.raises(ValueError, match=r"source 'hf://a': write hf://owner/name"):
+        load_instruct("hf://a", None)
+
+
+def test_a_table_of_the_datasets_library_gives_the_same_rows(tmp_path, pictures):
+    datasets = pytest.importorskip("datasets")
+    rows = table_rows(pictures)
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    assert list(instruct_tables.records_of(table)) == rows
+    several = datasets.Dataset.from_dict({"images": [[rows[0]["image"]]]})
+    several = several.cast_column("images", datasets.List(datasets.Image()))
+    assert list(instruct_tables.records_of(several)) == [{"images": [rows[0]["image"]]}]
+
+
+def test_the_hubs_names_are_taken_apart():
+    source = instruct_tables.HubSource.read("hf://a-b/c.d/e@main:train_sft")
+    assert (source.repository, source.config, source.revision, source.split) == ("a-b/c.d", "e", "main", "train_sft")
+    assert (source.stem, str(instruct_tables.HubSource.read("hf://a/b").split)) == ("c.d-e-train_sft", "train")

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 from eim_jax.config import ConfigError, Data
 from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad, listed, printable, text_problem
 from eim_jax.data.data_set import DataSet, Published, Shards, exists
-from eim_jax.data.datasets import instruct_lavin, mme
+from eim_jax.data.datasets import instruct_lavin, instruct_tables, mme
+from eim_jax.data.datasets.instruct_folders import Folders
 from eim_jax.data.datasets.instruct_prompt import prompt, template_of
 from eim_jax.data.datasets.instruct_rows import BadRowError, Row, read_rows, take_apart, unread_keys
 from eim_jax.data.datasets.instruct_sources import row_ids, shares, sources_of, taken_rows
 from eim_jax.data.image_checks import check_images
 from eim_jax.data.rows import earlier_turns
-from eim_jax.data.samples import FileImages, ImageSource, NoImages, Sample, Split
+from eim_jax.data.samples import FileImages, Sample, Split
 from eim_jax.utils.console import console
 from eim_jax.utils.files import user_path
 
@@ -99,8 +100,8 @@ def load_instruct(
     r"""Returns the rows of all sources, one after the other, as one split (its order is the files'), and a report.
 
     A source is a file, or (file, share) with 0 < share <= 1: that share of its rows, drawn by `seed`; a smaller share
-    is a part of a larger one. Rows never repeat: a copy would be its own negative in the queues. A file is a JSON list
-    or JSON Lines, and each row tells its form by its keys:
+    is a part of a larger one. Rows never repeat: a copy would be its own negative in the queues. A file is a JSON list,
+    JSON Lines or Parquet, or "hf://owner/name:split" of the Hugging Face hub, and each row tells its form by its keys:
       Alpaca         {"instruction", "input" (may be missing, null or ""), "output"}
       LLaVA          {"id", "image" (missing or null: text only), "conversations": [{"from": human|gpt, "value"}, ...]}
       self-instruct  {"id", "instruction", "instances": [{"input", "output"}, ...]}
@@ -142,19 +143,21 @@ def load_instruct(
             raise FileNotFoundError(f"no image folder {place}")
 
     files = sources_of(sources)
-    placed, bad, notes = _read_all(files, seed)
+    placed, bad, notes = _read_all(files, seed, cache)
     unread = len(bad)
 
+    inside = None if cache is None else user_path(cache) / instruct_tables.FOLDER
+    folders = Folders(folder, {instruct_lavin.SCIENCEQA: scienceqa, instruct_tables.INSIDE: inside})
     file_of = _files(placed, folder, scienceqa)
     options = {"threads": threads, "cache": cache, "outside_images": outside_images}
-    broken = _broken_images(placed, file_of, (folder, scienceqa), options, bad)
+    broken = _broken_images(placed, file_of, folders, options, bad)
     where = ", ".join(str(path) for path, _, _ in files)
     if bad and on_bad == "error":
         raise BadDataError(where, bad)
     kept = [item for item in placed if item.row.image is None or file_of[item.row.image] not in broken]
     if not kept:
         raise ValueError(f"{where}: no rows are left; {len(bad)} bad items")
-    split = _build(name, kept, file_of, (folder, scienceqa), _Words(template, multi_turn, seam))
+    split = _build(name, kept, file_of, folders, _Words(template, multi_turn, seam))
     counts = {stem: sum(len(item.row.pairs) for item in kept if item.source == stem) for _, _, stem in files}
     dropped_images = len(set(file_of.values())) - len(split.images)
     report = InstructReport(tuple(bad), dropped_images, unread + len(placed) - len(kept), counts, notes)
@@ -163,14 +166,14 @@ def load_instruct(
     return Instructions(split, report)
 
 
-def _read_all(files, seed: int) -> tuple[list[_Placed], list[BadItem], tuple[str, ...]]:
+def _read_all(files, seed: int, cache: Any) -> tuple[list[_Placed], list[BadItem], tuple[str, ...]]:
     """Reads the drawn rows of each file: those in a known form, the bad ones, and a note on keys that are not read."""
     placed: list[_Placed] = []
     bad: list[BadItem] = []
     notes: list[str] = []
     for number, (path, share, stem) in enumerate(files):
         unread: Counter[str] = Counter()
-        records = read_rows(path)
+        records = read_rows(path, cache)
         ids = row_ids(stem, [record for _, record in records])
         for place in taken_rows(len(records), share, seed, number):
             where, record = records[place]
@@ -194,6 +197,9 @@ def _files(placed: Sequence[_Placed], folder: pathlib.Path | None, scienceqa: pa
         image = item.row.image
         if image is None or image in found:
             continue
+        if image.startswith(instruct_tables.INSIDE):
+            found[image] = image
+            continue
         if image.startswith(instruct_lavin.SCIENCEQA):
             if scienceqa is None:
                 raise ValueError(
@@ -214,7 +220,7 @@ def _files(placed: Sequence[_Placed], folder: pathlib.Path | None, scienceqa: pa
 def _broken_images(
     placed: Sequence[_Placed],
     file_of: Mapping[str, str],
-    folders: tuple[pathlib.Path | None, pathlib.Path | None],
+    folders: Folders,
     options: Mapping[str, Any],
     bad: list[BadItem],
 ) -> set[str]:
@@ -224,10 +230,7 @@ def _broken_images(
         if item.row.image is not None:
             user.setdefault(file_of[item.row.image], item)
     broken = set()
-    for folder, names in zip(folders, instruct_lavin.apart(user), strict=True):
-        if folder is None or not names:
-            continue
-        files = [name.removeprefix(instruct_lavin.SCIENCEQA) for name in names]
+    for folder, names, files in folders.apart(user):
         problems = check_images(FileImages(folder, names, files), **options)
         for number in sorted(problems):
             first = user[names[number]]
@@ -240,16 +243,10 @@ def _build(
     name: str,
     placed: Sequence[_Placed],
     file_of: Mapping[str, str],
-    folders: tuple[pathlib.Path | None, pathlib.Path | None],
+    folders: Folders,
     words: _Words,
 ) -> Split:
     names = list(dict.fromkeys(file_of[item.row.image] for item in placed if item.row.image is not None))
-    source: ImageSource = NoImages([], [], "this split has texts only")
-    folder, scienceqa = folders
-    if scienceqa is not None:
-        source = instruct_lavin.TwoFolders(folder, scienceqa, names)
-    elif folder is not None:
-        source = FileImages(folder, names, names)
     row_of = {file: row for row, file in enumerate(names)}
     samples, references = [], {}
     for item in placed:
@@ -259,7 +256,7 @@ def _build(
             if item.row.answers:
                 references[samples[-1].id] = item.row.answers
     turns = any(item.row.history or (words.multi_turn and item.row.dialogue) for item in placed)
-    return InstructSplit(name, tuple(samples), source, references, turns=turns)
+    return InstructSplit(name, tuple(samples), folders.source(names), references, turns=turns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,8 +297,9 @@ def _first(own: InstructFields) -> str:
 
 
 def _source_files(own: InstructFields) -> dict[str, pathlib.Path]:
-    paths = (source if isinstance(source, str) else source[0] for source in own.sources)
-    return {f"sources[{place}]": user_path(path) for place, path in enumerate(paths)}
+    paths = (instruct_tables.source_path(source if isinstance(source, str) else source[0]) for source in own.sources)
+    files = {f"sources[{place}]": path for place, path in enumerate(paths)}
+    return {what: path for what, path in files.items() if isinstance(path, pathlib.Path)}  # the hub has no file here
 
 
 def _prepared_settings(own: InstructFields) -> dict[str, Any]:

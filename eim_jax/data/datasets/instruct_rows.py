@@ -1,11 +1,10 @@
 """The rows of instruction files: every form is told by its keys, checked and taken apart; FORMS is the table."""
 
 import functools
-import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from eim_jax.data.datasets import instruct_dialogue, instruct_lavin, instruct_vqa
+from eim_jax.data.datasets import instruct_dialogue, instruct_lavin, instruct_tables, instruct_vqa
 from eim_jax.data.datasets.instruct_fields import (
     MARKER,
     BadRowError,
@@ -31,13 +30,18 @@ _REFUSED = {
 }
 
 
-def read_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
-    """Returns (where it stands, row) of every row of a JSON list, JSON Lines or of LaVIN's {"all": [...]}, unchecked.
+def read_rows(path: Any, cache: Any = None) -> list[tuple[str, Any]]:
+    """Returns (where it stands, row) of every row of a source, unchecked.
+
+    That is a JSON list, JSON Lines, LaVIN's {"all": [...]}, VQAv2's questions, or a table (instruct_tables.py), whose
+    pictures `cache` keeps.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: it is not UTF-8 or not JSON; the byte or the line is named.
     """
+    if instruct_tables.is_table(path):
+        return instruct_tables.read_rows(path, cache)
     try:
         text = read_text(path)
     except FileNotFoundError:

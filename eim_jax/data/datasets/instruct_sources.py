@@ -1,7 +1,6 @@
 """The files that an instruction data set is mixed from: their shares, the rows that a share takes, their ids."""
 
 import os
-import pathlib
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from eim_jax.data.datasets.instruct_lavin import is_row
+from eim_jax.data.datasets.instruct_tables import source_path
 from eim_jax.data.text_files import identifier
-from eim_jax.utils.files import user_path
 
 
 def shares(sources: Sequence[Any] | str | os.PathLike[str]) -> list[list[Any]]:
@@ -18,17 +17,18 @@ def shares(sources: Sequence[Any] | str | os.PathLike[str]) -> list[list[Any]]:
     return [[path.name, share] for path, share, _ in sources_of(sources)]
 
 
-def sources_of(sources: Sequence[Any] | str | os.PathLike[str]) -> list[tuple[pathlib.Path, float, str]]:
-    """Returns (file, share, stem made unique) of each source."""
-    listed: list[tuple[pathlib.Path, float, str]] = []
+def sources_of(sources: Sequence[Any] | str | os.PathLike[str]) -> list[tuple[Any, float, str]]:
+    """Returns (file or data set of the hub, share, stem made unique) of each source."""
+    listed: list[tuple[Any, float, str]] = []
     seen: Counter[str] = Counter()
     for source in [sources] if isinstance(sources, str | os.PathLike) else sources:
         path, share = (source, 1.0) if isinstance(source, str | os.PathLike) else _path_and_share(source)
         if not 0 < share <= 1:
             raise ValueError(f"source {path}: its share is {share}, but must be above 0 and at most 1")
-        stem = pathlib.Path(path).stem
+        place = source_path(path)
+        stem = place.stem
         seen[stem] += 1
-        listed.append((user_path(path), share, stem if seen[stem] == 1 else f"{stem}#{seen[stem]}"))
+        listed.append((place, share, stem if seen[stem] == 1 else f"{stem}#{seen[stem]}"))
     if not listed:
         raise ValueError("no sources: give at least one instruction file")
     return listed

@@ -23,7 +23,8 @@ from eim_jax.data.datasets.instruct_fields import (
 from eim_jax.data.datasets.instruct_prompt import Question
 from eim_jax.data.text_files import identifier, read_json
 
-KEYS = frozenset({"question", "question_id", "answer", "answers", "answer_type", "question_type"})
+_ASKED = {"question", "question_id", "question_type", "image_id"}
+KEYS = frozenset(_ASKED | {"answer", "answers", "answer_type", "multiple_choice_answer"})
 
 
 def is_row(record: Mapping[str, Any]) -> bool:
@@ -42,10 +43,11 @@ def take(record: Mapping[str, Any]) -> Row:
     if not asked.strip():
         raise BadRowError(f'"question" has nothing but the marker {MARKER}')
     answers = _answers(record)
-    if record.get("answer") is None:
+    key = "answer" if record.get("answer") is not None else "multiple_choice_answer"
+    if record.get(key) is None:
         said = Counter(answers).most_common(1)[0][0]
     else:
-        said = answer_text(text_of(record, "answer", '"answer"'), '"answer"')
+        said = answer_text(text_of(record, key, f'"{key}"'), f'"{key}"')
     before = {"system": system_of(record), "history": history_of(record, image)}
     return Row(image, ((Question(asked), said),), answers=answers or (said,), **before)
 
@@ -96,9 +98,8 @@ def rows(path: pathlib.Path, content: Mapping[str, Any]) -> list[tuple[str, Any]
         answer = answers.pop(number, None)
         if answer is None:
             raise ValueError(f"{path}: question_id {number} has no annotation in {beside.name}")
-        said = {"answer": answer["multiple_choice_answer"]} if "multiple_choice_answer" in answer else {}
-        image = {"image": _file(path, content, asked)}
-        row = {"id": number, **image, "question": asked.get("question"), "answers": answer.get("answers"), **said}
+        said = {key: answer.get(key) for key in ("answers", "multiple_choice_answer")}
+        row = {"id": number, "image": _file(path, content, asked), "question": asked.get("question"), **said}
         found.append((f"{path.name} question_id {number}", row))
     if answers:
         raise ValueError(f"{beside}: question_id {next(iter(answers))} is no question of {path.name}")
