@@ -9,20 +9,16 @@ from typing import Any, NamedTuple
 
 from eim_jax.config import ConfigError, Data
 from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad, listed, printable, text_problem
-from eim_jax.data.data_set import DataSet, Published, Shards, exists
+from eim_jax.data.data_set import DataSet, Published, Shards, exists, plain_split
 from eim_jax.data.datasets import instruct_lavin, instruct_tables, mme
 from eim_jax.data.datasets.instruct_folders import Folders
 from eim_jax.data.datasets.instruct_prompt import prompt, template_of
 from eim_jax.data.datasets.instruct_rows import BadRowError, Row, read_rows, take_apart, unread_keys
-from eim_jax.data.datasets.instruct_sources import row_ids, shares, sources_of, taken_rows
-from eim_jax.data.image_checks import check_images
+from eim_jax.data.datasets.instruct_sources import mixture, row_ids, shares, sources_of, taken_rows
 from eim_jax.data.rows import earlier_turns
-from eim_jax.data.samples import FileImages, Sample, Split
+from eim_jax.data.samples import ImageSource, Sample, Split
 from eim_jax.utils.console import console
 from eim_jax.utils.files import user_path
-
-# LLaVA names COCO's images as train2017 does; the same files of 2014 (LaVIN's, VQAv2's) carry a prefix.
-_COCO_PREFIXES = ("", "COCO_train2014_", "COCO_val2014_")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,9 +144,14 @@ def load_instruct(
 
     inside = None if cache is None else user_path(cache) / instruct_tables.FOLDER
     folders = Folders(folder, {instruct_lavin.SCIENCEQA: scienceqa, instruct_tables.INSIDE: inside})
-    file_of = _files(placed, folder, scienceqa)
+    users: dict[str, _Placed] = {}  # of each picture, the first
+    for item in placed:
+        if item.row.image is not None:
+            users.setdefault(item.row.image, item)
+    file_of = {image: folders.file_of(image, item.where) for image, item in users.items()}
     options = {"threads": threads, "cache": cache, "outside_images": outside_images}
-    broken = _broken_images(placed, file_of, folders, options, bad)
+    first = {file_of[image]: f"{item.where}, {item.id}" for image, item in reversed(users.items())}
+    broken = folders.broken(list(dict.fromkeys(file_of.values())), first, bad, **options)
     where = ", ".join(str(path) for path, _, _ in files)
     if bad and on_bad == "error":
         raise BadDataError(where, bad)
@@ -190,55 +191,6 @@ def _read_all(files, seed: int, cache: Any) -> tuple[list[_Placed], list[BadItem
     return placed, bad, tuple(notes)
 
 
-def _files(placed: Sequence[_Placed], folder: pathlib.Path | None, scienceqa: pathlib.Path | None) -> dict[str, str]:
-    """Returns {image as a row names it: its file in the folder}, in order of first use."""
-    found: dict[str, str] = {}
-    for item in placed:
-        image = item.row.image
-        if image is None or image in found:
-            continue
-        if image.startswith(instruct_tables.INSIDE):
-            found[image] = image
-            continue
-        if image.startswith(instruct_lavin.SCIENCEQA):
-            if scienceqa is None:
-                raise ValueError(
-                    f"{item.where}: the row has a picture of ScienceQA; set config.data.scienceqa_images to the folder "
-                    "that holds QID/image.png (its train split)"
-                )
-            found[image] = image
-            continue
-        if folder is None:
-            raise ValueError(f"{item.where}: the row has the image {image!r}; give the folder of the images")
-        head, slash, tail = image.rpartition("/")
-        bare = next((tail.removeprefix(prefix) for prefix in _COCO_PREFIXES[1:] if tail.startswith(prefix)), tail)
-        names = [head + slash + prefix + name for name in dict.fromkeys((tail, bare)) for prefix in _COCO_PREFIXES]
-        found[image] = next((name for name in names if os.path.exists(folder / name)), image)
-    return found
-
-
-def _broken_images(
-    placed: Sequence[_Placed],
-    file_of: Mapping[str, str],
-    folders: Folders,
-    options: Mapping[str, Any],
-    bad: list[BadItem],
-) -> set[str]:
-    """Returns the files that cannot be used; each joins `bad` with the first row that asks for it."""
-    user: dict[str, _Placed] = {}
-    for item in placed:
-        if item.row.image is not None:
-            user.setdefault(file_of[item.row.image], item)
-    broken = set()
-    for folder, names, files in folders.apart(user):
-        problems = check_images(FileImages(folder, names, files), **options)
-        for number in sorted(problems):
-            first = user[names[number]]
-            bad.append(BadItem("image", names[number], f"{first.where}, {first.id}", problems[number]))
-        broken |= {names[number] for number in problems}
-    return broken
-
-
 def _build(
     name: str,
     placed: Sequence[_Placed],
@@ -263,7 +215,9 @@ def _build(
 class InstructFields:
     """The fields of `config.data` that instruction data alone reads."""
 
-    sources: tuple = ()  # instruct: files, each alone or as (file, share of its rows)
+    # instruct: files, or "hf://owner/name:split" of the hub, each alone or as (file, share of its rows)
+    sources: tuple = ()
+    mix: tuple = ()  # instruct: a weight for each source, by which an epoch shows them; () shows every sample once
     images: str = ""  # folder of the images
     multi_turn: bool = False  # instruct: a turn's instruction holds the turns before it
     # instruct: the words around a question, plain ("Instruction: ...\nResponse:") | lavin (to the letter) | alpaca
@@ -285,10 +239,22 @@ def _load(data: Data, own: InstructFields, name: str, cache: pathlib.Path) -> tu
         return questions.split, questions.report.bad
     if not own.sources:
         raise ConfigError("config.data.sources is empty: give files of Alpaca's or LLaVA's form, as a tuple")
+    if own.mix and len(own.mix) != len(own.sources):
+        raise ConfigError(
+            f"config.data.mix has {len(own.mix)} weights, but config.data.sources has {len(own.sources)} sources"
+        )
     words = {"multi_turn": own.multi_turn, "template": own.template, "seam": data.seam}
     folders = {"outside_images": own.outside_images, "scienceqa_images": own.scienceqa_images or None}
     loaded = load_instruct(own.sources, own.images or None, **folders, **words, **common)
-    return loaded.split, loaded.report.bad
+    return _mixed(own, loaded.split), loaded.report.bad
+
+
+def _mixed(own: InstructFields, split: Split) -> Split:
+    return dataclasses.replace(split, mixture=mixture(split.samples, own.mix)) if own.mix else split
+
+
+def _prepared(own: InstructFields, name: str, index: Mapping[str, Any], images: ImageSource) -> Split:
+    return _mixed(own, plain_split(own, name, index, images))
 
 
 def _first(own: InstructFields) -> str:
@@ -327,6 +293,7 @@ INSTRUCT = DataSet(
         folder="instructions",
         features={"turns": [{"id": str, "instruction": str, "response": str}]},
         record=_record,
+        split=_prepared,
         splits=("train",),
         from_files=("val", "test"),
         settings=_prepared_settings,

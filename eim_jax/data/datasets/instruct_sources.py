@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from eim_jax.config import ConfigError
 from eim_jax.data.datasets.instruct_lavin import is_row
 from eim_jax.data.datasets.instruct_tables import source_path
+from eim_jax.data.mixture import Mixture
+from eim_jax.data.samples import Sample
 from eim_jax.data.text_files import identifier
+from eim_jax.utils.console import console
 
 
 def shares(sources: Sequence[Any] | str | os.PathLike[str]) -> list[list[Any]]:
@@ -48,6 +52,28 @@ def taken_rows(count: int, share: float, seed: int, number: int) -> list[int]:
         return list(range(count))
     size = max(1, round(share * count))
     return sorted(np.random.default_rng([seed, number]).permutation(count)[:size].tolist())
+
+
+def mixture(samples: Sequence[Sample], mix: Sequence[Any]) -> Mixture:
+    """Returns how often the sources of samples are shown, by `data.mix`: a weight a source, in the sources' order.
+
+    Raises:
+      ConfigError: a weight is none, or there are more or fewer than sources.
+    """
+    if not all(isinstance(w, int | float) and not isinstance(w, bool) and 0 < w < 1e9 for w in mix):
+        raise ConfigError(f"config.data.mix={mix!r}: give a number above 0 for each of config.data.sources")
+    stems = [sample.id.partition("/")[0] for sample in samples]
+    names = list(dict.fromkeys(stems))
+    if len(names) != len(mix):
+        raise ConfigError(
+            f"config.data.mix has {len(mix)} weights, but there are samples of {len(names)} sources: {', '.join(names)}"
+        )
+    places = {name: place for place, name in enumerate(names)}
+    mixed = Mixture([places[stem] for stem in stems], mix)
+    shown = zip(names, mixed.counts, mixed.rows_of, strict=True)
+    parts = ", ".join(f"{count:,} of {name} (of its {len(rows):,})" for name, count, rows in shown)
+    console.print(f"mixed by weight: of {len(stems):,} samples an epoch shows, {parts}", soft_wrap=True, markup=False)
+    return mixed
 
 
 def row_ids(stem: str, records: Sequence[Any]) -> list[str]:
