@@ -1,6 +1,8 @@
 """Claims about the forms that people's data have; oracles: one conversation written in each, VQA's own file names."""
 
 import json
+import pathlib
+import re
 
 import pytest
 from test_instruct import photo, write
@@ -257,3 +259,18 @@ def test_the_hubs_names_are_taken_apart():
     source = instruct_tables.HubSource.read("hf://a-b/c.d/e@main:train_sft")
     assert (source.repository, source.config, source.revision, source.split) == ("a-b/c.d", "e", "main", "train_sft")
     assert (source.stem, str(instruct_tables.HubSource.read("hf://a/b").split)) == ("c.d-e-train_sft", "train")
+
+
+def test_the_guides_samples_are_read(tmp_path, pictures):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "guides" / "data.md").read_text()
+    samples = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", page, re.S)]
+    *rows, questions = samples
+    assert len(rows) == 5 and all("questions" not in row for row in rows)
+    split, report = load_instruct(write(tmp_path / "x.json", rows), pictures)
+    assert report.notes == () and {sample.response for sample in split.samples} == {"A cat.", "cat"}
+    (tmp_path / "v2_OpenEnded_questions.json").write_text(json.dumps(questions))
+    said = {"annotations": [{"question_id": 9000, "answers": [{"answer": "cat"}], "multiple_choice_answer": "cat"}]}
+    (tmp_path / "v2_annotations.json").write_text(json.dumps(said))
+    photo(tmp_path / "COCO_train2014_000000000009.jpg")
+    [sample] = load_instruct(tmp_path / "v2_OpenEnded_questions.json", tmp_path).split.samples
+    assert (sample.image, sample.response) == (0, "cat")
