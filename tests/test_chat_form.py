@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from test_rows import llama_like
 from test_text import real, split_of, tiny_gpt2
 
-from eim_jax.config import ConfigError, Data
+from eim_jax.config import Config, ConfigError, Data
 from eim_jax.data import rows
 from eim_jax.data.conversation import message, messages_of, readable, written
-from eim_jax.data.datasets import chat_prompt
+from eim_jax.data.datasets import chat_prompt, check, load_split
 from eim_jax.data.datasets.instruct import load_instruct
+from eim_jax.data.shard_writer import prepare
 from eim_jax.data.tokenize import encode_prompts, encode_split, fingerprint, load_tokenizer
 
 CHATML = (
@@ -141,6 +142,20 @@ def test_instruction_data_keep_their_turns_and_chat_asks_as_training_did(tmp_pat
     assert chat_prompt(data, "Why?", [("Who?", "He.")]) == written(messages_of(samples[1].instruction)[1:])
     other = Data(kind="scienceqa", seam="tokenizer", template="tokenizer")
     assert messages_of(chat_prompt(other, "Why?")) == [message("user", "Why?")]
+
+
+def test_prepared_conversations_are_those_of_the_files_and_of_no_other_form(tmp_path):
+    rows_ = [{"messages": [message("user", "Who?"), message("assistant", "He.")] * 2}]
+    (tmp_path / "x.json").write_text(json.dumps(rows_))
+    data = {"kind": "instruct", "sources": (str(tmp_path / "x.json"),), "multi_turn": True, "template": "tokenizer"}
+    prepare(Config(data=Data(**data)), tmp_path / "out")
+    split = load_split(Config(data=Data(**data, seam="tokenizer")), "train", tmp_path)
+    data |= {"prepared": str(tmp_path / "out")}
+    assert load_split(Config(data=Data(**data, seam="tokenizer")), "train", tmp_path).samples == split.samples
+    with pytest.raises(ConfigError, match=r"config\.data\.template is .* but .* was prepared with tokenizer"):
+        load_split(Config(data=Data(**data | {"template": "alpaca"})), "train", tmp_path)
+    with pytest.raises(ConfigError, match=r"config\.data\.seam='spaced' with config\.data\.template"):
+        check(Config(data=Data(**data, seam="spaced")))
 
 
 def test_the_form_is_kept_with_a_run_and_its_queues():

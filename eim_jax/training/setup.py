@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from eim_jax import pretrained
 from eim_jax.config import Arm, Config, ConfigError, Stage, patterns, recorded_seam
 from eim_jax.data import rows, tokenize
+from eim_jax.data.conversation import TOKENIZER
 from eim_jax.data.datasets import load_split
 from eim_jax.data.feature_cache import cached_features
 from eim_jax.data.samples import Split
@@ -161,6 +162,9 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     tokenize.check_vocabulary(lm_tokenizer, lm.config.vocab, config.towers.lm)
     tokenize.check_vocabulary(clip_tokenizer, clip.text.vocab, config.towers.clip)
     config = replace(config, data=rows.settled(config.data, lm_tokenizer, recorded_seam(workdir)))
+    if config.data.seam == TOKENIZER:
+        end = lm_tokenizer.decode([rows.end_of(lm_tokenizer, TOKENIZER)])
+        console.print(f"asked in the tokenizer's chat template, whose answers end with {end}", markup=False)
     train = encoded = None
     if data:
         doing("checking the training data")

@@ -106,7 +106,7 @@ def chat_prompt(data: Data, question: str, earlier: Sequence[tuple[str, str]] = 
       The instruction; a data set without any has that of `instruct`, and so has a question in the tokenizer's form.
     """
     kind = data_set(data)
-    kind = kind if kind.prompt and data.seam != TOKENIZER else INSTRUCT
+    kind = kind if kind.prompt and data.own.get("template") != TOKENIZER else INSTRUCT
     return kind.prompt(kind.settings(data), question, earlier_turns(earlier, data.seam))
 
 
