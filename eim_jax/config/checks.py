@@ -66,7 +66,7 @@ _CHOICES = {
     "towers.image_stats": ("clip", "imagenet"),
     "data.fit": ("crop", "stretch"),
     "data.on_bad": ("error", "drop"),
-    "data.seam": ("auto", "one_string", "spaced", "apart"),
+    "data.seam": ("auto", "one_string", "spaced", "apart", "tokenizer"),
     "data.cut": ("balanced", "end"),
     "data.scored": ("test", "val"),
     "losses.similarity": ("cosine", "dot"),

@@ -44,7 +44,8 @@ class Data:
     max_tokens: int = 40  # instruction + response + EOS, what precedes them not counted; ClipCap's length on COCO
     max_tokens_text_only: int = 0  # of a row without a picture, which may use a picture's slots; 0: max_tokens
     # How prompt and answer become one row (data/rows.py): one_string (LaVIN, LLaMA-Adapter) | spaced (a space between)
-    # | apart (earlier versions) | auto (by the LM's tokenizer, kept in run.json).
+    # | apart (earlier versions) | tokenizer (set by data.template=tokenizer) | auto (by the LM's tokenizer, kept in
+    # run.json).
     seam: str = "auto"
     # What too long a row loses: balanced (the answer's end, EOS stays, then the prompt's beginning) | end (LaVIN,
     # LLaMA-Adapter: what lies beyond, the whole answer perhaps).

@@ -80,9 +80,9 @@ def batches(
     load = _Loader.make(split, encoded, frozenset(fields), features, image_size, fit)
     part = batch_size // process_count
     own = slice(process_index * part, (process_index + 1) * part)
-    order = Order(len(split), batch_size, seed)
+    order = Order(len(split), batch_size, seed, mixture=split.mixture)
     if encoded is not None and set(fields) & set(_TEXT_FIELDS):
-        order = Order(len(split), batch_size, seed, encoded.valid.sum(1), window)
+        order = dataclasses.replace(order, lengths=encoded.valid.sum(1), window=window)
         order = order.with_widths(buckets) if buckets > 1 else order
 
     def load_step(step: int, _: int) -> Any:  # a Batch, still of NumPy arrays: not of jax.Array

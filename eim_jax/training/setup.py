@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from eim_jax import pretrained
 from eim_jax.config import Arm, Config, ConfigError, Stage, patterns, recorded_seam
 from eim_jax.data import rows, tokenize
+from eim_jax.data.conversation import TOKENIZER
 from eim_jax.data.datasets import load_split
 from eim_jax.data.feature_cache import cached_features
 from eim_jax.data.samples import Split
@@ -170,6 +171,9 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
         captions = {"clip_tokenizer": tokenize.fingerprint(clip_tokenizer)}
         captions |= {"text": pretrained.fingerprint(text_dir)} if config.towers.text else {}
     config = replace(config, data=rows.settled(config.data, lm_tokenizer, recorded_seam(workdir)))
+    if config.data.seam == TOKENIZER:
+        end = lm_tokenizer.decode([rows.end_of(lm_tokenizer, TOKENIZER)])
+        console.print(f"asked in the tokenizer's chat template, whose answers end with {end}", markup=False)
     train = encoded = None
     if data:
         doing("checking the training data")
@@ -196,7 +200,7 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
         "clip": pretrained.fingerprint(clip_dir),
         "lm": pretrained.fingerprint(lm_dir),
         **captions,
-        "lm_tokenizer": tokenize.fingerprint(lm_tokenizer),
+        "lm_tokenizer": tokenize.fingerprint(lm_tokenizer, config.data.seam),
         **given,
     }
     return Inputs(
