@@ -67,7 +67,7 @@ _CHOICES = {
     "data.on_bad": ("error", "drop"),
     "data.seam": ("auto", "one_string", "spaced", "apart"),
     "data.cut": ("balanced", "end"),
-    "data.scored": ("test", "val"),
+    "data.scored": ("test", "val", "train"),
     "losses.similarity": ("cosine", "dot"),
     "losses.positives": ("self", "group", "mask"),
     "losses.queue_dtype": ("auto", "float32", "bfloat16", "int8"),

@@ -54,7 +54,7 @@ class Data:
     cache_features: bool = True  # keep a frozen CLIP's features on disk instead of recomputing them every epoch
     cache: str = ""  # folder for features, validation verdicts, compiled programs; "" = <workdir>/cache
     threads: int = 4  # that decode images
-    scored: str = "test"  # the split that is scored: test | val (to choose settings on)
+    scored: str = "test"  # the split that is scored: test | val (to choose settings on) | train (what it remembers)
     eval_limit: int = 0  # score at most so many test images; 0 = all
     own: dict[str, Any] = field(default_factory=dict)  # the fields that kinds of data set have for themselves
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eim_jax.data.bad_items import text_problem
-from eim_jax.data.datasets import instruct_lavin
+from eim_jax.data.datasets import instruct_lavin, instruct_question
 from eim_jax.data.datasets.instruct_prompt import Question
 from eim_jax.data.text_files import parse_json, read_text
 
@@ -19,6 +19,7 @@ _KNOWN = {
     "conversations": {"conversations"} | _EVERYWHERE,
     "instances": {"instruction", "instances", "name", "is_classification"} | _EVERYWHERE,
     "instruction": {"instruction", "input", "output"} | _EVERYWHERE,
+    instruct_question.FORM: instruct_question.KEYS | _EVERYWHERE,
 }
 # What a row would lose in silence: these are refused where they hold something.
 _REFUSED = {
@@ -37,7 +38,8 @@ class BadRowError(ValueError):
 class Row:
     """A row's (question, answer) pairs, about an image file or none; the pairs of a `dialogue` follow each other.
 
-    `system` is the row's own system prompt, `history` the turns that precede all of its pairs.
+    `system` is the row's own system prompt, `history` the turns that precede all of its pairs. `answers` are all that
+    count as right where a row of the plain form is scored, `choices` what it lets choose from.
     """
 
     image: str | None
@@ -46,6 +48,8 @@ class Row:
     system: str = ""
     history: tuple[tuple[Question, str], ...] = ()
     prompted: bool = False  # the questions are prompts already (LaVIN's all_data.json)
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
 
 def read_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
@@ -116,9 +120,11 @@ def take_apart(record: Any) -> Row:
         return Row(image, _instances(record), **before)
     if "instruction" in record and "output" in record:
         return Row(image, (_pair(record, record, ""),), **before)
+    if instruct_question.is_row(record):
+        return _plain(record, image, before)
     raise BadRowError(
-        'has neither "conversations" (LLaVA), "instances" (self-instruct), "instruction" and "output" (Alpaca) nor '
-        '"instruction" and "answer" (LaVIN); '
+        'has neither "conversations" (LLaVA), "instances" (self-instruct), "instruction" and "output" (Alpaca), '
+        '"question" and "answer" or "answers" nor "instruction" and "answer" (LaVIN); '
         f"its keys are {', '.join(map(repr, record)) or 'none'}"
     )
 
@@ -215,6 +221,23 @@ def _lavin(record: Mapping[str, Any]) -> Row:
         raise BadRowError(f'"instruction" has the marker {MARKER}, which a prompt that is already made cannot place')
     answer = _answer(_text(record, "answer", '"answer"'), '"answer"')
     return Row(None if image is None else _encodable(image, '"image"'), ((Question(prompt), answer),), prompted=True)
+
+
+def _plain(record: Mapping[str, Any], image: str | None, before: Mapping[str, Any]) -> Row:
+    """A row of the plain form: a question with its answers, or with choices."""
+    try:
+        found = instruct_question.plain(record, _text)
+    except BadRowError:
+        raise
+    except ValueError as problem:
+        raise BadRowError(str(problem)) from problem
+    asked = _question(found.question, image, '"question"')
+    if not asked.strip():
+        raise BadRowError(f'"question" has nothing but the marker {MARKER}')
+    for number, answer in enumerate((found.answer, *found.answers, *found.choices)):
+        _answer(answer, '"answer"' if not number else "an answer or a choice")
+    pair = Question(asked, instruct_question.options_text(found.choices)), found.answer
+    return Row(image, (pair,), answers=found.answers, choices=found.choices, **before)
 
 
 def _pair(record: Mapping[str, Any], pair: Mapping[str, Any], at: str) -> tuple[Question, str]:

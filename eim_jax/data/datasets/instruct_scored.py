@@ -1,0 +1,48 @@
+"""What a split of one's own questions needs for the task that `config.data.eval_task` names."""
+
+from typing import Any
+
+from eim_jax.config import ConfigError
+from eim_jax.data.samples import Split
+
+TASKS = ("answers", "vqa", "choices", "descriptions")
+PEOPLE = 10  # of VQA's rule
+
+
+def check(own: Any) -> None:
+    """Checks the fields of what is scored.
+
+    Args:
+      own: the `InstructFields`.
+
+    Raises:
+      ConfigError: names the field.
+    """
+    if own.eval_task not in TASKS:
+        raise ConfigError(f"config.data.eval_task is {own.eval_task!r}, none of {', '.join(TASKS)}")
+    if not 0 <= own.eval_share < 1:
+        raise ConfigError(f"config.data.eval_share is {own.eval_share:g}: a share of the rows is 0 or more and below 1")
+    if own.eval_sources and own.eval_share:
+        raise ConfigError(
+            "config.data.eval_sources and eval_share are both set: score on files, or on a share held out"
+        )
+
+
+def check_task(split: Split, task: str) -> None:
+    """Checks that each sample has what the task compares its answer with.
+
+    Raises:
+      ValueError: names the first sample that lacks it.
+    """
+    choices = getattr(split, "choices", {})
+    for sample in split.samples:
+        if task == "vqa" and len(split.references[sample.id]) != PEOPLE:
+            raise ValueError(
+                f"{sample.id}: has {len(split.references[sample.id])} answers, and config.data.eval_task='vqa' takes "
+                f'"answers" of {PEOPLE} people: give them, or set eval_task="answers"'
+            )
+        if task == "choices" and sample.id not in choices:
+            raise ValueError(
+                f"{sample.id}: has no \"choices\", which config.data.eval_task='choices' asks for: give them, or set "
+                'eval_task="answers"'
+            )
