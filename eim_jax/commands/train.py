@@ -11,6 +11,7 @@ from eim_jax.data.datasets import data_set, load_split
 from eim_jax.data.samples import Split
 from eim_jax.evaluation import scoring
 from eim_jax.evaluation.tasks import task_of
+from eim_jax.evaluation.while_training import while_training
 from eim_jax.parallel import processes
 from eim_jax.parallel.lock import locked
 from eim_jax.parallel.signals import doing
@@ -50,6 +51,7 @@ def _train(config: Config, workdir: Path, record: dict) -> None:
         plan_arm(inputs, arm)  # what cannot run is said before anything has
     if test is not None:
         task_of(test)
+    scorer = while_training(inputs)
     saved = read_record(workdir)
     spent = saved.get("seconds", 0.0)
     kept = {key: saved[key] for key in ("started", "finished", "seconds") if key in saved}
@@ -60,7 +62,7 @@ def _train(config: Config, workdir: Path, record: dict) -> None:
     for arm in config.arms:
         console.rule(f"{arm}: {config.arm[arm].description or ' -> '.join(config.arm[arm].sequence)}")
         try:
-            vlm, params = run_arm(inputs, arm)
+            vlm, params = run_arm(inputs, arm, scorer)
         except BaseException:
             write_json(workdir / "run.json", record | {"seconds": spent + time.monotonic() - begun})
             raise

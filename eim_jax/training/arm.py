@@ -18,16 +18,17 @@ from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.training.context import check_context
 from eim_jax.training.log import RunLog, StageInfo, Trained, read_metrics
 from eim_jax.training.partition import Flat
+from eim_jax.training.scorer import Scorer
 from eim_jax.training.setup import Inputs, model, shapes, start
 from eim_jax.training.stage import run_stage
 from eim_jax.utils.console import console
 from eim_jax.utils.files import write_json
 
 
-def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
+def run_arm(inputs: Inputs, name: str, scorer: Scorer | None = None) -> tuple[VLM, Flat]:
     """Trains one arm through its sequence of stages, resuming where an earlier run stopped; writes its run.json.
 
-    A stage starts from what the previous one left, with a new optimizer.
+    A stage starts from what the previous one left, with a new optimizer. `scorer` scores each while it trains.
     """
     doing(f"preparing arm {name}")
     config, directory = inputs.config, inputs.workdir / name
@@ -50,7 +51,10 @@ def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
                     params = {**params, **trained}
                     console.print(f"{name} {stage_name}: already trained, its result is restored", soft_wrap=True)
                 else:
-                    params, summary = run_stage(inputs, vlm, stage, i, plan[i], params, store, log, signals)
+                    last = i == len(plan) - 1
+                    params, summary = run_stage(
+                        inputs, vlm, stage, i, plan[i], params, store, log, signals, scorer, choose=last
+                    )
             summaries.append(summary)
             if processes.is_first():
                 total = sum(int(leaf.size) for leaf in params.values())

@@ -18,6 +18,8 @@ from tensorboardX import SummaryWriter
 from eim_jax.utils.console import console, duration, print_table, progress
 from eim_jax.utils.files import write_text
 
+SCORED = ("eval/", "train/")  # keys of scores while training
+
 __all__ = ["RunLog", "StageInfo", "Trained", "console", "print_stage", "print_table", "progress", "read_metrics"]
 
 
@@ -101,6 +103,7 @@ def format_record(record: Mapping[str, object]) -> str:
     for key, value in record.items():
         if key.startswith("queue/") and key.endswith("/recall1"):
             parts.append(f"r@1 {key.split('/')[1]} {_number(value, '.3f')}")
+    parts += [f"{key} {_number(value)}" for key, value in record.items() if key.startswith(SCORED)]
     rates = {key[3:]: value for key, value in record.items() if key.startswith("lr/")}
     if len(set(rates.values())) == 1:
         rates = {"": next(iter(rates.values()))}

@@ -44,8 +44,8 @@ class Meter:
         self._spent[kind] += time.monotonic() - begun
 
     @contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Around compilation: leaves it out of the speed."""
+    def apart(self) -> Iterator[None]:
+        """Around what is no part of the steps, compilation and scores: leaves it out of the speed."""
         begun = time.monotonic()
         yield
         self._start += time.monotonic() - begun

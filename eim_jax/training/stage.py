@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from eim_jax.config import Stage
+from eim_jax.config import ConfigError, Stage
 from eim_jax.data import loader
 from eim_jax.losses import objective
 from eim_jax.models.batch import Batch
@@ -29,6 +29,7 @@ from eim_jax.training.log import RunLog, StageInfo
 from eim_jax.training.monitor import Meter, check_finite
 from eim_jax.training.partition import Flat
 from eim_jax.training.profile import Profile
+from eim_jax.training.scorer import Best, Scorer, is_due
 from eim_jax.training.setup import Inputs, stage_features
 from eim_jax.utils.console import console
 
@@ -43,6 +44,8 @@ def run_stage(
     store: StageCheckpoints,
     log: RunLog,
     signals: Signals,
+    scorer: Scorer | None = None,
+    choose: bool = False,
 ) -> tuple[Flat, dict]:
     """Trains the stage from where `store` holds it, or from its start.
 
@@ -56,6 +59,8 @@ def run_stage(
       store: its checkpoints.
       log: the arm's.
       signals: that may stop it.
+      scorer: scores it while it trains, as config.eval says; None: nothing does.
+      choose: whether config.checkpoint.keep decides which of its steps is left.
 
     Returns:
       All leaves after the stage, and its summary for run.json.
@@ -64,7 +69,7 @@ def run_stage(
       Interrupted: a signal asked to stop; the state is saved.
       NonFinite: a loss or a parameter is not a number.
     """
-    run = _StageRun(inputs, vlm, stage, index, info, params, store, log)
+    run = _StageRun(inputs, vlm, stage, index, info, params, store, log, scorer, choose)
     run.restore()
     run.loop(signals)
     signals.stepping = True
@@ -88,8 +93,14 @@ class _StageRun:
         params: Flat,
         store: StageCheckpoints,
         log: RunLog,
+        scorer: Scorer | None,
+        choose: bool,
     ):
         self._prepared = time.monotonic()
+        self.vlm, self.scorer, settings = vlm, scorer, inputs.config.checkpoint
+        self.best = None
+        if scorer is not None and choose and settings.keep == "best":
+            self.best = Best(settings.metric, scorer.sense(settings.metric))
         self.inputs, self.stage, self.index, self.info, self.store, self.log = inputs, stage, index, info, store, log
         config = inputs.config
         trained, frozen = partition.split(params, partition.groups(stage, params))
@@ -115,6 +126,8 @@ class _StageRun:
             )
             self.seconds = record["seconds"]
             self.meter.restore(record.get("meter"))
+            if self.best is not None:
+                self.best.restore(record.get("best", {}))
             console.print(f"resuming {self.info.name} after step {self.done} of {self.info.steps}", soft_wrap=True)
         self.prepare_seconds = time.monotonic() - self._prepared
 
@@ -134,15 +147,22 @@ class _StageRun:
                 profile.after(number, metrics)
                 self.meter.add(metrics)
                 reached, last = number + 1, number + 1 == steps
-                if reached % config.log_every == 0 or last:
-                    self._write(number)
+                scores = self._score(reached)
+                if reached % config.log_every == 0 or last or scores:
+                    self._write(number, scores)
+                better = self.best is not None and bool(scores) and self.best.improves(reached, scores)
+                if better and not last:
+                    self.store.keep_best(reached, self.trained)
                 if signals.stop() and not last:
                     self._save(reached)
                     self.store.wait()
                     message = f"stopped after step {reached} of {self.info.name}, saved: the same command continues"
                     raise Interrupted(message, together=True)
-                if (reached % config.checkpoint.every_steps == 0 or self._is_time()) and not last:
+                # A best step counts when a checkpoint says so: one is made with it.
+                if (reached % config.checkpoint.every_steps == 0 or self._is_time() or better) and not last:
                     self._save(reached)
+                    if better:
+                        self.store.drop_best(but=reached)
 
     def finish(self) -> tuple[Flat, dict]:
         """The trained leaves and the summary; refuses numbers that are not finite and frozen leaves that changed."""
@@ -154,6 +174,7 @@ class _StageRun:
                 f"stage {info.name} changed a frozen parameter: this is a defect of eim_jax, please report it"
             )
         self.seconds += time.monotonic() - self._begun
+        kept = self._kept()
         summary = {
             **asdict(info),
             "trained_params": info.trained_params,
@@ -163,8 +184,40 @@ class _StageRun:
             "peak_memory_bytes": max(filter(None, map(_peak_memory, self.programs.values())), default=None),
             **self.meter.shares(),
             "frozen_unchanged": True,
+            **({"kept": kept} if kept else {}),
         }
         return self.trained, summary
+
+    def _kept(self) -> dict:
+        """Puts the leaves of the best step into place, where that is what the stage leaves; {} where it is its end."""
+        if self.best is None:
+            return {}
+        if self.best.step is None:
+            said = f"no {self.best.metric} of {self.info.name} was a number, so that its end is kept"
+            console.print(said, soft_wrap=True)
+            return {}
+        if self.best.step != self.info.steps:
+            self.trained = self.store.best(self.best.step, self.trained)
+        kept = self.best.state()
+        said = f"{kept['metric']} {kept['value']:.4f}"
+        console.print(f"{self.info.name}: kept step {kept['step']} of {self.info.steps}, {said}", soft_wrap=True)
+        return kept
+
+    def _score(self, reached: int) -> dict[str, float]:
+        """Scores after a step where they are due, else {}; their time is no part of the speed."""
+        per_epoch = len(self.inputs.samples) // self.stage.batch
+        if self.scorer is None or not is_due(self.inputs.config.eval, reached, self.info.steps, per_epoch):
+            return {}
+        self.meter.check()
+        with self.meter.apart():
+            doing(f"scoring stage {self.info.name} after step {reached}")
+            found = self.scorer(self.vlm, {**self.made.frozen, **self.trained})
+            doing(f"training {self.info.name}")
+        if self.best is not None and self.best.metric not in found and processes.is_first():
+            raise ConfigError(
+                f"config.checkpoint.metric={self.best.metric!r} is no score of this run: it has {', '.join(found)}"
+            )
+        return found
 
     def _update(self, number: int) -> dict:
         """One step; its metrics may still be under way."""
@@ -175,7 +228,7 @@ class _StageRun:
         arguments = (self.trained, self.opt_state, made.frozen, placed, made.queues, self.key, jnp.int32(number))
         width = 0 if batch.tokens is None else batch.tokens.shape[1]
         if width not in self.programs:  # compiled ahead of time: another shape is an error, not a silent compilation
-            with self.meter.compiling():
+            with self.meter.apart():
                 buckets = self.inputs.config.data.buckets
                 self.programs[width] = _compile(
                     self.info.name, made.step, arguments, width, len(self.programs), buckets
@@ -184,15 +237,15 @@ class _StageRun:
             self.trained, self.opt_state, metrics = self.programs[width](*arguments)
         return metrics
 
-    def _write(self, number: int) -> None:
-        """Writes the means since the last record, and each group's learning rate."""
+    def _write(self, number: int, scores: dict[str, float]) -> None:
+        """Writes the means since the last record, each group's learning rate, and scores where there are any."""
         reached, stage = number + 1, self.stage
         means = self.meter.read()
         rate = float(jnp.asarray(partition.learning_rate(stage, self.info.steps)(number)))
         rates = {f"lr/{group.name}": group.factor * rate for group in self.made.groups}
         epoch = round(reached * stage.batch / len(self.inputs.samples), 4)
         place = {"stage": self.info.name, "stage_index": self.index, "step": reached, "epoch": epoch}
-        self.log.write({**place, **means, **rates})
+        self.log.write({**place, **means, **rates, **scores})
 
     def _is_time(self) -> bool:
         """Whether the newest checkpoint is too old; several processes, whose clocks differ, go by steps alone."""
@@ -201,6 +254,8 @@ class _StageRun:
 
     def _save(self, number: int) -> None:
         record = {"meter": self.meter.state(), "seconds": self.seconds + time.monotonic() - self._begun}
+        if self.best is not None:
+            record["best"] = self.best.state()
         check_finite(self.trained, self.info.name, number)
         self.store.save(number, self.trained, self.opt_state, self.iterator, record)
         self._saved = time.monotonic()
