@@ -16,7 +16,7 @@ from eim_jax.parallel import processes
 from eim_jax.parallel.lock import locked
 from eim_jax.parallel.signals import doing
 from eim_jax.training import setup
-from eim_jax.training.arm import plan_arm, run_arm
+from eim_jax.training.arm import examples, plan_arm, run_arm
 from eim_jax.utils.console import console
 from eim_jax.utils.files import write_json
 
@@ -47,8 +47,7 @@ def _train(config: Config, workdir: Path, record: dict) -> None:
     with processes.first_alone("test data"):
         test = load_split(inputs.config, "test", workdir)
     doing("checking the stages")
-    for arm in config.arms:
-        plan_arm(inputs, arm)  # what cannot run is said before anything has
+    plans = {arm: plan_arm(inputs, arm) for arm in config.arms}  # what cannot run is said before anything has
     if test is not None:
         task_of(test)
     scorer = while_training(inputs)
@@ -59,10 +58,11 @@ def _train(config: Config, workdir: Path, record: dict) -> None:
     record = {**record, "seam": inputs.config.data.seam, "identity": identity, **kept}
     write_json(workdir / "run.json", record)
     news, table = False, {}
-    for arm in config.arms:
+    for number, arm in enumerate(config.arms):
+        ahead = sum(examples(plans[other]) for other in config.arms[number + 1 :])
         console.rule(f"{arm}: {config.arm[arm].description or ' -> '.join(config.arm[arm].sequence)}")
         try:
-            vlm, params = run_arm(inputs, arm, scorer)
+            vlm, params = run_arm(inputs, arm, scorer, ahead)
         except BaseException:
             write_json(workdir / "run.json", record | {"seconds": spent + time.monotonic() - begun})
             raise

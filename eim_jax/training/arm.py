@@ -1,5 +1,6 @@
 """An arm's sequence of stages: checked before any of them runs, then trained one after the other, or resumed."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,10 +26,11 @@ from eim_jax.utils.console import console
 from eim_jax.utils.files import write_json
 
 
-def run_arm(inputs: Inputs, name: str, scorer: Scorer | None = None) -> tuple[VLM, Flat]:
+def run_arm(inputs: Inputs, name: str, scorer: Scorer | None = None, ahead: int = 0) -> tuple[VLM, Flat]:
     """Trains one arm through its sequence of stages, resuming where an earlier run stopped; writes its run.json.
 
-    A stage starts from what the previous one left, with a new optimizer. `scorer` scores each while it trains.
+    A stage starts from what the previous one left, with a new optimizer. `scorer` scores each while it trains. `ahead`
+    examples of other arms follow, for the estimates of the time.
     """
     doing(f"preparing arm {name}")
     config, directory = inputs.config, inputs.workdir / name
@@ -51,9 +53,9 @@ def run_arm(inputs: Inputs, name: str, scorer: Scorer | None = None) -> tuple[VL
                     params = {**params, **trained}
                     console.print(f"{name} {stage_name}: already trained, its result is restored", soft_wrap=True)
                 else:
-                    last = i == len(plan) - 1
+                    after, last = ahead + examples(plan[i + 1 :]), i == len(plan) - 1
                     params, summary = run_stage(
-                        inputs, vlm, stage, i, plan[i], params, store, log, signals, scorer, choose=last
+                        inputs, vlm, stage, i, plan[i], params, store, log, signals, scorer, choose=last, ahead=after
                     )
             summaries.append(summary)
             if processes.is_first():
@@ -61,6 +63,11 @@ def run_arm(inputs: Inputs, name: str, scorer: Scorer | None = None) -> tuple[VL
                 record = {"arm": name, "description": arm.description, "total_params": total, "stages": summaries}
                 write_json(directory / "run.json", record)
     return vlm, params
+
+
+def examples(stages: Sequence[StageInfo]) -> int:
+    """How many examples these stages train on, each as often as it is read."""
+    return sum(stage.steps * stage.batch for stage in stages)
 
 
 def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:

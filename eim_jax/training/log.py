@@ -109,7 +109,14 @@ def format_record(record: Mapping[str, object]) -> str:
         rates = {"": next(iter(rates.values()))}
     parts += [f"lr {group} {_number(value, '.2e')}".replace("  ", " ") for group, value in rates.items()]
     if "examples_per_second" in record:
-        parts.append(f"{_number(record['examples_per_second'], '7,.0f')} ex/s")
+        rate = record["examples_per_second"]
+        slow = isinstance(rate, int | float) and rate < 10
+        parts.append(f"{_number(rate, '7.2f' if slow else '7,.0f')} ex/s")
+    seconds = record.get("seconds_per_step")
+    if isinstance(seconds, int | float) and seconds >= 1:
+        parts.append(f"{seconds:.3g} s/step")
+    if "mfu" in record:
+        parts.append(f"mfu {_number(record['mfu'], '.1%')}")
     if "data_wait" in record:
         parts.append(f"wait {_number(record['data_wait'], '.0%')}")
     parts += [f"{kind} {_number(record[kind], '.0%')}" for kind in ("host", "device") if kind in record]

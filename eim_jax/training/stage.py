@@ -7,7 +7,7 @@ import functools
 import time
 from contextlib import closing
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from eim_jax.losses import objective
 from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
+from eim_jax.parallel.chips import chip_of
 from eim_jax.parallel.sharding import batch_sharding
 from eim_jax.parallel.signals import Interrupted, Signals, doing
 from eim_jax.training import partition
@@ -31,7 +32,8 @@ from eim_jax.training.partition import Flat
 from eim_jax.training.profile import Profile
 from eim_jax.training.scorer import Best, Scorer, is_due
 from eim_jax.training.setup import Inputs, stage_features
-from eim_jax.utils.console import console
+from eim_jax.utils.console import console, duration
+from eim_jax.utils.flops import work
 
 
 def run_stage(
@@ -46,6 +48,7 @@ def run_stage(
     signals: Signals,
     scorer: Scorer | None = None,
     choose: bool = False,
+    ahead: int = 0,
 ) -> tuple[Flat, dict]:
     """Trains the stage from where `store` holds it, or from its start.
 
@@ -61,6 +64,7 @@ def run_stage(
       signals: that may stop it.
       scorer: scores it while it trains, as config.eval says; None: nothing does.
       choose: whether config.checkpoint.keep decides which of its steps is left.
+      ahead: examples that the run trains on after it, for its estimate of the time.
 
     Returns:
       All leaves after the stage, and its summary for run.json.
@@ -69,7 +73,7 @@ def run_stage(
       Interrupted: a signal asked to stop; the state is saved.
       NonFinite: a loss or a parameter is not a number.
     """
-    run = _StageRun(inputs, vlm, stage, index, info, params, store, log, scorer, choose)
+    run = _StageRun(inputs, vlm, stage, index, info, params, store, log, scorer, choose, ahead)
     run.restore()
     run.loop(signals)
     signals.stepping = True
@@ -78,6 +82,16 @@ def run_stage(
     signals.stepping = False
     signals.check()
     return {**params, **trained}, summary
+
+
+MEASURED = 5  # steps of which a stage says how long it will take
+
+
+class Program(NamedTuple):
+    """A stage's step for one width of texts, and the FLOPs of its matrix products, of all devices together."""
+
+    compiled: Any
+    flops: float
 
 
 class _StageRun:
@@ -95,9 +109,10 @@ class _StageRun:
         log: RunLog,
         scorer: Scorer | None,
         choose: bool,
+        ahead: int,
     ):
         self._prepared = time.monotonic()
-        self.vlm, self.scorer, settings = vlm, scorer, inputs.config.checkpoint
+        self.vlm, self.scorer, self.ahead, settings = vlm, scorer, ahead, inputs.config.checkpoint
         self.best = None
         if scorer is not None and choose and settings.keep == "best":
             self.best = Best(settings.metric, scorer.sense(settings.metric))
@@ -115,8 +130,8 @@ class _StageRun:
         self.made = made._replace(trained={})  # a resumed stage would hold them beside those that it restores
         self.key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), index)
         self.done, self.seconds = 0, 0.0
-        self.programs: dict[int, Any] = {}  # one for each width of texts
-        self.meter = Meter(info, inputs.samples)
+        self.programs: dict[int, Program] = {}  # one for each width of texts
+        self.meter = Meter(info, inputs.samples, _peak_rate(inputs))
 
     def restore(self) -> None:
         """Goes on after the newest checkpoint, if there is one."""
@@ -143,9 +158,11 @@ class _StageRun:
                 # processes stop together all the same.
                 signals.stepping = number > self.done or jax.process_count() > 1
                 profile.before(number)
-                metrics = self._update(number)
+                metrics, flops = self._update(number)
                 profile.after(number, metrics)
-                self.meter.add(metrics)
+                self.meter.add(metrics, flops)
+                if number - self.done == MEASURED - 1:
+                    self._estimate(steps - number - 1)
                 reached, last = number + 1, number + 1 == steps
                 scores = self._score(reached)
                 if reached % config.log_every == 0 or last or scores:
@@ -181,7 +198,9 @@ class _StageRun:
             "seconds": self.seconds,
             "prepare_seconds": self.prepare_seconds,
             "examples_per_second": info.steps * self.stage.batch / self.seconds,
-            "peak_memory_bytes": max(filter(None, map(_peak_memory, self.programs.values())), default=None),
+            "peak_memory_bytes": max(
+                filter(None, (_peak_memory(program.compiled) for program in self.programs.values())), default=None
+            ),
             **self.meter.shares(),
             "frozen_unchanged": True,
             **({"kept": kept} if kept else {}),
@@ -219,8 +238,17 @@ class _StageRun:
             )
         return found
 
-    def _update(self, number: int) -> dict:
-        """One step; its metrics may still be under way."""
+    def _estimate(self, left: int) -> None:
+        """Says how long the rest takes at the pace of the steps so far, as soon as there is one."""
+        pace = self.meter.pace()
+        told = f"{self.info.name}: {pace:.2g} s a step, about {duration(pace * left)} to this stage's end"
+        if self.ahead:
+            told += f", {duration(pace * (left + self.ahead / self.stage.batch))} to the run's, if an example takes as "
+            told += "long in what follows"
+        console.print(f"{told} (scoring and compiling not counted)", soft_wrap=True)
+
+    def _update(self, number: int) -> tuple[dict, float]:
+        """One step: its metrics, which may still be under way, and its FLOPs."""
         with self.meter.waiting():
             batch, placed = next(self.iterator)
         self.meter.rows(number, batch)
@@ -234,8 +262,8 @@ class _StageRun:
                     self.info.name, made.step, arguments, width, len(self.programs), buckets
                 )
         with self.meter.stepping(), jax.profiler.StepTraceAnnotation("train", step_num=number):
-            self.trained, self.opt_state, metrics = self.programs[width](*arguments)
-        return metrics
+            self.trained, self.opt_state, metrics = self.programs[width].compiled(*arguments)
+        return metrics, self.programs[width].flops
 
     def _write(self, number: int, scores: dict[str, float]) -> None:
         """Writes the means since the last record, each group's learning rate, and scores where there are any."""
@@ -294,7 +322,13 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def _compile(stage: str, step: Any, arguments: tuple, width: int, before: int, most: int):
+def _peak_rate(inputs: Inputs) -> float:
+    """FLOP/s of all devices together, where they have published figures and compute in bfloat16; else 0."""
+    chip = chip_of(inputs.mesh.devices.flat[0].device_kind)
+    return 0.0 if chip is None or inputs.dtype != jnp.bfloat16 else chip.flops * inputs.mesh.size
+
+
+def _compile(stage: str, step: Any, arguments: tuple, width: int, before: int, most: int) -> Program:
     """The stage's step for texts of `width` tokens, of which there are at most `most`."""
     if before == (most if width else 1):
         raise RuntimeError(
@@ -304,9 +338,10 @@ def _compile(stage: str, step: Any, arguments: tuple, width: int, before: int, m
     texts = f" for texts of {width} tokens" if width and most > 1 else ""
     console.print(f"compiling {stage}{texts}", soft_wrap=True)
     doing(f"compiling {stage}")
-    compiled = step.lower(*arguments).compile()
+    traced = step.trace(*arguments)
+    program = Program(traced.lower().compile(), work(traced.jaxpr).flops)
     doing(f"training {stage}")
-    return compiled
+    return program
 
 
 def _peak_memory(compiled) -> int | None:
