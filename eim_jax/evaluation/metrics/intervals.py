@@ -1,10 +1,10 @@
 """Bootstrap intervals of a score over its test items: which values other items of the same kind might have given."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from eim_jax.evaluation.metrics.metric import Metric, Rows
+from eim_jax.evaluation.metrics.metric import Metric, Rows, Value
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -19,12 +19,22 @@ def bounds(metric: Metric, rows: Rows, seed: int = 0) -> tuple[float, float] | N
       rows: of each item.
       seed: of the draws.
     """
-    table = np.asarray(rows, np.float64)
-    found = np.concatenate([metric.value(counts @ table) for counts in _draws(len(table), seed)])
+    found = resampled(np.asarray(rows, np.float64), metric.value, seed)
     if not np.isfinite(found).all():
         return None
     low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def resampled(rows: np.ndarray, value: Callable[[np.ndarray], Value], seed: int = 0) -> np.ndarray:
+    """Returns the score of each of RESAMPLES resamples of the items.
+
+    Args:
+      rows: of each item, [items k].
+      value: the score from the sums of rows, [..., k].
+      seed: of the draws.
+    """
+    return np.concatenate([value(counts @ rows) for counts in _draws(len(rows), seed)])
 
 
 def _draws(items: int, seed: int) -> Iterator[np.ndarray]:
