@@ -21,7 +21,7 @@ from eim_jax.utils.console import console
 
 @pytest.fixture(scope="module")
 def config():
-    """One stage of six steps, scored after every second one."""
+    """One stage of four steps, scored after every second one."""
     values = importlib.import_module("configs.miniature").get_config()
     values.arms, values.data.scenes, values.log_every = ("baseline",), 16, 3
     values.towers.scan = True  # less to compile
@@ -29,7 +29,7 @@ def config():
     values.eval.update({"every_steps": 2, "limit": 8, "train": 8})
     values.checkpoint.update({"keep": "best", "every_minutes": 0.0})
     (name,) = values.arm.baseline.sequence
-    values.stages[name].update({"steps": 6, "warmup_steps": 1, "batch": 16})
+    values.stages[name].update({"steps": 4, "warmup_steps": 1, "batch": 16})
     return settings.from_config_dict(values)
 
 
@@ -59,10 +59,6 @@ def trained(inputs, workdir, scorer, **changed):
     return {path: np.asarray(leaf) for path, leaf in params.items()}
 
 
-def records(workdir):
-    return read_metrics(workdir / "baseline/metrics.jsonl")
-
-
 def same(one, other):
     return one.keys() == other.keys() and all(np.array_equal(one[path], other[path]) for path in one)
 
@@ -78,30 +74,27 @@ def test_scores_change_no_parameter_and_the_best_step_is_kept_as_it_was_also_aft
         return programs[width]
 
     monkeypatch.setattr(one_stage, "_compile", once)
-    told = Told([3.0, 1.0, 2.0], while_training(inputs))
-    best = trained(inputs, tmp_path / "best", told)
-    assert same(best, told.calls[1]) and not same(best, told.calls[2])
-    rows = records(tmp_path / "best")
-    assert [row["step"] for row in rows] == [2, 3, 4, 6] and ["eval/nll" in row for row in rows] == [1, 0, 1, 1]
-    assert {"eval/nll", "eval/CIDEr", "eval/distinct", "eval/shape_colour_f1", "train/nll"} <= rows[0].keys()
-    said = capsys.readouterr().out
-    assert "eval/nll" in said and "looking at" not in said and not console.quiet
-    stage = json.loads((tmp_path / "best/baseline/run.json").read_text())["stages"][0]
-    assert stage["kept"] == {"step": 4, "metric": "eval/nll", "value": 1.0}
-    (folder,) = (tmp_path / "best/baseline/checkpoints").iterdir()
-    assert [path.name for path in folder.iterdir()] == ["result"]
-
-    # Stopped after step 5, when the best one (4) is no longer the state: what goes on knows it, and scores once more.
-    stops = iter([False] * 4 + [True])
+    # Stopped after step 3, when the best one (2) is no longer the state: what goes on knows it, and scores once more.
+    told, stops = Told([1.0], while_training(inputs)), iter([False] * 2 + [True])
     with monkeypatch.context() as patch:
         patch.setattr(Signals, "stop", lambda self: next(stops))
-        with pytest.raises(Interrupted, match="stopped after step 5"):
-            trained(inputs, tmp_path / "broken", Told([3.0, 1.0]))
-    idle = Told([2.0])
-    again = trained(inputs, tmp_path / "broken", idle)
-    assert same(again, best)
-    assert same(idle.calls[0], told.calls[2])  # steps after which nothing was computed, and the same steps with scores
-    assert [row["step"] for row in records(tmp_path / "broken")] == [2, 3, 4, 6]
+        with pytest.raises(Interrupted, match="stopped after step 3"):
+            trained(inputs, tmp_path / "run", told)
+    said = capsys.readouterr().out
+    assert "eval/nll" in said and "looking at" not in said and not console.quiet
+    after = Told([2.0])
+    best = trained(inputs, tmp_path / "run", after)
+    last = settings.Checkpoint(every_minutes=0.0)
+    plain = trained(inputs, tmp_path / "plain", None, checkpoint=last, eval=settings.Eval())
+    assert same(plain, after.calls[0])  # whoever looks changes nothing, nor does a stop
+    assert same(best, told.calls[0]) and not same(best, plain)
+    rows = read_metrics(tmp_path / "run/baseline/metrics.jsonl")
+    assert [row["step"] for row in rows] == [2, 3, 4] and ["eval/nll" in row for row in rows] == [1, 0, 1]
+    assert {"eval/nll", "eval/CIDEr", "eval/distinct", "eval/shape_colour_f1", "train/nll"} <= rows[0].keys()
+    stage = json.loads((tmp_path / "run/baseline/run.json").read_text())["stages"][0]
+    assert stage["kept"] == {"step": 2, "metric": "eval/nll", "value": 1.0}
+    (folder,) = (tmp_path / "run/baseline/checkpoints").iterdir()
+    assert [path.name for path in folder.iterdir()] == ["result"]
 
 
 def test_a_score_that_cannot_choose_is_refused_before_anything_trains(inputs):

@@ -15,7 +15,7 @@ from eim_jax.evaluation.while_training import while_training
 from eim_jax.parallel import processes
 from eim_jax.parallel.lock import locked
 from eim_jax.parallel.signals import doing
-from eim_jax.training import setup
+from eim_jax.training import setup, trackers
 from eim_jax.training.arm import examples, plan_arm, run_arm
 from eim_jax.utils.console import console
 from eim_jax.utils.files import write_json
@@ -41,6 +41,7 @@ def train(config: Config, workdir: Path, record: dict) -> None:
 def _train(config: Config, workdir: Path, record: dict) -> None:
     begun = time.monotonic()
     check_trainable(workdir)
+    trackers.check(config.logging, installed=True)
     inputs = setup.load(config, workdir)
     check_identity(inputs)
     doing("checking the test data")

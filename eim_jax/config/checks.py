@@ -126,7 +126,8 @@ def check(config: "Config", flat: dict[str, Any]) -> None:
     if not config.arms or not config.decode.methods:
         raise ConfigError("config.arms and config.decode.methods need at least one entry")
     sequences = {f"arm.{name}.sequence": arm.sequence for name, arm in config.arm.items()}
-    for field, entries in {"arms": config.arms, "decode.methods": config.decode.methods, **sequences}.items():
+    named = {"arms": config.arms, "decode.methods": config.decode.methods, "logging": config.logging, **sequences}
+    for field, entries in named.items():
         for entry in entries:
             if not isinstance(entry, str):
                 raise ConfigError(f"config.{field}: {entry!a:.60} is no name")

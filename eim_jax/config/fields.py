@@ -220,4 +220,5 @@ class Config:
     eval: Eval = field(default_factory=Eval)
     mesh: tuple = (1, -1, 1)  # devices along data, fsdp, tensor; -1 = all that remain
     log_every: int = 50  # steps
+    logging: tuple = ("tensorboard",)  # where its scalars go besides metrics.jsonl: tensorboard | wandb | trackio
     profile: str = ""  # "10:15": a trace of steps 10 to 14 of each stage, in <workdir>/<arm>/profile

@@ -14,6 +14,7 @@ from eim_jax.utils.files import read_json
 FREE_ON_RESUME = {
     "arms",
     "log_every",
+    "logging",
     "mesh",
     "profile",
     "towers.remat",

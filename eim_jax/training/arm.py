@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from eim_jax.config import ConfigError, Stage
+from eim_jax.config import ConfigError, Stage, as_dict
 from eim_jax.config.checks import warmup_problem
 from eim_jax.data import loader
 from eim_jax.losses.table import losses_of, weights
@@ -42,7 +42,8 @@ def run_arm(inputs: Inputs, name: str, scorer: Scorer | None = None, ahead: int 
     resume = _resume_point(checkpoints)
     if lost := _lost(directory / "metrics.jsonl", resume):
         console.print(f"{name} {lost}", soft_wrap=True)
-    with RunLog.open(directory, plan, resume, enabled=processes.is_first()) as log, Signals() as signals:
+    to = {"trackers": config.logging, "config": as_dict(config)}
+    with RunLog.open(directory, plan, resume, enabled=processes.is_first(), **to) as log, Signals() as signals:
         for i, (stage_name, folder) in enumerate(zip(arm.sequence, checkpoints, strict=True)):
             stage = resolved(config.stages[stage_name], inputs)
             with StageCheckpoints(folder) as store:
