@@ -12,6 +12,7 @@ from eim_jax.data.bad_items import BadDataError
 from eim_jax.data.datasets import load_split
 from eim_jax.data.datasets.instruct import INSTRUCT, load_instruct
 from eim_jax.evaluation.metrics import intervals, metric_of, vqa
+from eim_jax.evaluation.scoring import is_other_split
 from eim_jax.evaluation.tasks import TASKS, task_of
 from eim_jax.evaluation.tasks.open_answers import read_choice, score_choices
 from eim_jax.evaluation.tasks.task import Predictions, Scored, measured, with_intervals
@@ -136,11 +137,16 @@ def test_eval_sources_are_scored_and_not_trained_on_and_each_task_asks_for_what_
     for changed, says in (
         ({"eval_task": "vga"}, "'vga', none of answers, vqa, choices, descriptions"),
         ({"eval_share": 1.0}, "eval_share is 1"),
-        ({"eval_share": 0.5}, "both set"),
     ):
         with pytest.raises(ConfigError, match=says):
             loaded(tmp_path, **fields, **changed)
     assert loaded(tmp_path, sources=(train,)) is None
+    # A run that held out a share may be scored on a file: what it trained on stays.
+    more = write(tmp_path, [{"question": f"q{i}", "answer": "b"} for i in range(40)])
+    held = {"sources": (more,), "eval_share": 0.5}
+    on_file = held | {"eval_sources": (test,)}
+    assert [s.id for s in loaded(tmp_path, **on_file).samples] == ["test/0/0"]
+    assert loaded(tmp_path, "train", **on_file).fingerprint() == loaded(tmp_path, "train", **held).fingerprint()
 
 
 def test_each_task_scores_its_texts_with_an_interval_and_the_page_marks_them(tmp_path):
@@ -156,6 +162,16 @@ def test_each_task_scores_its_texts_with_an_interval_and_the_page_marks_them(tmp
         assert 0 <= scores[f"{key}_low"] < scores[key] < scores[f"{key}_high"] <= 1
         marks = [task.read(item, Predictions(said)).right for item in task.items(split)]
         assert marks == ([True, False, False] if name == "answers" else [True, True, False])
+
+
+def test_scores_of_another_split_are_told_from_the_arms_own(tmp_path):
+    one, other = (
+        loaded(tmp_path, eval_sources=(write(tmp_path, [{"question": q, "answer": "b"}], f"{q}.jsonl"),)) for q in "ac"
+    )
+    assert not is_other_split(tmp_path, one)  # nothing is scored yet
+    notes = {"decoding": f"greedy, at most 6 tokens; 1 questions {one.fingerprint()[:8]}"}
+    (tmp_path / "scores_test.json").write_text(json.dumps({"greedy": {"exact_match": 1.0, "notes": notes}}))
+    assert not is_other_split(tmp_path, one) and is_other_split(tmp_path, other)
 
 
 def test_a_choice_is_read_by_its_text_or_letter_and_the_page_marks_it(tmp_path):

@@ -116,6 +116,18 @@ def place(inputs: Inputs, directory: Path, test: Split) -> Path:
     return directory / EVALS / "-".join([*inputs.config.decode.methods, digest])
 
 
+def is_other_split(directory: Path, test: Split) -> bool:
+    """Returns whether an arm's own scores are of another split than this one.
+
+    Args:
+      directory: the arm's.
+      test: what is scored now.
+    """
+    path = directory / SCORES
+    own = _found(read_json(path, values=dict)) if path.exists() else []
+    return any(said is not None and not said.endswith(f" {test.fingerprint()[:8]}") for _, said in own)
+
+
 def _wanted(inputs: Inputs, test: Split) -> list[tuple[str, str | None]]:
     return [(method, settings_of(inputs, method, test)) for method in inputs.config.decode.methods]
 

@@ -285,8 +285,8 @@ class InstructFields:
     mme: str = ""  # instruct: the MME folder that is the test; "" = none
     eval_sources: tuple = ()  # instruct: files like `sources`, to be scored on in place of training
     eval_images: str = ""  # "" = the folder above
-    # Instead of eval_sources: this share of the sources (of their pictures, of rows without one) is not trained on, but
-    # scored on; which, says eval_seed.
+    # This share of the sources (of their pictures, of rows without one) is not trained on; which, says eval_seed. It is
+    # scored on where there are no eval_sources.
     eval_share: float = 0.0
     eval_seed: int = 0
     # instruct: what the answers are worth: answers (equal to an accepted one) | vqa (ten people's, by the challenge's

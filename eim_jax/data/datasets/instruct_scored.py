@@ -22,10 +22,6 @@ def check(own: Any) -> None:
         raise ConfigError(f"config.data.eval_task is {own.eval_task!r}, none of {', '.join(TASKS)}")
     if not 0 <= own.eval_share < 1:
         raise ConfigError(f"config.data.eval_share is {own.eval_share:g}: a share of the rows is 0 or more and below 1")
-    if own.eval_sources and own.eval_share:
-        raise ConfigError(
-            "config.data.eval_sources and eval_share are both set: score on files, or on a share held out"
-        )
 
 
 def check_task(split: Split, task: str) -> None:

@@ -31,6 +31,10 @@ class Answers(Questions):
     name = "answers"
     intervals = True
 
+    def settings(self, inputs: Inputs) -> str:
+        """Returns what the answers are scored as: one file may be scored by several tasks."""
+        return f", scored as {self.name}"
+
 
 class Vqa(Answers):
     """Open answers by the rule of the VQA challenge ("vqa_accuracy"): ten people's answers to each question."""
@@ -53,7 +57,7 @@ class Choices(Answers):
 
     def settings(self, inputs: Inputs) -> str:
         """Returns how a choice is made."""
-        return f", answers {inputs.config.decode.answers}"
+        return f"{super().settings(inputs)}, answers {inputs.config.decode.answers}"
 
     def predict(self, inputs: Inputs, vlm: VLM, params: Flat, asked: Asked) -> Predicted:
         """Returns the likelihoods of the right choices, and where they are asked for the most likely ones."""
