@@ -10,6 +10,7 @@ from PIL import Image
 from eim_jax.config import Config, ConfigError, Data
 from eim_jax.data.bad_items import BadDataError
 from eim_jax.data.datasets import load_split
+from eim_jax.data.datasets.coco import COCO
 from eim_jax.data.datasets.instruct import INSTRUCT, load_instruct
 from eim_jax.evaluation.metrics import intervals, metric_of, vqa
 from eim_jax.evaluation.scoring import is_other_split
@@ -123,6 +124,26 @@ def test_a_share_held_out_is_whole_pictures_never_trained_on_and_stays_when_rows
     assert {sample.id for sample in other.samples} != ids[1]
     with pytest.raises(ValueError, match=r"eval_share=0\.001 with eval_seed=0 leaves nothing on one side"):
         loaded(tmp_path, sources=fields["sources"], eval_share=0.001)
+
+
+def test_a_share_of_ones_own_photos_is_held_out_with_all_captions_of_each(tmp_path):
+    pictures = [{"id": i, "file_name": f"{i}.png"} for i in range(40)]
+    captions = [{"id": i, "image_id": i // 3, "caption": f"picture {i}"} for i in range(120)]
+    for picture in pictures:
+        Image.new("RGB", (8, 8)).save(tmp_path / picture["file_name"])
+    (tmp_path / "captions.json").write_text(json.dumps({"images": pictures, "annotations": captions}))
+
+    def split(name, **fields):
+        data = Data(kind="coco", annotations=str(tmp_path / "captions.json"), images=str(tmp_path), **fields)
+        return COCO.load(data, COCO.settings(data), name, tmp_path)
+
+    (train, none), (test, _), (whole, _) = split("train", eval_share=0.2), split("test", eval_share=0.2), split("test")
+    assert (train.name, test.name, len(whole), none) == ("train", "test", 120, ())
+    assert not set(train.images.ids) & set(test.images.ids) and len(train.images) + len(test.images) == 40
+    assert all(len(test.references[image]) == 3 for image in test.images.ids) and 0 < len(test.images) < 20
+    assert split("test", eval_share=0.2, eval_annotations=str(tmp_path / "captions.json"))[0].samples == whole.samples
+    with pytest.raises(ConfigError, match=r"eval_share is 1\.5"):
+        split("train", eval_share=1.5)
 
 
 def test_eval_sources_are_scored_and_not_trained_on_and_each_task_asks_for_what_it_needs(tmp_path):

@@ -5,6 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from eim_jax.config import ConfigError
+
+
+def check_share(share: float) -> None:
+    """Raises ConfigError for a `config.data.eval_share` that is no part."""
+    if not 0 <= share < 1:
+        raise ConfigError(f"config.data.eval_share is {share:g}: a share of the rows is 0 or more and below 1")
+
 
 @dataclass(frozen=True)
 class HeldOut:

@@ -94,7 +94,7 @@ class _Hosted:
 def _identity(arm: Arm, package: str) -> str:
     """The id of the arm's run, which one that goes on shares with the one before; new for a new run."""
     file = arm.directory / f"{package}.id"
-    if arm.first > 1 and file.exists():
+    if arm.first and file.exists():
         return file.read_text(encoding="utf-8").strip()
     write_text(file, identity := secrets.token_hex(8))
     return identity

@@ -3,6 +3,7 @@
 from typing import Any
 
 from eim_jax.config import ConfigError
+from eim_jax.data.held_out import check_share
 from eim_jax.data.samples import Split
 
 TASKS = ("answers", "vqa", "choices", "descriptions")
@@ -20,8 +21,7 @@ def check(own: Any) -> None:
     """
     if own.eval_task not in TASKS:
         raise ConfigError(f"config.data.eval_task is {own.eval_task!r}, none of {', '.join(TASKS)}")
-    if not 0 <= own.eval_share < 1:
-        raise ConfigError(f"config.data.eval_share is {own.eval_share:g}: a share of the rows is 0 or more and below 1")
+    check_share(own.eval_share)
 
 
 def check_task(split: Split, task: str) -> None:
