@@ -103,9 +103,7 @@ def format_record(record: Mapping[str, object]) -> str:
     for key, value in record.items():
         if key.startswith("queue/") and key.endswith("/recall1"):
             parts.append(f"r@1 {key.split('/')[1]} {_number(value, '.3f')}")
-    # Likelihoods with other pictures, which only tell beside their own, are left to the file and the page.
-    scores = {key: value for key, value in record.items() if key.startswith(SCORED) and "/nll_" not in key}
-    parts += [f"{key} {_number(value)}" for key, value in scores.items()]
+    parts += [f"{key} {_number(value)}" for key, value in record.items() if _is_shown_score(key)]
     rates = {key[3:]: value for key, value in record.items() if key.startswith("lr/")}
     if len(set(rates.values())) == 1:
         rates = {"": next(iter(rates.values()))}
@@ -125,6 +123,12 @@ def format_record(record: Mapping[str, object]) -> str:
     if "padding" in record:
         parts.append(f"pad {_number(record['padding'], '.0%')}")
     return "  ".join(parts)
+
+
+def _is_shown_score(key: str) -> bool:
+    """Whether a score has room on a line: no part of another one, no likelihood with other pictures."""
+    whole = key.count("/") == 1 or key.endswith(("/Avg", "/total"))
+    return key.startswith(SCORED) and whole and "/nll_" not in key
 
 
 def _number(value: object, form: str = ".4f") -> str:
