@@ -133,6 +133,10 @@ class _StageRun:
         self.programs: dict[int, Program] = {}  # one for each width of texts
         self.meter = Meter(info, inputs.samples, _peak_rate(inputs))
 
+    @property
+    def _per_epoch(self) -> int:
+        return loader.steps_per_epoch(self.inputs.samples, self.stage.batch)
+
     def restore(self) -> None:
         """Goes on after the newest checkpoint, if there is one."""
         if self.store.latest_step() is not None:
@@ -161,13 +165,15 @@ class _StageRun:
                 metrics, flops = self._update(number)
                 profile.after(number, metrics)
                 self.meter.add(metrics, flops)
-                if number - self.done == MEASURED - 1:
+                if number - self.done == MEASURED - 1 and number + 1 < steps:
                     self._estimate(steps - number - 1)
                 reached, last = number + 1, number + 1 == steps
-                scores = self._score(reached)
-                if reached % config.log_every == 0 or last or scores:
+                due = self.scorer is not None and is_due(config.eval, reached, steps, self._per_epoch)
+                scores = self._score(reached) if due else {}
+                if reached % config.log_every == 0 or last or due:
                     self._write(number, scores)
-                better = self.best is not None and bool(scores) and self.best.improves(reached, scores)
+                # Of several processes only the first has all scores, so that `due` asks, which all know.
+                better = due and self.best is not None and self.best.improves(reached, scores)
                 if better and not last:
                     self.store.keep_best(reached, self.trained)
                 if signals.stop() and not last:
@@ -223,10 +229,8 @@ class _StageRun:
         return kept
 
     def _score(self, reached: int) -> dict[str, float]:
-        """Scores after a step where they are due, else {}; their time is no part of the speed."""
-        per_epoch = len(self.inputs.samples) // self.stage.batch
-        if self.scorer is None or not is_due(self.inputs.config.eval, reached, self.info.steps, per_epoch):
-            return {}
+        """Scores after a step; their time is no part of the speed."""
+        assert self.scorer is not None, "is asked where scores are due"
         self.meter.check()
         with self.meter.apart():
             doing(f"scoring stage {self.info.name} after step {reached}")
