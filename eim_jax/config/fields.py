@@ -58,7 +58,7 @@ class Data:
     cache_features: bool = True  # keep a frozen CLIP's features on disk instead of recomputing them every epoch
     cache: str = ""  # folder for features, validation verdicts, compiled programs; "" = <workdir>/cache
     threads: int = 4  # that decode images
-    scored: str = "test"  # the split that is scored: test | val (to choose settings on)
+    scored: str = "test"  # the split that is scored: test | val (to choose settings on) | train (what it remembers)
     eval_limit: int = 0  # score at most so many test images; 0 = all
     own: dict[str, Any] = field(default_factory=dict)  # the fields that kinds of data set have for themselves
 
@@ -185,6 +185,25 @@ class Checkpoint:
 
     every_steps: int = 1000
     every_minutes: float = 10.0  # and so long after the one before; 0: by steps alone, as several processes do anyway
+    # What an arm's last stage leaves: last (its end) | best (the step that config.eval scored best, by `metric`).
+    # Earlier stages always leave their end: what they train for is not what is scored.
+    keep: str = "last"
+    metric: str = "eval/nll"  # of `best`: a score as metrics.jsonl names it
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Scores while a stage trains, in metrics.jsonl as eval/NAME and train/NAME: no parameter depends on them.
+
+    Both intervals 0: none. Otherwise each stage is scored so often, and at its end.
+    """
+
+    every_steps: int = 0
+    every_epochs: float = 0.0  # may be a part of one
+    split: str = "val"  # val | test
+    limit: int = 200  # so many of its images or questions; 0 = all
+    train: int = 0  # also so many of the training split's: what the model remembers; 0 = none
+    method: str = "greedy"  # by which texts are generated for their scores; none: likelihoods alone
 
 
 @dataclass(frozen=True)
@@ -203,6 +222,8 @@ class Config:
     stages: dict[str, Stage] = field(default_factory=dict)
     decode: Decode = field(default_factory=Decode)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    eval: Eval = field(default_factory=Eval)
     mesh: tuple = (1, -1, 1)  # devices along data, fsdp, tensor; -1 = all that remain
     log_every: int = 50  # steps
+    logging: tuple = ("tensorboard",)  # where its scalars go besides metrics.jsonl: tensorboard | wandb | trackio
     profile: str = ""  # "10:15": a trace of steps 10 to 14 of each stage, in <workdir>/<arm>/profile

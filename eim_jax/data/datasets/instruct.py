@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 from eim_jax.config import ConfigError, Data
 from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad, listed, printable, text_problem
 from eim_jax.data.data_set import DataSet, Published, Shards, exists, plain_split
-from eim_jax.data.datasets import instruct_lavin, instruct_tables, mme
+from eim_jax.data.datasets import instruct_lavin, instruct_scored, instruct_tables, mme
 from eim_jax.data.datasets.instruct_folders import Folders
 from eim_jax.data.datasets.instruct_prompt import prompt, template_of
 from eim_jax.data.datasets.instruct_rows import BadRowError, Row, read_rows, take_apart, unread_keys
 from eim_jax.data.datasets.instruct_sources import mixture, row_ids, shares, sources_of, taken_rows
+from eim_jax.data.held_out import HeldOut
 from eim_jax.data.rows import earlier_turns
 from eim_jax.data.samples import ImageSource, Sample, Split
 from eim_jax.utils.console import console
@@ -92,6 +93,7 @@ def load_instruct(
     cache: str | os.PathLike[str] | None = None,
     seed: int = 0,
     scienceqa_images: str | os.PathLike[str] | None = None,
+    held_out: HeldOut | None = None,
 ) -> Instructions:
     r"""Returns the rows of all sources, one after the other, as one split (its order is the files'), and a report.
 
@@ -103,8 +105,8 @@ def load_instruct(
       self-instruct  {"id", "instruction", "instances": [{"input", "output"}, ...]}
       ShareGPT       the same, the speakers also system, user and assistant
       OpenAI, TRL    {"messages": [{"role": system|user|assistant, "content": a text, or a list of parts}, ...]}
-      VQA            {"image", "question", "answer" or "answers" (of several people)}; or VQAv2's file of questions, its
-                     annotations beside it
+      VQA            {"image", "question", "answer" or "answers" (of several people), "choices" (may be missing)}; or VQAv2's
+                     file of questions, its annotations beside it
       LaVIN          {"instruction", "answer", "image", "image_source", "qid", "options"}, in {"all": [...]}; the
                      instruction is the whole prompt; pictures of source "sqa" are `scienceqa_images`' {qid}/image.png
     Each may have an "image", or "images" of one; a "system" prompt, which stands in front; a "history"
@@ -118,7 +120,8 @@ def load_instruct(
     the answer as it stands; "<image>" markers go. LaVIN asks each question of a conversation alone; `multi_turn` puts
     the turns before it in front, each answer joined to its question as `seam` says (data/rows.py). Sample ids are
     "{file stem}/{row's id}/{turn}"; a row without an id has its place in the file, counted from 0, a later row with the
-    same id "{id}#{place}", a second file of the same stem "{stem}#2".
+    same id "{id}#{place}", a second file of the same stem "{stem}#2". The split's references are all answers of each
+    sample that count as right. With `held_out` the split is what its side of a share leaves: see `HeldOut`.
 
     Bad items are rows in no known form, with a missing, empty or undecodable text, conversations that do not alternate
     human, gpt, markers without an image, twice in a question or in an answer, more than one image, videos, missing or
@@ -158,10 +161,12 @@ def load_instruct(
     kept = [item for item in placed if item.row.image is None or file_of[item.row.image] not in broken]
     if not kept:
         raise ValueError(f"{where}: no rows are left; {len(bad)} bad items")
+    usable = len(kept)
+    if held_out is not None:
+        kept = held_out.kept(kept, [item.row.image or item.id for item in kept], where)
     split = _build(name, kept, file_of, folders, _Words(template, multi_turn, seam))
     counts = {stem: sum(len(item.row.pairs) for item in kept if item.source == stem) for _, _, stem in files}
-    dropped_images = len(set(file_of.values())) - len(split.images)
-    report = InstructReport(tuple(bad), dropped_images, unread + len(placed) - len(kept), counts, notes)
+    report = InstructReport(tuple(bad), len(broken), unread + len(placed) - usable, counts, notes)
     if bad or notes:
         console.print(f"{name}: {report}", soft_wrap=True, markup=False)
     return Instructions(split, report)
@@ -200,15 +205,16 @@ def _build(
 ) -> Split:
     names = list(dict.fromkeys(file_of[item.row.image] for item in placed if item.row.image is not None))
     row_of = {file: row for row, file in enumerate(names)}
-    samples, references = [], {}
+    samples, references, choices = [], {}, {}
     for item in placed:
         image = None if item.row.image is None else row_of[file_of[item.row.image]]
         for turn, (_, answer) in enumerate(item.row.pairs):
             samples.append(Sample(f"{item.id}/{turn}", image, words.prompt(item.row, turn), answer))
-            if item.row.answers:
-                references[samples[-1].id] = item.row.answers
+            references[samples[-1].id] = item.row.answers or (answer,)
+            if item.row.choices:
+                choices[samples[-1].id] = item.row.choices
     turns = any(item.row.history or (words.multi_turn and item.row.dialogue) for item in placed)
-    return InstructSplit(name, tuple(samples), folders.source(names), references, turns=turns)
+    return InstructSplit(name, tuple(samples), folders.source(names), references, turns=turns, choices=choices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,25 +234,43 @@ class InstructFields:
     # instruct: folder of ScienceQA's training pictures (QID/image.png), which LaVIN's all_data.json names beside COCO's
     scienceqa_images: str = ""
     mme: str = ""  # instruct: the MME folder that is the test; "" = none
+    eval_sources: tuple = ()  # instruct: files like `sources`, to be scored on in place of training
+    eval_images: str = ""  # "" = the folder above
+    # This share of the sources (of their pictures, of rows without one) is not trained on; which, says eval_seed. It is
+    # scored on where there are no eval_sources.
+    eval_share: float = 0.0
+    eval_seed: int = 0
+    # instruct: what the answers are worth: answers (equal to an accepted one) | vqa (ten people's, by the challenge's
+    # rule) | choices | descriptions (caption scores)
+    eval_task: str = "answers"
 
 
 def _load(data: Data, own: InstructFields, name: str, cache: pathlib.Path) -> tuple[Split | None, Sequence[BadItem]]:
     common = {"on_bad": data.on_bad, "threads": data.threads, "cache": cache}
-    if name != "train":  # tested on MME, which lies in its own folder
+    own_test = bool(own.eval_sources or own.eval_share)
+    if name != "train" and not (own_test and (name == "val" or not own.mme)):  # MME lies in its own folder
         if not own.mme:
             return None, ()
         questions = mme.load_mme(own.mme, template=own.template, **common)
         return questions.split, questions.report.bad
-    if not own.sources:
+    instruct_scored.check(own)
+    if not own.sources and not (name != "train" and own.eval_sources):
         raise ConfigError("config.data.sources is empty: give files of Alpaca's or LLaVA's form, as a tuple")
     if own.mix and len(own.mix) != len(own.sources):
         raise ConfigError(
             f"config.data.mix has {len(own.mix)} weights, but config.data.sources has {len(own.sources)} sources"
         )
-    words = {"multi_turn": own.multi_turn, "template": own.template, "seam": data.seam}
-    folders = {"outside_images": own.outside_images, "scienceqa_images": own.scienceqa_images or None}
-    loaded = load_instruct(own.sources, own.images or None, **folders, **words, **common)
-    return _mixed(own, loaded.split), loaded.report.bad
+    common |= {"multi_turn": own.multi_turn, "template": own.template, "seam": data.seam, "name": name}
+    common |= {"outside_images": own.outside_images, "scienceqa_images": own.scienceqa_images or None}
+    if name != "train" and own.eval_sources:
+        loaded = load_instruct(own.eval_sources, own.eval_images or own.images or None, **common)
+    else:
+        held_out = HeldOut(own.eval_share, own.eval_seed, name != "train") if own.eval_share else None
+        loaded = load_instruct(own.sources, own.images or None, held_out=held_out, **common)
+    split = dataclasses.replace(loaded.split, task=own.eval_task)
+    if name != "train" or data.scored == "train":
+        instruct_scored.check_task(split, own.eval_task)
+    return _mixed(own, split) if name == "train" else split, loaded.report.bad
 
 
 def _mixed(own: InstructFields, split: Split) -> Split:
@@ -272,7 +296,8 @@ def _prepared_settings(own: InstructFields) -> dict[str, Any]:
     # Sources may be left out where only the prepared folder is at hand.
     sources = {"sources": shares(own.sources)} if own.sources else {}
     template = {"template": own.template} if own.template != "plain" else {}  # folders of earlier versions lack it
-    return {"multi_turn": own.multi_turn, **template, **sources}
+    held_out = {"eval_share": own.eval_share, "eval_seed": own.eval_seed} if own.eval_share else {}
+    return {"multi_turn": own.multi_turn, **template, **sources, **held_out}
 
 
 def _record(split: Split, samples: Sequence[Sample]) -> dict[str, Any]:
@@ -285,9 +310,9 @@ INSTRUCT = DataSet(
     _load,
     published=Published(210000, 81000, "Alpaca's 52k and LLaVA's 158k rows; a conversation's turns would count each"),
     at_hand=lambda own: exists(_first(own)),
-    scored=("test",),
-    unscored="config.data.mme is empty, give the MME folder to be answered",
-    free_on_resume=("mme",),
+    unscored="give config.data.eval_sources, a share to hold out (config.data.eval_share), or the MME folder "
+    "(config.data.mme)",
+    free_on_resume=("mme", "eval_sources", "eval_images", "eval_task"),
     prompt=lambda own, question, earlier: prompt(question, earlier if own.multi_turn else (), template=own.template),
     shards=Shards(
         folder="instructions",

@@ -28,7 +28,8 @@ class Row:
     system: str = ""
     history: tuple[tuple[Question, str], ...] = ()
     prompted: bool = False  # the questions are prompts already (LaVIN's all_data.json)
-    answers: tuple[str, ...] = ()  # of several people to the one question
+    answers: tuple[str, ...] = ()  # all that count as right where the one question is scored
+    choices: tuple[str, ...] = ()  # what it lets choose from
 
 
 def picture_of(record: Mapping[str, Any]) -> str | None:

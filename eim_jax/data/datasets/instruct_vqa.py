@@ -1,7 +1,7 @@
-"""Questions with short answers: rows {"image", "question", "answer" or "answers"}, and VQAv2's pair of files.
+"""Questions with short answers: {"image", "question", "answer" or "answers", "choices"}, and VQAv2's pair of files.
 
 Several answers are those of several people: the one that most of them gave is learned (the first of those, where there
-are several; VQAv2's own "multiple_choice_answer" where there is one), and all of them are the question's references.
+are several; VQAv2's own "multiple_choice_answer" where there is one), and all of them are the question's references. Of choices one is right, named by its text or its place.
 """
 
 import pathlib
@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from eim_jax.data.datasets.instruct_choices import choices_of, options_text, right_choice
 from eim_jax.data.datasets.instruct_fields import (
     MARKER,
     BadRowError,
@@ -24,7 +25,7 @@ from eim_jax.data.datasets.instruct_prompt import Question
 from eim_jax.data.text_files import identifier, read_json
 
 _ASKED = {"question", "question_id", "question_type", "image_id"}
-KEYS = frozenset(_ASKED | {"answer", "answers", "answer_type", "multiple_choice_answer"})
+KEYS = frozenset(_ASKED | {"answer", "answers", "answer_type", "multiple_choice_answer", "choices"})
 
 
 def is_row(record: Mapping[str, Any]) -> bool:
@@ -42,13 +43,17 @@ def take(record: Mapping[str, Any]) -> Row:
     asked = question_text(text_of(record, "question", '"question"'), image, '"question"')
     if not asked.strip():
         raise BadRowError(f'"question" has nothing but the marker {MARKER}')
+    before = {"system": system_of(record), "history": history_of(record, image)}
+    if choices := choices_of(record):
+        said = right_choice(record, choices)
+        pair = Question(asked, options_text(choices)), said
+        return Row(image, (pair,), answers=(said,), choices=choices, **before)
     answers = _answers(record)
     key = "answer" if record.get("answer") is not None else "multiple_choice_answer"
     if record.get(key) is None:
         said = Counter(answers).most_common(1)[0][0]
     else:
         said = answer_text(text_of(record, key, f'"{key}"'), f'"{key}"')
-    before = {"system": system_of(record), "history": history_of(record, image)}
     return Row(image, ((Question(asked), said),), answers=answers or (said,), **before)
 
 
