@@ -36,6 +36,10 @@ SHAPES = {
     "qwen2": {"qkv_bias": True, "window": 3, "narrow": (False, True, True)},
     "qwen3": {"qk_norm": True, "tied": True},
     "smollm3": {"no_rope": (False, True, False), "tied": True},
+    "gemma2": {
+        "window": 3, "narrow": (True, False, True), "query_scale": 9, "tied": True, "norm_offset": True,
+        "post_norms": True, "activation": "gelu_new", "embedding_scaled": True, "attention_cap": 0.4, "logit_cap": 0.7,
+    },
     "gemma3_text": {
         "window": 3, "narrow": (True, False, True), "narrow_theta": 7.0, "query_scale": 9, "qk_norm": True,
         "tied": True, "norm_offset": True, "post_norms": True, "activation": "gelu_new", "embedding_scaled": True,
@@ -162,6 +166,10 @@ REFUSED = {
         {**STATED, "model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "1"},
         "max_window_layers is '1', not a whole number",
     ),
+    "cap": (
+        {**GEMMA, "model_type": "gemma2", "attn_logit_softcapping": -1.0},
+        "attn_logit_softcapping is -1.0, not a number above 0",
+    ),
     "both ways": ({**GEMMA, "use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
     "capped": ({**GEMMA, "final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported, only None"),
     "scaled": (
@@ -190,6 +198,9 @@ def test_older_files_say_the_same_in_other_words(tmp_path):
     assert shape(**qwen).window == 0
     gemma = shape(model_type="gemma3_text", sliding_window=8, rope_theta=1e6, rope_local_base_freq=1e4)
     assert (gemma.rope_theta, gemma.narrow_theta, gemma.narrow) == (1e6, 1e4, (True,) * 5 + (False, True))
+    assert shape(model_type="gemma2", sliding_window=8).narrow == (True, False) * 3 + (True,)
+    uncapped = shape(model_type="gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert (uncapped.attention_cap, uncapped.logit_cap) == (0, 0)
     assert shape(model_type="smollm3").no_rope == (False, False, False, True) + (False,) * 3
 
 
@@ -204,6 +215,8 @@ def test_fields_that_a_file_leaves_out_are_those_of_transformers(name, tmp_path)
     width = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert (ours.head_width, ours.context, ours.eps) == (width, theirs.max_position_embeddings, theirs.rms_norm_eps)
     assert ours.tied == theirs.tie_word_embeddings and ours.window == (theirs.to_dict().get("sliding_window") or 0)
+    caps = [theirs.to_dict().get(f"{what}_logit_softcapping") or 0 for what in ("attn", "final")]
+    assert [ours.attention_cap, ours.logit_cap] == caps
     rope = theirs.rope_parameters
     assert ours.rope_theta == rope.get("full_attention", rope)["rope_theta"]
     assert ours.narrow_theta == rope.get("sliding_attention", {"rope_theta": 0})["rope_theta"]

@@ -41,6 +41,7 @@ WIDE_HEADS = {**GROUPED, "head_dim": 12}
 GEMMA = {**WIDE_HEADS, "layer_types": [NARROW, FULL, NARROW], "sliding_window": 5, "query_pre_attn_scalar": 9}
 GEMMA_ROPE = {NARROW: {"rope_type": "default", "rope_theta": 50.0}, FULL: {**LINEAR["rope_parameters"]}}
 GEMMA_ROPE = {"rope_parameters": GEMMA_ROPE}
+GEMMA2 = {**GEMMA, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 # Ours, theirs, the config's fields, by how much the initial weights are moved, whether the blocks are scanned.
 CASES = {
@@ -61,6 +62,8 @@ CASES = {
     "qwen3-scan": (Llama, "Qwen3", WIDE_HEADS, 0.05, True),
     "smollm3": (Llama, "SmolLM3", {**GROUPED, "no_rope_layers": [1, 0, 1]}, 0.05, False),
     "smollm3-scan": (Llama, "SmolLM3", {**GROUPED, "no_rope_layer_interval": 2}, 0.05, True),
+    "gemma2": (Llama, "Gemma2", GEMMA2, 0.05, False),
+    "gemma2-scan": (Llama, "Gemma2", {**GEMMA2, "sliding_window": 3, **ROPE}, 0.05, True),
     "gemma3": (Llama, "Gemma3", GEMMA, 0.05, False),
     "gemma3-scan": (Llama, "Gemma3", {**GEMMA, **GEMMA_ROPE}, 0.05, True),
 }
@@ -73,6 +76,7 @@ EXPORTS = {
     "qwen2": ("Qwen2", {**GROUPED, **QWEN_WINDOW}),
     "qwen3": ("Qwen3", {**WIDE_HEADS, "tie_word_embeddings": True}),
     "smollm3": ("SmolLM3", {**GROUPED, "no_rope_layers": [1, 0, 1]}),
+    "gemma2": ("Gemma2", GEMMA2),
     "gemma3": ("Gemma3", {**GEMMA, **GEMMA_ROPE}),
 }
 
