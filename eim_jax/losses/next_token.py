@@ -47,9 +47,10 @@ def head_xent(
     size. Positions outside `mask` give no loss and no gradient, even where `hidden` is not finite there. A `mask` of
     floats weighs each position, and then the weights' sum is returned in place of a number.
 
-    `chunk` positions have their logits at a time (0: what fits into CHUNK_BYTES); `cap` bounds them (0:
-    nothing does). With `mesh`, the rows of `hidden` lie over ("data", "fsdp") and the vocabulary over "tensor" (padded here where it does not divide): the head is gathered
-    over "fsdp" once, its gradient is summed over devices once, after the last chunk.
+    `chunk` positions have their logits at a time (0: what fits into CHUNK_BYTES); `cap` bounds them (0: nothing does).
+    With `mesh`, the rows of `hidden` lie over ("data", "fsdp") and the vocabulary over "tensor" (padded here where it
+    does not divide): the head is gathered over "fsdp" once, its gradient is summed over devices once, after the last
+    chunk.
 
     Raises ValueError for a head of another width, or rows that the mesh does not divide.
     """

@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from eim_jax.models.hugging_face import Layout, Row, WeightsError
+from eim_jax.models.hugging_face import Layout, Row, WeightsError, parts_of_key
 from eim_jax.pretrained.weight_files import Tensors
 
 
@@ -101,7 +101,19 @@ def write_leaves(flat: dict[str, jax.Array], leaves: dict[str, Leaf]) -> dict[st
         for keys, layer in zip(leaf.keys, array if leaf.stacked else [array], strict=True):
             theirs = leaf.layout.save(layer)
             tensors |= {k: np.ascontiguousarray(x) for k, x in zip(keys, theirs, strict=True)}
-    return tensors
+    return _joined(tensors)
+
+
+def _joined(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same with every key whole: the parts of one, in the order of their rows, become one array."""
+    whole, parts = {}, {}
+    for name, array in tensors.items():
+        key, lines, _ = parts_of_key(name)
+        if lines is None:
+            whole[key] = array
+        else:
+            parts.setdefault(key, {})[lines.start] = array
+    return whole | {key: np.concatenate([found[start] for start in sorted(found)]) for key, found in parts.items()}
 
 
 def write(directory: str | pathlib.Path, config: dict, tensors: dict[str, np.ndarray]) -> pathlib.Path:
