@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from close import assert_close
 from llama_oracle import random_params, stacked, tokens_of
+from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig
 
 from eim_jax.models.adapters.llama_adapter import ZeroInit
@@ -33,6 +34,7 @@ TINY = LlamaConfig(
 SHAPES = {
     "llama": {"rope_scaling": RopeScaling("llama3", 4.0, 1.0, 4.0, 16)},
     "mistral": {"window": 3},
+    "phi3": {"window": 3},
     "qwen2": {"qkv_bias": True, "window": 3, "narrow": (False, True, True)},
     "qwen3": {"qk_norm": True, "tied": True},
     "smollm3": {"no_rope": (False, True, False), "tied": True},
@@ -120,6 +122,19 @@ def test_a_folder_is_read_as_it_was_written(name, tmp_path):
     export_lm(tmp_path / "two", again)
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_parts_of_a_tensor_are_told_from_another_number_of_rows(tmp_path):
+    """A fused tensor of other heads is named by its key and shape, not cut where ours ends."""
+    export_lm(tmp_path, LM(SHAPES["phi3"], random_params(SHAPES["phi3"])))
+    tensors, key = load_file(tmp_path / "model.safetensors"), "model.layers.1.self_attn.qkv_proj.weight"
+    assert tensors[key].shape == (40 + 20 + 20, 32)
+    save_file({**tensors, key: np.concatenate([tensors[key]] * 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"layers\.1\.self_attn\.qkv_proj.* has shape \(160, 32\), not \(40, 32\)"):
+        load_lm(tmp_path)
+    save_file({name: x for name, x in tensors.items() if name != key}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"layers\.1\.self_attn\.qkv_proj.* is missing"):
+        load_lm(tmp_path)
 
 
 def test_an_export_names_the_tokenizers_own_ends(tmp_path):

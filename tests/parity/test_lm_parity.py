@@ -62,6 +62,8 @@ CASES = {
     "qwen3-scan": (Llama, "Qwen3", WIDE_HEADS, 0.05, True),
     "smollm3": (Llama, "SmolLM3", {**GROUPED, "no_rope_layers": [1, 0, 1]}, 0.05, False),
     "smollm3-scan": (Llama, "SmolLM3", {**GROUPED, "no_rope_layer_interval": 2}, 0.05, True),
+    "phi3": (Llama, "Phi3", {**GROUPED, "sliding_window": 5}, 0.05, False),
+    "phi3-scan": (Llama, "Phi3", {**GROUPED, **ROPE}, 0.05, True),
     "gemma2": (Llama, "Gemma2", GEMMA2, 0.05, False),
     "gemma2-scan": (Llama, "Gemma2", {**GEMMA2, "sliding_window": 3, **ROPE}, 0.05, True),
     "gemma3": (Llama, "Gemma3", GEMMA, 0.05, False),
@@ -76,6 +78,7 @@ EXPORTS = {
     "qwen2": ("Qwen2", {**GROUPED, **QWEN_WINDOW}),
     "qwen3": ("Qwen3", {**WIDE_HEADS, "tie_word_embeddings": True}),
     "smollm3": ("SmolLM3", {**GROUPED, "no_rope_layers": [1, 0, 1]}),
+    "phi3": ("Phi3", {**GROUPED, "sliding_window": 5}),
     "gemma2": ("Gemma2", GEMMA2),
     "gemma3": ("Gemma3", {**GEMMA, **GEMMA_ROPE}),
 }

@@ -10,6 +10,7 @@ from eim_jax.models.language.gemma3 import GEMMA3_FAMILY
 from eim_jax.models.language.gpt2 import GPT2_FAMILY
 from eim_jax.models.language.llama_family import LLAMA_FAMILY
 from eim_jax.models.language.mistral import MISTRAL_FAMILY
+from eim_jax.models.language.phi3 import PHI3_FAMILY
 from eim_jax.models.language.qwen import QWEN2_FAMILY, QWEN3_FAMILY
 from eim_jax.models.language.smollm3 import SMOLLM3_FAMILY
 
@@ -27,6 +28,7 @@ FAMILIES: dict[str, Family] = {
         SMOLLM3_FAMILY,
         GEMMA2_FAMILY,
         GEMMA3_FAMILY,
+        PHI3_FAMILY,
     )
 }
 
