@@ -33,6 +33,7 @@ TINY = LlamaConfig(
 )
 SHAPES = {
     "llama": {"rope_scaling": RopeScaling("llama3", 4.0, 1.0, 4.0, 16)},
+    "biased": {"qkv_bias": True, "out_bias": True},
     "mistral": {"window": 3},
     "phi3": {"window": 3},
     "qwen2": {"qkv_bias": True, "window": 3, "narrow": (False, True, True)},
@@ -47,11 +48,15 @@ SHAPES = {
         "tied": True, "norm_offset": True, "post_norms": True, "activation": "gelu_new", "embedding_scaled": True,
     },
 }  # fmt: skip
-SHAPES = {name: dataclasses.replace(TINY, model_type=name, **fields) for name, fields in SHAPES.items()}
+SHAPES = {
+    name: dataclasses.replace(TINY, model_type="llama" if name == "biased" else name, **fields)
+    for name, fields in SHAPES.items()
+}
+FAMILY_NAMES = [name for name in SHAPES if name != "biased"]
 
 
 def test_every_family_but_gpt2_is_here():
-    assert FAMILIES.keys() - {"gpt2"} == SHAPES.keys()
+    assert FAMILIES.keys() - {"gpt2"} == set(FAMILY_NAMES)
 
 
 def whole(config, params, tokens, valid=None):
@@ -137,6 +142,42 @@ def test_parts_of_a_tensor_are_told_from_another_number_of_rows(tmp_path):
         load_lm(tmp_path)
 
 
+def test_large_weights_are_several_files_of_at_most_a_size_and_an_index(tmp_path):
+    """Written, read, and written again with other files beside: nothing old is left, nothing differs."""
+    lm = LM(SHAPES["llama"], random_params(SHAPES["llama"]))
+    export_lm(tmp_path, lm, shard="20KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = {file.name: file.stat().st_size for file in tmp_path.glob("*.safetensors")}
+    assert files.keys() == set(index["weight_map"].values()) and len(files) > 2
+    assert max(files.values()) < 20_000 + 4_000  # and each file's header
+    jax.tree.map(np.testing.assert_array_equal, load_lm(tmp_path).params, lm.params)
+    export_lm(tmp_path, lm)
+    assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
+    with pytest.raises(WeightsError, match="'5', is no size such as 5GB"):
+        export_lm(tmp_path, lm, shard="5")
+
+
+def test_weights_are_written_in_another_dtype_and_config_json_says_so(tmp_path):
+    lm = LM(SHAPES["qwen3"], random_params(SHAPES["qwen3"]))
+    export_lm(tmp_path, lm, dtype=jnp.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {x.dtype.name for x in load_file(tmp_path / "model.safetensors").values()} == {"bfloat16"}
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), lm.params)
+    jax.tree.map(np.testing.assert_array_equal, load_lm(tmp_path).params, rounded)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY_NAMES if name != "qwen2"])
+def test_biases_that_a_folded_adapter_left_are_written_where_files_can_state_them(name, tmp_path):
+    """As the family's own attention_bias, the output's 0; Mistral's and Phi-3's as a Qwen2, which is the same."""
+    config = dataclasses.replace(SHAPES[name], qkv_bias=True)
+    params, tokens = random_params(config), tokens_of((2, 7), TINY)
+    export_lm(tmp_path, LM(config, params))
+    again = load_lm(tmp_path)
+    other = name in ("mistral", "phi3")
+    assert again.config == dataclasses.replace(config, out_bias=not other, model_type="qwen2" if other else name)
+    np.testing.assert_array_equal(whole(again.config, again.params, tokens), whole(config, params, tokens))
+
+
 def test_an_export_names_the_tokenizers_own_ends(tmp_path):
     tokenizer = types.SimpleNamespace(bos_token_id=None, eos_token_id=7)
     lm = LM(SHAPES["llama"], random_params(SHAPES["llama"]))
@@ -185,6 +226,7 @@ REFUSED = {
         {**GEMMA, "model_type": "gemma2", "attn_logit_softcapping": -1.0},
         "attn_logit_softcapping is -1.0, not a number above 0",
     ),
+    "biased": ({**STATED, "model_type": "mistral", "attention_bias": True}, "attention_bias True is not supported"),
     "both ways": ({**GEMMA, "use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
     "capped": ({**GEMMA, "final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported, only None"),
     "scaled": (
@@ -219,7 +261,7 @@ def test_older_files_say_the_same_in_other_words(tmp_path):
     assert shape(model_type="smollm3").no_rope == (False, False, False, True) + (False,) * 3
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_fields_that_a_file_leaves_out_are_those_of_transformers(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
     ours, theirs = lm_config(tmp_path), AutoConfig.for_model(name)

@@ -134,6 +134,8 @@ class Family:
       has_dropout: the shape has a field `dropout`, which towers.dropout sets.
       takes_adapters: the shape has a field `adapter`, which config.arm.*.adapter sets.
       shards: how its authors give it out, beside Hugging Face's form; None where that is the only one.
+      stated: shape -> the one by which its files are written: the biases that a folded adapter leaves may make it
+        another family's.
       plan_tokenizer: stands in for the tokenizer in `--mode=plan` where none is at hand; None where a plan needs none.
     """
 
@@ -149,5 +151,6 @@ class Family:
     quantised: str = ""
     has_dropout: bool = False
     takes_adapters: bool = False
+    stated: Callable[[Any], Any] = lambda shape: shape
     plan_tokenizer: Any = None
     shards: Shards | None = None

@@ -19,7 +19,7 @@ DEFAULTS |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256
 DEFAULTS |= {"query_pre_attn_scalar": 256, "sliding_window": 4096, "tie_word_embeddings": True}
 # A file that says null caps nothing; one that does not say has these.
 CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-_FIXED = {"hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
+_FIXED = {"hidden_activation": "gelu_pytorch_tanh"}
 _OWN = {
     "num_hidden_layers": "layers",
     "query_pre_attn_scalar": "query_scale",

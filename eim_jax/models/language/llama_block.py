@@ -31,6 +31,7 @@ class LlamaConfig:
       adapter: one of the adapters' objects (models/adapters), or None.
       quant: "none", or "nf4" for the blocks' linear layers.
       qkv_bias: biases of the query, key and value maps, which LLaMA lacks; Qwen2 and a folded adapter have them.
+      out_bias: a bias of the attention's output map: with qkv_bias it is config.json's attention_bias.
       rope_scaling: how RoPE's frequencies are stretched (not those of `narrow` layers with a theta of their own).
       no_rope: for each layer whether it turns nothing (SmolLM3); () for none.
       window: how many tokens a `narrow` layer sees, itself included; 0 for all.
@@ -64,6 +65,7 @@ class LlamaConfig:
     adapter: Adapter | None = None
     quant: str = "none"
     qkv_bias: bool = False
+    out_bias: bool = False
     rope_scaling: RopeScaling | None = None
     no_rope: tuple[bool, ...] = ()
     window: int = 0
@@ -144,7 +146,7 @@ class LlamaAttention(nn.Module):
         self.k = QDense(c.width, shared, quant=c.quant, use_bias=c.qkv_bias, dtype=c.dtype)
         self.v = QDense(c.width, shared, quant=c.quant, use_bias=c.qkv_bias, dtype=c.dtype)
         residual = nn.initializers.normal(0.02 * (2 * c.layers) ** -0.5)
-        self.out = QDense(inner, c.width, quant=c.quant, dtype=c.dtype, kernel_init=residual)
+        self.out = QDense(inner, c.width, quant=c.quant, use_bias=c.out_bias, dtype=c.dtype, kernel_init=residual)
         if c.qk_norm:
             self.q_norm, self.k_norm = rms_norm(c), rms_norm(c)
 

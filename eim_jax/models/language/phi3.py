@@ -4,7 +4,15 @@ import dataclasses
 
 from eim_jax.models.hugging_face import TRANSPOSE, Row, part
 from eim_jax.models.language.llama_block import LlamaConfig
-from eim_jax.models.language.llama_files import key_rows, llama_like, read_shape, read_window, write_shape
+from eim_jax.models.language.llama_files import (
+    UNBIASED,
+    as_qwen2,
+    key_rows,
+    llama_like,
+    read_shape,
+    read_window,
+    write_shape,
+)
 
 DEFAULTS = {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096}
 DEFAULTS |= {"rms_norm_eps": 1e-5}
@@ -32,14 +40,16 @@ PHI3_FAMILY = dataclasses.replace(
         "phi3",
         "Phi-3",
         read=lambda theirs: read_shape(
-            {**DEFAULTS, **theirs}, model_type="phi3", window=read_window({**DEFAULTS, **theirs})[0]
+            {**DEFAULTS, **theirs}, UNBIASED, model_type="phi3", window=read_window({**DEFAULTS, **theirs})[0]
         ),
         write=lambda c: write_shape(
             c,
             "Phi3ForCausalLM",
+            UNBIASED,
             sliding_window=c.window or None,
             pad_token_id=None,  # transformers' own lies outside a smaller vocabulary
         ),
+        stated=as_qwen2,
     ),
     rows=_rows,
 )
