@@ -90,7 +90,7 @@ def read_leaves(
     return flat
 
 
-def write_leaves(flat: dict[str, jax.Array], leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
+def write_leaves(flat: Mapping[str, jax.Array | np.ndarray], leaves: dict[str, Leaf]) -> dict[str, np.ndarray]:
     """Returns their keys -> arrays, from our leaves.
 
     Raises:
@@ -131,15 +131,10 @@ def write(
       WeightsError: `shard` is no size.
     """
     directory = pathlib.Path(directory)
-    try:
-        split = huggingface_hub.split_state_dict_into_shards_factory(
-            tensors,
-            get_storage_size=lambda x: x.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=shard,
-        )
-    except ValueError as error:
-        raise WeightsError(f"the largest file, {shard!r:.60}, is no size such as 5GB or 500MB") from error
+    check_shard(shard)
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        tensors, get_storage_size=lambda x: x.nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard
+    )
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / "config.json", config)
     for old in directory.glob("model*.safetensors*"):
@@ -152,6 +147,12 @@ def write(
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         _write_json(directory / "model.safetensors.index.json", index)
     return directory
+
+
+def check_shard(shard: str) -> None:
+    """Raises WeightsError for a largest file of weights that is no size."""
+    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", shard):
+        raise WeightsError(f"the largest file, {shard!r:.60}, is no size such as 5GB or 500MB")
 
 
 def _write_json(file: pathlib.Path, content: dict) -> None:

@@ -75,6 +75,7 @@ class VisionFamily:
       eos: the text shape's field for the id of [EOS], which is the tokenizer's where the folder has one; "" for a text
         tower that looks for none.
       ignored: a regular expression over keys of the file that hold no parameter.
+      in_llava: transformers' LLaVA class reads its tokens as `tokens` gives them: what the last block leaves.
       published: hub ids -> the two shapes, for `--mode=plan` where config.json is not at hand.
     """
 
@@ -88,4 +89,5 @@ class VisionFamily:
     rows: tuple[Row, ...]
     eos: str = ""
     ignored: str = r"(?!)"
+    in_llava: bool = False
     published: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
