@@ -64,7 +64,7 @@ def whole(config, params, tokens, valid=None):
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_decoding_with_a_cache_gives_the_logits_of_the_whole_text(name, scan):
     """Prompts of 6, 2 and 4 tokens, padded on the right to 6, then one token at a time: past every window."""
     config, tokens, prompts = SHAPES[name], tokens_of((3, 14), SHAPES[name]), np.array([6, 2, 4])
