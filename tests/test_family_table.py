@@ -33,7 +33,7 @@ RECIPES = {
 }
 QUICK = ("gemma2", "ClipCap, LM tuned")
 PAGE = Path(__file__).parent.parent / "docs" / "guides" / "towers.md"
-SMALL = {"vocab": 986, "context": 160, "width": 64, "own_head_width": 0, "mlp": 64}
+SMALL = {"vocab": 1000, "context": 160, "width": 64, "own_head_width": 0, "mlp": 64}
 
 
 def stated() -> dict[tuple[str, str], set[str]]:
@@ -56,7 +56,7 @@ def test_the_table_has_every_family_and_every_recipe():
 def folder_of(family: str, home: Path) -> Path:
     """A tiny random model of the family with the miniature's LLaMA tokenizer."""
     if family == "gpt2":
-        config = GPT2Config(vocab=986, context=160, width=64, layers=2, heads=4)
+        config = GPT2Config(vocab=1000, context=160, width=64, layers=2, heads=4)
     else:
         config = dataclasses.replace(SHAPES[family], **SMALL)
     shapes = jax.eval_shape(family_of(config).build(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
