@@ -1,4 +1,4 @@
-"""A trained arm as plain files: what training changed as one safetensors file, a tuned LM as a folder of its own."""
+"""A trained arm as plain files: what training changed as one safetensors file, models as folders of their own."""
 
 import dataclasses
 import json
@@ -10,34 +10,91 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from eim_jax.commands import model_card, pushing
+from eim_jax.commands.exported_chat import chat_template
+from eim_jax.commands.exported_lms import LLAVA_FOLDER, WITH_IMAGE, language_models
 from eim_jax.commands.trained_arms import load_finished, trained
 from eim_jax.config import Config, ConfigError
+from eim_jax.data import rows
 from eim_jax.parallel.lock import held
-from eim_jax.pretrained import LM, export_lm
-from eim_jax.training import initial, partition
+from eim_jax.pretrained import export_lm, llava, reader
+from eim_jax.training import initial, partition, setup
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.console import console
 from eim_jax.utils.files import Damaged, new_folder, read_json
 
 LEAVES, RECORD = "trained.safetensors", "arm.json"
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def export(config: Config, workdir: Path | None, arm: str, out: Path, *, init: bool = False) -> None:
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """How the folders of models hold their weights (LEAVES is one file of float32).
+
+    Attributes:
+      dtype: one of DTYPES.
+      shard: the largest file ("5GB"); more are several files and an index.
+    """
+
+    dtype: str = "float32"
+    shard: str = reader.SHARD
+
+
+DEFAULT = Weights()
+
+
+def export(
+    config: Config,
+    workdir: Path | None,
+    arm: str,
+    out: Path,
+    *,
+    init: bool = False,
+    weights: Weights = DEFAULT,
+    push: str = "",
+) -> None:
     """Writes a trained arm as plain files; with `init` what config.init holds, in our form.
+
+    Args:
+      config: the run's.
+      workdir: of the finished run; may be None with `init`.
+      arm: which of its arms.
+      out: the folder.
+      init: writes config.init as it is.
+      weights: how the models' folders hold their weights.
+      push: the hub's repository that the folder is uploaded to; "" for none.
 
     Raises:
       InUse: another command writes there.
+      ConfigError: as `write_arm`, or the hub did not take it.
     """
+    if push:
+        pushing.check(push)
+    reader.check_shard(weights.shard)
     with held(out, wait=False):
         inputs = load_finished(config, workdir)
         vlm, params = trained(inputs, arm, init=init)
-        write_arm(inputs, arm, params, out, kept=initial.given(inputs, config.arm[arm], vlm, params))
-    console.print(f"written to {out}", soft_wrap=True)
+        kept = initial.given(inputs, config.arm[arm], vlm, params)
+        write_arm(inputs, arm, params, out, kept=kept, weights=weights)
+        console.print(f"written to {out}", soft_wrap=True)
+        if push:
+            pushing.push(out, push)
 
 
-def write_arm(inputs: Inputs, arm: str, params: Flat, out: Path, kept: Collection[str] = ()) -> None:
-    """Writes the folder `out`: LEAVES, RECORD, where a stage trains the LM itself also lm/, for transformers.
+def write_arm(
+    inputs: Inputs,
+    arm: str,
+    params: Flat,
+    out: Path,
+    kept: Collection[str] = (),
+    *,
+    weights: Weights = DEFAULT,
+) -> None:
+    """Writes the folder `out`: LEAVES, RECORD, a model card (README.md), and the models that transformers can hold.
+
+    Those are the tuned LM as lm/, or with LaVIN's adapters folded in as lm_with_image/ and lm_text_only/, and the whole
+    arm as llava/. What cannot be written is said in the log and in the card, with the reason.
 
     LEAVES holds, in float32, in our shapes and by our paths ("st/...", "visual/prompt/...", "lm/..."), every leaf that
     a stage of the arm trains, every one that no tower has, and those of `kept` (config.init's); with the towers of
@@ -58,7 +115,6 @@ def write_arm(inputs: Inputs, arm: str, params: Flat, out: Path, kept: Collectio
         for path, leaf in params.items()
         if path in trained or path not in inputs.towers
     }
-    language = {path for path in inputs.towers if path.startswith("lm/")}  # without adapters
     record = {
         "eim_jax": metadata.version("eim_jax"),
         "arm": arm,
@@ -66,6 +122,7 @@ def write_arm(inputs: Inputs, arm: str, params: Flat, out: Path, kept: Collectio
         "stages": {name: dataclasses.asdict(config.stages[name]) for name in sequence},
         "towers": dataclasses.asdict(config.towers),
         "identity": inputs.fingerprints,
+        "weights": dataclasses.asdict(weights),
     }
     if full:
         if not _is_there(out, leaves, record):
@@ -73,11 +130,41 @@ def write_arm(inputs: Inputs, arm: str, params: Flat, out: Path, kept: Collectio
         return
     with new_folder(out) as scratch:
         save_file(leaves, scratch / LEAVES)
-        if language & trained and config.towers.quant == "none":
-            lm = {path: params[path].astype(np.float32) for path in language}
-            export_lm(scratch / "lm", LM(inputs.lm.config, partition.unflatten(lm)["lm"]), inputs.lm_tokenizer)
-            inputs.lm_tokenizer.save_pretrained(scratch / "lm")
+        notes = _write_models(inputs, arm, params, trained, scratch, weights)
         (scratch / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        folders = sorted(folder for folder in scratch.iterdir() if folder.is_dir())
+        card = model_card.text(inputs, arm, [folder.name for folder in folders], notes)
+        for folder in (scratch, *folders):
+            (folder / model_card.CARD).write_text(card, encoding="utf-8")
+    for note in notes:
+        console.print(f"not written: {note}", soft_wrap=True)
+
+
+def _write_models(
+    inputs: Inputs, arm: str, params: Flat, trained: Collection[str], out: Path, weights: Weights
+) -> list[str]:
+    """Writes a folder for each model that transformers can hold; returns what is not written, and why."""
+    vlm = setup.model(inputs, inputs.config.arm[arm])
+    found = language_models(inputs, vlm, params, trained)
+    dtype = None if weights.dtype == "float32" else weights.dtype
+    for name, lm in found.folders.items():
+        export_lm(out / name, lm, inputs.lm_tokenizer, dtype=dtype, shard=weights.shard)
+        inputs.lm_tokenizer.save_pretrained(out / name)
+    if (reason := llava.why_not(vlm, found.reads_images)) or found.reads_images is None:
+        return [*found.notes, f"{LLAVA_FOLDER}/ (transformers' LlavaForConditionalGeneration): {reason}"]
+    llava.export_llava(
+        out / LLAVA_FOLDER,
+        vlm,
+        params,
+        found.reads_images,
+        inputs.lm_tokenizer,
+        template=chat_template(inputs, vlm, always_shown=WITH_IMAGE in found.folders),
+        stretch=inputs.config.data.fit == "stretch",
+        end=rows.end_id(inputs.config.data, inputs.lm_tokenizer),
+        dtype=dtype,
+        shard=weights.shard,
+    )
+    return found.notes
 
 
 def _is_there(out: Path, kept: dict[str, np.ndarray], record: dict) -> bool:

@@ -84,6 +84,11 @@ class VLM:
         adapters = [towers[name].adapter for name in self.noisy]
         return max([0.0, *rates, *(a.dropout_rate for a in adapters if a is not None)])
 
+    @property
+    def logit_cap(self) -> float:
+        """What caps the head's products to logits (`layers.soft_cap`); 0.0 where nothing does."""
+        return getattr(self.lm.config, "logit_cap", 0.0)
+
     def for_stage(self, trained: Iterable[str]) -> "VLM":
         """Returns the same modules for a stage that trains these paths: the other towers run without dropout.
 
@@ -310,7 +315,7 @@ class VLM:
         return has_image if adapter is None or adapter.visual_tokens else jnp.zeros_like(has_image)
 
     def head_weights(self, params: dict) -> tuple[Float[Array, "_ _"], int]:
-        """Returns the weights that turn `lm_hidden` into logits, and which of their axes counts the vocabulary."""
+        """Returns the weights that turn `lm_hidden` into logits (before `logit_cap`), and their axis of words."""
         return _apply(self.lm, {"params": params["lm"]}, method="head_weights")
 
     def logits(self, params: dict, hidden: Float[Array, "b t d"]) -> Float[Array, "b t V"]:

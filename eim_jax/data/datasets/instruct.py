@@ -105,8 +105,8 @@ def load_instruct(
       self-instruct  {"id", "instruction", "instances": [{"input", "output"}, ...]}
       ShareGPT       the same, the speakers also system, user and assistant
       OpenAI, TRL    {"messages": [{"role": system|user|assistant, "content": a text, or a list of parts}, ...]}
-      VQA            {"image", "question", "answer" or "answers" (of several people), "choices" (may be missing)}; or VQAv2's
-                     file of questions, its annotations beside it
+      VQA            {"image", "question", "answer" or "answers" (of several people), "choices" (may be missing)};
+                     or VQAv2's file of questions, its annotations beside it
       LaVIN          {"instruction", "answer", "image", "image_source", "qid", "options"}, in {"all": [...]}; the
                      instruction is the whole prompt; pictures of source "sqa" are `scienceqa_images`' {qid}/image.png
     Each may have an "image", or "images" of one; a "system" prompt, which stands in front; a "history"

@@ -187,6 +187,7 @@ CLIP_FAMILY = VisionFamily(
     rows=ROWS,
     eos="eos_id",
     ignored=r"(vision|text)_model\.embeddings\.position_ids",  # 0, 1, 2, ...
+    in_llava=True,
     published={
         "openai/clip-vit-base-patch32": (CLIPVisionConfig(), CLIPTextConfig()),
         "openai/clip-vit-base-patch16": (CLIPVisionConfig(patch_size=16), CLIPTextConfig()),

@@ -10,6 +10,15 @@ FEATURES = ("full", "cls", "grid", "first")
 GRID = 7  # patches a side that "grid" leaves: [CLS] and 49 of them are EIM's 50 tokens
 
 
+def takes_all(features: str, tokens: int) -> bool:
+    """Returns whether a choice leaves all of a tower's tokens as they are: `select` of so many, [CLS] and a square.
+
+    >>> takes_all("grid", 50), takes_all("grid", 257), takes_all("cls", 50)
+    (True, False, False)
+    """
+    return features == "full" or (features in ("grid", "first") and tokens <= 1 + GRID**2)
+
+
 def select(seen: Float[Array, "b n v"], features: str) -> Float[Array, "b m v"]:
     """Returns the visual tokens that go to the ST.
 

@@ -84,6 +84,7 @@ class VisionFamily:
       resizes: the tower sees pictures of the image processor's size, whatever the size it was trained at last, as
         transformers has it; else that of config.json. Positions are interpolated where the two differ.
       drawn: the tower's own parameters, by their first name below "visual/", that no file holds and the run draws.
+      in_llava: transformers' LLaVA class reads its tokens as `tokens` gives them: what the last block leaves.
       published: hub ids -> the two shapes, for `--mode=plan` where config.json is not at hand.
     """
 
@@ -101,6 +102,7 @@ class VisionFamily:
     pads: bool = False
     resizes: bool = False
     drawn: tuple[str, ...] = ()
+    in_llava: bool = False
     published: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
     def rows_of(self, vision: Any) -> tuple[Row, ...]:
