@@ -43,9 +43,13 @@ class InstructReport:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InstructSplit(Split):
-    """A split that also knows whether prompts hold earlier answers, which `data.seam` joins to their questions."""
+    """A split that also knows whether prompts hold earlier answers, which `data.seam` joins to their questions.
+
+    `choices` are those of each sample whose row lets choose, for the task "choices".
+    """
 
     turns: bool = dataclasses.field(default=False, kw_only=True)
+    choices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict, kw_only=True)
 
 
 class Instructions(NamedTuple):

@@ -1,8 +1,8 @@
 """Questions with short answers: {"image", "question", "answer" or "answers", "choices"}, and VQAv2's pair of files.
 
 Several answers are those of several people: the one that most of them gave is learned (the first of those, where there
-are several; VQAv2's own "multiple_choice_answer" where there is one), and all of them are the question's references. Of choices
-one is right, named by its text or its place.
+are several; VQAv2's own "multiple_choice_answer" where there is one), and all of them are the question's references.
+Of choices one is right, named by its text or its place.
 """
 
 import pathlib
