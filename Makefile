@@ -15,6 +15,10 @@ DEMO := $(BIN)/python -m eim_jax.main --config=configs/miniature.py --workdir=ru
 # (benchmarks/huge_pages.py). Without glibc 2.35 or newer it means nothing.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
+# Containers often forbid Python to keep what it compiled: each of the many processes here would compile all it imports
+# again, which takes longer than the imports. It is kept in .venv and beside the sources, as Python does by itself.
+unexport PYTHONDONTWRITEBYTECODE
+
 comma := ,
 INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e
 
@@ -49,7 +53,7 @@ isa: .venv/test$(EXTRAS)
 
 # The live comparison with PyTorch and transformers, full-size towers included.
 parity: .venv/parity$(EXTRAS)
-	$(BIN)/python -m pytest tests/parity
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/parity
 
 # Full-size stages compiled for TPUs that are not here: one config a recipe; FITS=topology takes all.
 FITS ?= topology and not slow

@@ -28,11 +28,11 @@ from eim_jax.config import from_config_dict
 from eim_jax.losses import next_token, objective
 from eim_jax.losses.table import queues_of
 from eim_jax.parallel.sharding import make_mesh
-from eim_jax.planning.flops import work
 from eim_jax.planning.plan import placed, stage_program
 from eim_jax.planning.shapes import abstract_inputs
 from eim_jax.training import partition
 from eim_jax.training.setup import model, reads_features, shapes
+from eim_jax.utils.flops import work
 
 sys.path.append(str(Path(__file__).parent.parent))  # configs/ is no part of the package
 # recipe -> (baseline's config, EIM's config, the paper's stage minutes on its machines, what it says of the overhead)

@@ -68,6 +68,13 @@ _MEMORY = (
     "In scoring and captions: a smaller --config.decode.batch. --mode=plan says what each stage takes."
 )
 
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ("float32", "bfloat16", "float16"), "For export: of the weights in the models' folders."
+)
+_SHARD = flags.DEFINE_string("shard", "5GB", "For export: the largest file of weights; more are several files.")
+_PUSH = flags.DEFINE_string(
+    "push", "", "For export: USER/NAME on the Hugging Face hub, to which the folder with its model card is uploaded."
+)
 _TRACEBACK = flags.DEFINE_boolean("traceback", False, "Show where an error arose.")
 
 
@@ -131,7 +138,11 @@ def _use(config: settings.Config, workdir: Path | None, places: list[str]) -> No
     elif _MODE.value == "export":
         if not _OUT.value:
             raise app.UsageError("--mode=export needs --out=FOLDER")
-        exporting.export(config, workdir, _arm(config), user_path(_OUT.value), init=init, merge=_MERGE.value)
+        weights = exporting.Weights(_DTYPE.value, _SHARD.value)
+        out = user_path(_OUT.value)
+        exporting.export(
+            config, workdir, _arm(config), out, init=init, merge=_MERGE.value, weights=weights, push=_PUSH.value
+        )
     else:
         if len(places) + bool(_IMAGE.value) > 1:
             raise app.UsageError("--mode=chat is about one image: give one, or /image FILE in the conversation")

@@ -148,7 +148,7 @@ def hash_of(config: Config, arm: str) -> str:
     One at its default is left out, so that new fields change nothing.
     """
     kept = deciding(config, [arm], datasets.free_on_resume())
-    tests = {"data.eval_limit", *datasets.free_on_resume()}
+    tests = {"data.eval_limit", "data.scored", *datasets.free_on_resume()}
     kept |= {k: value for k, value in flatten(config).items() if k.startswith("decode.") or k in tests}
     plain = flatten(datasets.complete(Config()))
     plain |= {f"arm.{arm}.{name}": value for name, value in vars(Arm()).items()}

@@ -1,6 +1,7 @@
 """Eight fake devices, strict ranks and run-time shape checks for every test."""
 
 import functools
+import gc
 import os
 import pathlib
 import shutil
@@ -42,6 +43,13 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     place = {f"test_{name}": i for i, name in enumerate(LONGEST.split())}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+
+
+def pytest_collection_finish(session):
+    """What was imported stays: collections, frequent while JAX traces, need not look at it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_unconfigure(config):

@@ -7,6 +7,7 @@ from all other rows, and every layer's router reads that row.
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 
 from eim_jax.models.adapters.lavin import Router
 from eim_jax.models.adapters.llama_adapter import ZeroInit
@@ -19,10 +20,7 @@ PROMPTS = ZeroInit(prompts=3, layers=2)
 
 def random_params(config: LlamaConfig, seed: int = 0) -> dict:
     """Parameters of which none is 0 or 1 by initialisation, so that every term counts."""
-    params = jax.jit(Llama(config).init)(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
-    leaves, tree = jax.tree.flatten(params)
-    rng = np.random.default_rng(seed)
-    return jax.tree.unflatten(tree, [x + 0.1 * rng.standard_normal(x.shape, np.float32) for x in leaves])
+    return tiny.loud(Llama(config).init, jnp.zeros((1, 1), jnp.int32), size=0.1, seed=seed)
 
 
 def stacked(params: dict, layers: int) -> dict:

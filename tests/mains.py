@@ -6,6 +6,7 @@ devices, own flags, own end; a signal reaches it alone.
 
 import atexit
 import contextlib
+import gc
 import multiprocessing
 import os
 import pathlib
@@ -32,6 +33,7 @@ def _become(flags, environment, output, stdin, before):
     os.chdir(ROOT)
     os.environ.update(environment)
     sys.argv = ["eim_jax/main.py", *flags]
+    gc.freeze()  # the server's imports: collections while JAX traces need not look at them
     from eim_jax import main
 
     if before is not None:

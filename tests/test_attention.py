@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from close import assert_close, assert_trees_close
 
 from eim_jax.config import ConfigError
@@ -28,7 +29,7 @@ MODELS = {
 
 def both(kind, config, call):
     """`call`(model, params) by our softmax and by JAX's own."""
-    params = kind(config).init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))["params"]
+    params = tiny.loud(kind(config).init, jnp.zeros((1, 3), jnp.int32), size=0.1)
     drawn = iter(jax.random.split(jax.random.key(1), 200))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(drawn), x.shape), params)  # gates leave 0
     return [call(kind(dataclasses.replace(config, attention=name)), params) for name in ("softmax", "xla")]
@@ -79,7 +80,7 @@ def test_prefill_and_one_decoded_token_agree(kind, config):
 def test_clip_with_prompt_tokens_sees_the_same():
     config = CLIPVisionConfig(16, 4, width=32, layers=2, heads=4, mlp=64, joint=16, prompts=2, prompt_hidden=8)
     pixels = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-    params = CLIPVision(config).init(jax.random.key(1), pixels)
+    params = {"params": tiny.loud(CLIPVision(config).init, pixels, size=0.1)}
     theirs = CLIPVision(dataclasses.replace(config, attention="xla")).apply(params, pixels, method="tokens")
     assert_close(CLIPVision(config).apply(params, pixels, method="tokens"), theirs, 1e-5, rtol=1e-4)
 

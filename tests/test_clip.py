@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from close import assert_close, assert_trees_close
 
 from eim_jax.models.layers import Block, BlockConfig
@@ -39,14 +40,7 @@ def features(clip, params, pixels, tokens) -> dict:
 
 
 def random_params(config: CLIPVisionConfig) -> dict:
-    params = jax.jit(CLIPVision(config).init)(
-        jax.random.key(0), jnp.zeros((1, config.image_size, config.image_size, 3))
-    )
-    leaves, tree = jax.tree.flatten(params["params"])
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(
-        tree, [x + 0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    )
+    return tiny.loud(CLIPVision(config).init, jnp.zeros((1, config.image_size, config.image_size, 3)), size=0.1)
 
 
 def pixels_of(config: CLIPVisionConfig) -> jax.Array:
@@ -117,7 +111,7 @@ def test_deep_prompts_equal_tokens_put_in_front_of_every_block_and_cut_off_after
 def test_only_the_first_eos_counts_and_later_tokens_change_nothing():
     config = CLIPTextConfig(vocab=20, context=9, width=12, layers=2, heads=2, mlp=24, joint=8, eos_id=15)
     tokens = jnp.array([[3, 4, 15, 15, 19, 1, 15]])
-    params = jax.jit(CLIPText(config).init)(jax.random.key(0), tokens)["params"]
+    params = tiny.loud(CLIPText(config).init, tokens)
     feature = apply(CLIPText(config), params, tokens)
     assert_close(apply(CLIPText(config), params, tokens[:, :3]), feature, 1e-6)
     hidden = apply(CLIPText(config), params, tokens, "hidden")
@@ -128,7 +122,7 @@ def test_only_the_first_eos_counts_and_later_tokens_change_nothing():
 def test_old_configs_pool_at_the_largest_id_and_others_need_their_eos_in_every_row():
     config = CLIPTextConfig(vocab=20, context=9, width=12, layers=1, heads=2, mlp=24, joint=8, eos_id=15)
     rows = jnp.array([[3, 4, 15, 1], [3, 18, 4, 1]])
-    params = jax.jit(CLIPText(config).init)(jax.random.key(0), rows)["params"]
+    params = tiny.loud(CLIPText(config).init, rows)
     by_eos = CLIPText(config)
     with pytest.raises(ValueError, match=r"row 1 of the texts has no EOS token \(id 15\)"):
         by_eos.apply({"params": params}, rows)
@@ -188,5 +182,5 @@ def test_select_keeps_the_dtype_and_refuses_what_it_cannot_choose():
     assert {select(seen, name).dtype for name in FEATURES} == {jnp.dtype(jnp.bfloat16)}
     with pytest.raises(ValueError, match="'patches' is not one of"):
         select(seen, "patches")
-    with pytest.raises(ValueError, match="not 256 tokens"):
+    with pytest.raises(ValueError, match="needs a square of patches, not 255"):
         select(seen[:, :256], "grid")

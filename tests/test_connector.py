@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from close import assert_close
 
 from eim_jax.models.connector import STConfig, make_st
@@ -27,7 +28,7 @@ def setting(kind: str):
     config = CONFIGS[kind]
     st, rng = make_st(config), np.random.default_rng(0)
     seen = rng.standard_normal((2, 5, 6))
-    params = jax.jit(st.init)(jax.random.key(0), jnp.asarray(seen, jnp.float32))["params"]
+    params = tiny.loud(st.init, jnp.asarray(seen, jnp.float32))
     params = jax.tree.map(lambda x: np.asarray(x, np.float64) + 0.1 * rng.standard_normal(x.shape), params)
     low = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     out = jax.jit(lambda p, x: st.apply({"params": p}, x))(low, jnp.asarray(seen, jnp.float32))

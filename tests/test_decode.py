@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from close import assert_close, size_of
+from tiny import loud
 
 from eim_jax.generation import beam, decode_state, sampler
 from eim_jax.generation.sampler import DecodeConfig, generate
@@ -19,7 +20,7 @@ VOCAB, WIDTH, EOS, PERIOD, LONGEST = 23, 16, 3, 5, 10
 def tiny(scan=False, seed=0):
     """A tiny GPT-2 whose next-token distributions are peaked enough to differ and flat enough to search."""
     lm = GPT2(GPT2Config(vocab=VOCAB, context=64, width=WIDTH, layers=2, heads=2, scan=scan))
-    params = lm.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = loud(lm.init, jnp.zeros((1, 2), jnp.int32), size=0.02, seed=seed)
     params = jax.tree.map(lambda x: 8 * x, params)
     louder = jnp.ones((VOCAB, 1)).at[jnp.array([EOS, PERIOD])].set(2.0)  # so that texts end now and then
     params["token_embedding"]["embedding"] *= louder

@@ -203,7 +203,7 @@ def test_named_files_and_fields_exist():
             if re.fullmatch(rf"(?:{TOPS})/[\w./-]*", code):
                 files += 1
                 assert (ROOT / code).exists(), f"{named(page)}: no {code}"
-            if re.fullmatch(r"(data|towers|losses|decode|checkpoint|arm|stages)\.[\w.*]+(=\S+)?", code):
+            if re.fullmatch(r"(data|towers|losses|decode|checkpoint|eval|arm|stages)\.[\w.*]+(=\S+)?", code):
                 fields += 1
                 if not code.endswith(".*"):
                     check_field(code, named(page))

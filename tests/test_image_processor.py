@@ -81,7 +81,7 @@ def test_the_statistics_and_their_file_are_said(folder):
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"resample": 2}, "resample 2 is not supported, only 3"),
+        ({"resample": 1}, r"resample 1 is not supported, only 2 \(bilinear\) and 3 \(bicubic\)"),
         ({"do_resize": False}, "do_resize is false"),
         ({"do_normalize": "no"}, "do_normalize is 'no'"),
         ({"image_mean": [0.5, 0.5]}, r"image_mean is \[0\.5, 0\.5\], not one number for each"),
@@ -115,7 +115,7 @@ def test_a_nested_processor_that_is_none_is_named(folder):
     [
         ({"size": {"height": 32, "width": 32}}, True, "size .* set config.data.fit=stretch"),
         ({"do_center_crop": False}, True, "do_center_crop is false"),
-        ({"size": {"shortest_edge": 40}}, True, r"size \{'shortest_edge': 40\} is not the tower's image_size, 32"),
+        ({"size": {"shortest_edge": 24}}, True, r"size \{'shortest_edge': 24\} is not the tower's image_size, 32"),
         ({"size": {"height": 40, "width": 40}}, False, "size .* is not the tower's image_size, 32"),
         ({"crop_size": {"height": 24, "width": 24}}, False, "crop_size .* is not the tower's image_size, 32"),
     ],

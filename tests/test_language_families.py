@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from close import assert_close
 from llama_oracle import random_params, stacked, tokens_of
+from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig
 
 from eim_jax.models.adapters.llama_adapter import ZeroInit
@@ -32,20 +33,30 @@ TINY = LlamaConfig(
 )
 SHAPES = {
     "llama": {"rope_scaling": RopeScaling("llama3", 4.0, 1.0, 4.0, 16)},
+    "biased": {"qkv_bias": True, "out_bias": True},
     "mistral": {"window": 3},
+    "phi3": {"window": 3},
     "qwen2": {"qkv_bias": True, "window": 3, "narrow": (False, True, True)},
     "qwen3": {"qk_norm": True, "tied": True},
     "smollm3": {"no_rope": (False, True, False), "tied": True},
+    "gemma2": {
+        "window": 3, "narrow": (True, False, True), "query_scale": 9, "tied": True, "norm_offset": True,
+        "post_norms": True, "activation": "gelu_new", "embedding_scaled": True, "attention_cap": 0.4, "logit_cap": 0.7,
+    },
     "gemma3_text": {
         "window": 3, "narrow": (True, False, True), "narrow_theta": 7.0, "query_scale": 9, "qk_norm": True,
         "tied": True, "norm_offset": True, "post_norms": True, "activation": "gelu_new", "embedding_scaled": True,
     },
 }  # fmt: skip
-SHAPES = {name: dataclasses.replace(TINY, model_type=name, **fields) for name, fields in SHAPES.items()}
+SHAPES = {
+    name: dataclasses.replace(TINY, model_type="llama" if name == "biased" else name, **fields)
+    for name, fields in SHAPES.items()
+}
+FAMILY_NAMES = [name for name in SHAPES if name != "biased"]
 
 
 def test_every_family_but_gpt2_is_here():
-    assert FAMILIES.keys() - {"gpt2"} == SHAPES.keys()
+    assert FAMILIES.keys() - {"gpt2"} == set(FAMILY_NAMES)
 
 
 def whole(config, params, tokens, valid=None):
@@ -53,7 +64,7 @@ def whole(config, params, tokens, valid=None):
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_decoding_with_a_cache_gives_the_logits_of_the_whole_text(name, scan):
     """Prompts of 6, 2 and 4 tokens, padded on the right to 6, then one token at a time: past every window."""
     config, tokens, prompts = SHAPES[name], tokens_of((3, 14), SHAPES[name]), np.array([6, 2, 4])
@@ -118,6 +129,55 @@ def test_a_folder_is_read_as_it_was_written(name, tmp_path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
+def test_parts_of_a_tensor_are_told_from_another_number_of_rows(tmp_path):
+    """A fused tensor of other heads is named by its key and shape, not cut where ours ends."""
+    export_lm(tmp_path, LM(SHAPES["phi3"], random_params(SHAPES["phi3"])))
+    tensors, key = load_file(tmp_path / "model.safetensors"), "model.layers.1.self_attn.qkv_proj.weight"
+    assert tensors[key].shape == (40 + 20 + 20, 32)
+    save_file({**tensors, key: np.concatenate([tensors[key]] * 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"layers\.1\.self_attn\.qkv_proj.* has shape \(160, 32\), not \(40, 32\)"):
+        load_lm(tmp_path)
+    save_file({name: x for name, x in tensors.items() if name != key}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"layers\.1\.self_attn\.qkv_proj.* is missing"):
+        load_lm(tmp_path)
+
+
+def test_large_weights_are_several_files_of_at_most_a_size_and_an_index(tmp_path):
+    """Written, read, and written again with other files beside: nothing old is left, nothing differs."""
+    lm = LM(SHAPES["llama"], random_params(SHAPES["llama"]))
+    export_lm(tmp_path, lm, shard="20KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = {file.name: file.stat().st_size for file in tmp_path.glob("*.safetensors")}
+    assert files.keys() == set(index["weight_map"].values()) and len(files) > 2
+    assert max(files.values()) < 20_000 + 4_000  # and each file's header
+    jax.tree.map(np.testing.assert_array_equal, load_lm(tmp_path).params, lm.params)
+    export_lm(tmp_path, lm)
+    assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
+    with pytest.raises(WeightsError, match="'5', is no size such as 5GB"):
+        export_lm(tmp_path, lm, shard="5")
+
+
+def test_weights_are_written_in_another_dtype_and_config_json_says_so(tmp_path):
+    lm = LM(SHAPES["qwen3"], random_params(SHAPES["qwen3"]))
+    export_lm(tmp_path, lm, dtype=jnp.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {x.dtype.name for x in load_file(tmp_path / "model.safetensors").values()} == {"bfloat16"}
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), lm.params)
+    jax.tree.map(np.testing.assert_array_equal, load_lm(tmp_path).params, rounded)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILY_NAMES if name != "qwen2"])
+def test_biases_that_a_folded_adapter_left_are_written_where_files_can_state_them(name, tmp_path):
+    """As the family's own attention_bias, the output's 0; Mistral's and Phi-3's as a Qwen2, which is the same."""
+    config = dataclasses.replace(SHAPES[name], qkv_bias=True)
+    params, tokens = random_params(config), tokens_of((2, 7), TINY)
+    export_lm(tmp_path, LM(config, params))
+    again = load_lm(tmp_path)
+    other = name in ("mistral", "phi3")
+    assert again.config == dataclasses.replace(config, out_bias=not other, model_type="qwen2" if other else name)
+    np.testing.assert_array_equal(whole(again.config, again.params, tokens), whole(config, params, tokens))
+
+
 def test_an_export_names_the_tokenizers_own_ends(tmp_path):
     tokenizer = types.SimpleNamespace(bos_token_id=None, eos_token_id=7)
     lm = LM(SHAPES["llama"], random_params(SHAPES["llama"]))
@@ -162,6 +222,11 @@ REFUSED = {
         {**STATED, "model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "1"},
         "max_window_layers is '1', not a whole number",
     ),
+    "cap": (
+        {**GEMMA, "model_type": "gemma2", "attn_logit_softcapping": -1.0},
+        "attn_logit_softcapping is -1.0, not a number above 0",
+    ),
+    "biased": ({**STATED, "model_type": "mistral", "attention_bias": True}, "attention_bias True is not supported"),
     "both ways": ({**GEMMA, "use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
     "capped": ({**GEMMA, "final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported, only None"),
     "scaled": (
@@ -190,10 +255,13 @@ def test_older_files_say_the_same_in_other_words(tmp_path):
     assert shape(**qwen).window == 0
     gemma = shape(model_type="gemma3_text", sliding_window=8, rope_theta=1e6, rope_local_base_freq=1e4)
     assert (gemma.rope_theta, gemma.narrow_theta, gemma.narrow) == (1e6, 1e4, (True,) * 5 + (False, True))
+    assert shape(model_type="gemma2", sliding_window=8).narrow == (True, False) * 3 + (True,)
+    uncapped = shape(model_type="gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert (uncapped.attention_cap, uncapped.logit_cap) == (0, 0)
     assert shape(model_type="smollm3").no_rope == (False, False, False, True) + (False,) * 3
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_fields_that_a_file_leaves_out_are_those_of_transformers(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": name}))
     ours, theirs = lm_config(tmp_path), AutoConfig.for_model(name)
@@ -204,6 +272,8 @@ def test_fields_that_a_file_leaves_out_are_those_of_transformers(name, tmp_path)
     width = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert (ours.head_width, ours.context, ours.eps) == (width, theirs.max_position_embeddings, theirs.rms_norm_eps)
     assert ours.tied == theirs.tie_word_embeddings and ours.window == (theirs.to_dict().get("sliding_window") or 0)
+    caps = [theirs.to_dict().get(f"{what}_logit_softcapping") or 0 for what in ("attn", "final")]
+    assert [ours.attention_cap, ours.logit_cap] == caps
     rope = theirs.rope_parameters
     assert ours.rope_theta == rope.get("full_attention", rope)["rope_theta"]
     assert ours.narrow_theta == rope.get("sliding_attention", {"rope_theta": 0})["rope_theta"]

@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from eim_jax.planning.flops import work
+from eim_jax.utils.flops import work
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks"))
 try:

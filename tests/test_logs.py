@@ -122,6 +122,18 @@ def test_plain_output_is_one_line_a_record_with_every_figure_asked_for(tmp_path,
     assert "\x1b" not in lines[0]
 
 
+def test_scores_and_slow_steps_have_their_place_on_the_line(tmp_path, capsys):
+    scores = {"eval/nll": 1.5, "eval/nll_shuffled": 9.0, "train/accuracy/Avg": 0.25, "train/accuracy/NAT": 0.75}
+    with RunLog.open(tmp_path / "eim", STAGES) as log:
+        log.write(record(1, 3, **scores, examples_per_second=0.4, seconds_per_step=41.27, mfu=0.431))
+        log.write(record(1, 4, examples_per_second=812.4, seconds_per_step=0.049))
+    slow, fast, _ = (line for line in capsys.readouterr().out.splitlines() if line.startswith("eim ie"))
+    for part in ("eval/nll 1.5000", "train/accuracy/Avg 0.2500", "0.40 ex/s", "41.3 s/step", "mfu 43.1%"):
+        assert part in slow, part
+    assert "shuffled" not in slow and "NAT" not in slow
+    assert "812 ex/s" in fast and "s/step" not in fast
+
+
 def test_an_exception_is_told_as_an_early_stop(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt), RunLog.open(tmp_path / "eim", STAGES) as log:
         log.write(record(1, 2))

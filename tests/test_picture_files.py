@@ -62,15 +62,15 @@ def test_every_format_of_the_list_is_read(tmp_path, name):
 @pytest.mark.parametrize(
     "shape", [(1, 400), (400, 1), (3, 777), (777, 3), (40, 9000), (9000, 40), (300, 7000), (32, 999)]
 )
-@pytest.mark.parametrize("size", [32, 50])
-def test_a_piece_of_a_resize_has_pils_own_digits(shape, size):
+@pytest.mark.parametrize(("size", "resample"), [(32, 3), (50, 3), (32, 2)])
+def test_a_piece_of_a_resize_has_pils_own_digits(shape, size, resample):
     width, height = shape
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8))
     scaled = size * max(shape) // min(shape)
     new = (size, scaled) if width <= height else (scaled, size)
     left, top = (new[0] - size) // 2, (new[1] - size) // 2
-    whole = picture.resize(new, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    np.testing.assert_array_equal(resized_piece(picture, new, left, top, size), np.asarray(whole))
+    whole = picture.resize(new, Image.Resampling(resample)).crop((left, top, left + size, top + size))
+    np.testing.assert_array_equal(resized_piece(picture, new, left, top, size, resample), np.asarray(whole))
 
 
 def test_a_line_of_65000_pixels_takes_a_few_megabytes(shared_case):

@@ -9,7 +9,7 @@ from eim_jax.config import ConfigError
 from eim_jax.parallel.sharding import make_mesh
 from eim_jax.planning import plan, targets
 from eim_jax.planning.collectives import moved
-from eim_jax.planning.flops import work
+from eim_jax.utils.flops import work
 
 P = PartitionSpec
 

@@ -15,7 +15,7 @@ from eim_jax.training.log import read_metrics
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 STAGES = ("0-st", "1-lm", "2-ie")
 STEPS = 8
-TIMES = {"examples_per_second", "data_wait", "device", "host"}
+TIMES = {"examples_per_second", "seconds_per_step", "mfu", "data_wait", "device", "host"}
 
 
 def command(workdir, *more):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from close import assert_trees_close
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType, PartitionSpec
@@ -201,7 +202,7 @@ def test_sharded_towers_compute_what_one_device_does(tower, scan):
     module, _ = towers(scan, "ffn", layers=1)[tower]
     rng = np.random.default_rng(0)
     x = rng.normal(size=(8, 32, 32, 3)).astype(np.float32) if tower == "visual" else rng.integers(0, 50, (8, 4))
-    params = jax.jit(module.init)(jax.random.key(0), jnp.asarray(x))["params"]
+    params = tiny.loud(module.init, jnp.asarray(x))
 
     @jax.jit
     def value_and_grad(params, x):
@@ -223,7 +224,7 @@ def test_a_sharded_llama_answers_and_learns_as_on_one_device(name, scan):
     module, rng = llama(LLAMAS[name], scan), np.random.default_rng(0)
     tokens, pictured = jnp.asarray(rng.integers(0, 50, (8, 5)), jnp.int32), jnp.arange(8) % 3 > 0
     visual = None if "LaVIN" in name else jnp.asarray(rng.standard_normal((8, 3, 128)), jnp.float32)
-    params = jax.jit(module.init)(jax.random.key(0), tokens)["params"]
+    params = tiny.loud(module.init, tokens)
     adapter = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32), params["adapter"])
     rest = {k: x for k, x in params.items() if k != "adapter"}
 

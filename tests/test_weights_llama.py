@@ -73,8 +73,8 @@ def test_the_language_model_is_found_by_its_model_type(written, tmp_path):
     assert_same(load_lm(tmp_path / "gpt2").params, load_lm(GOLDENS / "gpt2").params)
     assert lm_config(tmp_path / "gpt2", scan=True).scan
     assert lm_config(written()) == lm_config(tmp_path) == TINY
-    with pytest.raises(WeightsError, match=r"model_type is 'gemma2'.*'gpt2' or 'llama' or 'mistral'"):
-        load_lm(written(model_type="gemma2"))
+    with pytest.raises(WeightsError, match=r"model_type is 'gemma'.*'gpt2' or 'llama' or 'mistral'"):
+        load_lm(written(model_type="gemma"))
     for door in (load_lm, lm_config):
         with pytest.raises(WeightsError, match=r"quant 'nf4'.*GPT-2"):
             door(tmp_path / "gpt2", quant="nf4")
@@ -107,7 +107,7 @@ def test_fields_that_a_file_leaves_out_are_llama_7bs(tmp_path):
         ),
         ({"rope_parameters": ..., "rope_scaling": {"type": "linear"}}, "rope_type 'linear' without factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor 0\.5"),
-        ({"attention_bias": True}, "attention_bias True"),
+        ({"attention_bias": "yes"}, "attention_bias is 'yes', not true or false"),
         ({"mlp_bias": True}, "mlp_bias True"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"head_dim": 31}, "head width 31 is odd"),

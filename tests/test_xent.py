@@ -89,6 +89,22 @@ def test_a_mask_of_floats_weighs_each_position(shape):
     assert_close(to_head, 0.25 * sum(slope / n for (_, _, slope), n in zip(rows, number, strict=True)), 2e-6)
 
 
+@pytest.mark.parametrize("shape", [None, (2, 2, 2)], ids=str)
+def test_capped_logits_give_the_sum_and_gradients_of_float64(shape):
+    """z = cap tanh(x / cap) of the product x, whose derivative is 1 - (z / cap)^2."""
+    cap, (hidden, head, targets, mask) = 1.5, problem(7)
+    mesh = make_mesh(shape) if shape else None
+    capped = cap * np.tanh(hidden @ head.T / cap)
+    p = np.exp(capped) / np.exp(capped).sum(-1, keepdims=True)
+    own = np.eye(VOCAB)[targets]
+    slope = 0.25 * (p - own) * (1 - (capped / cap) ** 2) * mask[..., None]
+    arrays = hidden.astype(np.float32), head.astype(np.float32), targets, mask
+    (total, _), to_hidden, to_head = both(*arrays, mesh=mesh, chunk=3, cap=cap)
+    assert_close(total, -np.log((p * own).sum(-1))[mask].sum(), 1e-5)
+    assert_close(to_hidden, slope @ head, 1e-5)
+    assert_close(to_head, np.einsum("btv,btd->vd", slope, hidden), 1e-5)
+
+
 def test_gradients_agree_with_autodiff_through_the_logits():
     hidden, head, targets, mask = problem(1)
     hidden, head = jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32)

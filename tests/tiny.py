@@ -33,14 +33,14 @@ def config_of(name, **changes):
     return config
 
 
-def loud(init, *args, **options) -> dict:
+def loud(init, *args, size=0.3, seed=1, **options) -> dict:
     """Parameters of which none is zero, in the shapes that `init` would give (not compiled: it takes seconds)."""
     shapes = jax.eval_shape(lambda: init(jax.random.key(0), *args, **options)["params"])
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
         centre = 1.0 if path[-1].key == "scale" else 0.0
-        return jnp.asarray(centre + 0.3 * rng.standard_normal(leaf.shape), leaf.dtype)
+        return jnp.asarray(centre + size * rng.standard_normal(leaf.shape), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
@@ -59,12 +59,11 @@ def model(dropout=0.0, **switches) -> tuple[VLM, dict]:
         GPT2(language),
         **switches,
     )
-    keys = jax.random.split(jax.random.key(0), 4)
     params = {
-        "visual": jax.jit(vlm.visual.init)(keys[0], jnp.zeros((1, 8, 8, 3)))["params"],
-        "text": jax.jit(vlm.text.init)(keys[1], jnp.zeros((1, 3), jnp.int32))["params"],
-        "st": jax.jit(vlm.st.init)(keys[2], jnp.zeros((1, 5, 16)))["params"],
-        "lm": jax.jit(vlm.lm.init)(keys[3], jnp.zeros((1, 3), jnp.int32))["params"],
+        "visual": loud(vlm.visual.init, jnp.zeros((1, 8, 8, 3)), size=0.1),
+        "text": loud(vlm.text.init, jnp.zeros((1, 3), jnp.int32), size=0.1),
+        "st": loud(vlm.st.init, jnp.zeros((1, 5, 16)), size=0.1),
+        "lm": loud(vlm.lm.init, jnp.zeros((1, 3), jnp.int32), size=0.1),
     }
     return vlm, partition.flatten(params)
 

@@ -20,6 +20,8 @@ def evaluate(config: Config, workdir: Path, record: Mapping[str, Any] | None = N
     """Scores the trained arms again, with the decoding settings given now, and renews the report.
 
     Scores of other settings are never written over: these stand in ARM/evals/NAME, on the page in rows of their own.
+    So do those on another split (config.data.scored) or on files of the run's kind (its fields of the test data); the
+    page, which shows the run's own test items, is then left as it is.
 
     Args:
       config: the run's.
@@ -55,4 +57,5 @@ def _evaluate(config: Config, workdir: Path, record: Mapping[str, Any] | None) -
         if folder != workdir / arm:
             console.print(f"{arm} was scored by other settings, which stay: writing to {folder}", soft_wrap=True)
         table[arm] = scoring.evaluate(inputs, vlm, params, test, folder)
-    report_scores(workdir, test, config.data.eval_limit, table)
+    other = any(scoring.is_other_split(workdir / arm, test) for arm in config.arms)
+    report_scores(workdir, test, config.data.eval_limit, table, renew=not other)

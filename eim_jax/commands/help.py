@@ -22,7 +22,10 @@ MODES = {
     "caption": Mode("captions image files, or all images in folders", ("images", "init", "arm", "out")),
     "chat": Mode("talks about an image, or without one", ("image", "init", "arm")),
     "inspect": Mode("shows training samples as the losses see them", ("arm", "samples", "neighbours")),
-    "export": Mode("writes a trained arm as plain files", ("init", "arm", "out", "merge")),
+    "export": Mode(
+        "writes a trained arm as plain files, and as models that transformers reads",
+        ("init", "arm", "out", "dtype", "shard", "merge", "push"),
+    ),
     "prepare": Mode("packs a data set into shards for a bucket; needs no workdir", ("out",)),
     "plan": Mode(
         "says what each stage would cost, also on hardware that is not here; needs no workdir",

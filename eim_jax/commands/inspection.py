@@ -66,6 +66,7 @@ def show_samples(inputs: Inputs, arm: str, samples: int, model: tuple[VLM, Flat]
         seed=config.seed,
         epochs=1,
         image_size=inputs.clip.vision.image_size,
+        fit=inputs.fit,
     )
     batch = next(iterator)
     iterator.close()

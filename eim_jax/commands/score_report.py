@@ -14,7 +14,9 @@ from eim_jax.reporting.scores import columns, flatten
 from eim_jax.utils.console import console, print_table
 
 
-def report_scores(workdir: Path, test: Split, limit: int, arms: Mapping[str, Mapping[str, dict]]) -> None:
+def report_scores(
+    workdir: Path, test: Split, limit: int, arms: Mapping[str, Mapping[str, dict]], *, renew: bool = True
+) -> None:
     """Prints the scores of a run's arms and renews its page, from the first process alone.
 
     Args:
@@ -22,13 +24,18 @@ def report_scores(workdir: Path, test: Split, limit: int, arms: Mapping[str, Map
       test: the test split.
       limit: config.data.eval_limit.
       arms: arm -> decoding method -> scores.
+      renew: whether the page is written; not where its own test items are others.
     """
     if not processes.is_first():
         return
     doing("writing the report")
     notes = [scores.get("notes", {}).get("decoding", "") for methods in arms.values() for scores in methods.values()]
     what = " ".join(notes[0].rpartition("; ")[2].split()[:2])
-    print_table(f"scores on the test split ({what})", *score_table(arms))
+    name = test.name if test.name in ("train", "val") else "test"
+    print_table(f"scores on the {name} split ({what})", *score_table(arms))
+    if not renew:
+        console.print("report.html shows the run's own test items and stays as it is", soft_wrap=True)
+        return
     where = {id_: row for row, id_ in enumerate(test.images.ids)}
     task = task_of(test)
 

@@ -11,11 +11,12 @@ from eim_jax.data.datasets import data_set, load_split
 from eim_jax.data.samples import Split
 from eim_jax.evaluation import scoring
 from eim_jax.evaluation.tasks import task_of
+from eim_jax.evaluation.while_training import while_training
 from eim_jax.parallel import processes
 from eim_jax.parallel.lock import locked
 from eim_jax.parallel.signals import doing
-from eim_jax.training import setup
-from eim_jax.training.arm import plan_arm, run_arm
+from eim_jax.training import setup, trackers
+from eim_jax.training.arm import examples, plan_arm, run_arm
 from eim_jax.utils.console import console
 from eim_jax.utils.files import write_json
 
@@ -40,16 +41,17 @@ def train(config: Config, workdir: Path, record: dict) -> None:
 def _train(config: Config, workdir: Path, record: dict) -> None:
     begun = time.monotonic()
     check_trainable(workdir)
+    trackers.check(config.logging, installed=True)
     inputs = setup.load(config, workdir)
     check_identity(inputs)
     doing("checking the test data")
     with processes.first_alone("test data"):
         test = load_split(inputs.config, "test", workdir)
     doing("checking the stages")
-    for arm in config.arms:
-        plan_arm(inputs, arm)  # what cannot run is said before anything has
+    plans = {arm: plan_arm(inputs, arm) for arm in config.arms}  # what cannot run is said before anything has
     if test is not None:
         task_of(test)
+    scorer = while_training(inputs)
     saved = read_record(workdir)
     spent = saved.get("seconds", 0.0)
     kept = {key: saved[key] for key in ("started", "finished", "seconds") if key in saved}
@@ -57,10 +59,11 @@ def _train(config: Config, workdir: Path, record: dict) -> None:
     record = {**record, "seam": inputs.config.data.seam, "identity": identity, **kept}
     write_json(workdir / "run.json", record)
     news, table = False, {}
-    for arm in config.arms:
+    for number, arm in enumerate(config.arms):
+        ahead = sum(examples(plans[other]) for other in config.arms[number + 1 :])
         console.rule(f"{arm}: {config.arm[arm].description or ' -> '.join(config.arm[arm].sequence)}")
         try:
-            vlm, params = run_arm(inputs, arm)
+            vlm, params = run_arm(inputs, arm, scorer, ahead)
         except BaseException:
             write_json(workdir / "run.json", record | {"seconds": spent + time.monotonic() - begun})
             raise

@@ -21,6 +21,7 @@ _RANGES = {
     "data.length_window": (1, 1 << 20),
     "data.eval_limit": (0, 1 << 40),
     "towers.dropout": (0.0, 0.99),
+    "towers.image_size": (0, 1 << 14),
     "losses.tau": (1e-6, 1e6),
     "losses.chunk": (0, 1 << 30),
     "decode.beams": (1, 1000),
@@ -30,6 +31,10 @@ _RANGES = {
     "decode.batch": (1, 1 << 20),
     "checkpoint.every_steps": (1, 1 << 40),
     "checkpoint.every_minutes": (0.0, 1e6),
+    "eval.every_steps": (0, 1 << 40),
+    "eval.every_epochs": (0.0, 1e6),
+    "eval.limit": (0, 1 << 40),
+    "eval.train": (0, 1 << 40),
     "log_every": (1, 1 << 40),
     "arm.*.st_tokens": (1, 1 << 20),
     "arm.*.st_clip_length": (1, 1 << 20),
@@ -68,9 +73,12 @@ _CHOICES = {
     "towers.image_stats": ("clip", "imagenet"),
     "data.fit": ("crop", "stretch"),
     "data.on_bad": ("error", "drop"),
-    "data.seam": ("auto", "one_string", "spaced", "apart"),
+    "data.seam": ("auto", "one_string", "spaced", "apart", "tokenizer"),
     "data.cut": ("balanced", "end"),
-    "data.scored": ("test", "val"),
+    "data.scored": ("test", "val", "train"),
+    "eval.split": ("val", "test"),
+    "eval.method": ("greedy", "beam", "nucleus", "none"),
+    "checkpoint.keep": ("last", "best"),
     "losses.similarity": ("cosine", "dot"),
     "losses.positives": ("self", "group", "mask"),
     "losses.queue_dtype": ("auto", "float32", "bfloat16", "int8"),
@@ -114,10 +122,16 @@ def check(config: "Config", flat: dict[str, Any]) -> None:
     ):
         raise ConfigError(f"config.mesh: {config.mesh} is not (data, fsdp, tensor) with at most one -1")
     _check_texts(config)
+    if config.checkpoint.keep == "best" and not (config.eval.every_steps or config.eval.every_epochs):
+        raise ConfigError(
+            "config.checkpoint.keep='best' chooses among scores while training, and there are none: set "
+            "config.eval.every_epochs or config.eval.every_steps"
+        )
     if not config.arms or not config.decode.methods:
         raise ConfigError("config.arms and config.decode.methods need at least one entry")
     sequences = {f"arm.{name}.sequence": arm.sequence for name, arm in config.arm.items()}
-    for field, entries in {"arms": config.arms, "decode.methods": config.decode.methods, **sequences}.items():
+    named = {"arms": config.arms, "decode.methods": config.decode.methods, "logging": config.logging, **sequences}
+    for field, entries in named.items():
         for entry in entries:
             if not isinstance(entry, str):
                 raise ConfigError(f"config.{field}: {entry!a:.60} is no name")

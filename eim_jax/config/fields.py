@@ -10,7 +10,10 @@ from typing import Any
 class Towers:
     """The pretrained towers: directories in Hugging Face's layout, hub ids, or the shipped "miniature/..."."""
 
+    # The vision tower with its text tower: a CLIP or SigLIP; or a DINOv2, which has none.
     clip: str = "openai/clip-vit-base-patch32"
+    text: str = ""  # the text tower that makes K_t, a CLIP or SigLIP, for a vision tower that has none
+    image_size: int = 0  # side of the pictures that the vision tower sees (positions interpolated); 0: its own
     lm: str = "gpt2"  # a GPT-2 or a LLaMA, by its config.json
     dropout: float = 0.1  # of GPT-2, in training (LLaMA has none; its adapters': arm.*.adapter_dropout)
     quant: str = "none"  # the LLaMA's frozen linear layers: none | nf4 (4 bits, LaVIN "lite")
@@ -41,7 +44,8 @@ class Data:
     max_tokens: int = 40  # instruction + response + EOS, what precedes them not counted; ClipCap's length on COCO
     max_tokens_text_only: int = 0  # of a row without a picture, which may use a picture's slots; 0: max_tokens
     # How prompt and answer become one row (data/rows.py): one_string (LaVIN, LLaMA-Adapter) | spaced (a space between)
-    # | apart (earlier versions) | auto (by the LM's tokenizer, kept in run.json).
+    # | apart (earlier versions) | tokenizer (set by data.template=tokenizer) | auto (by the LM's tokenizer, kept in
+    # run.json).
     seam: str = "auto"
     # What too long a row loses: balanced (the answer's end, EOS stays, then the prompt's beginning) | end (LaVIN,
     # LLaMA-Adapter: what lies beyond, the whole answer perhaps).
@@ -54,7 +58,7 @@ class Data:
     cache_features: bool = True  # keep a frozen CLIP's features on disk instead of recomputing them every epoch
     cache: str = ""  # folder for features, validation verdicts, compiled programs; "" = <workdir>/cache
     threads: int = 4  # that decode images
-    scored: str = "test"  # the split that is scored: test | val (to choose settings on)
+    scored: str = "test"  # the split that is scored: test | val (to choose settings on) | train (what it remembers)
     eval_limit: int = 0  # score at most so many test images; 0 = all
     own: dict[str, Any] = field(default_factory=dict)  # the fields that kinds of data set have for themselves
 
@@ -126,7 +130,8 @@ class Arm:
 
     description: str = ""
     # What the ST receives: full ([CLS] and all patches) | cls | grid ([CLS] and a pooled 7 x 7 grid, EIM on LaVIN) |
-    # first (the first 50 tokens) | blocks ([CLS] after every fourth block, stock LaVIN).
+    # first (the first 50 tokens) | blocks ([CLS] after every fourth block, stock LaVIN). Of SigLIP, which has no [CLS]:
+    # full (all patches) | pooled (its attention-pooled vector) | grid (that vector and the grid).
     features: str = "full"
     output_layer: bool = False  # whether CLIP's output layer (ln_post and projection) stands before the ST
     # ffn (EIM) | mlp, transformer (ClipCap's mappers, on one token) | projector (LaVIN's) | queries (LLaMA-Adapter's)
@@ -187,6 +192,25 @@ class Checkpoint:
 
     every_steps: int = 1000
     every_minutes: float = 10.0  # and so long after the one before; 0: by steps alone, as several processes do anyway
+    # What an arm's last stage leaves: last (its end) | best (the step that config.eval scored best, by `metric`).
+    # Earlier stages always leave their end: what they train for is not what is scored.
+    keep: str = "last"
+    metric: str = "eval/nll"  # of `best`: a score as metrics.jsonl names it
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Scores while a stage trains, in metrics.jsonl as eval/NAME and train/NAME: no parameter depends on them.
+
+    Both intervals 0: none. Otherwise each stage is scored so often, and at its end.
+    """
+
+    every_steps: int = 0
+    every_epochs: float = 0.0  # may be a part of one
+    split: str = "val"  # val | test
+    limit: int = 200  # so many of its images or questions; 0 = all
+    train: int = 0  # also so many of the training split's: what the model remembers; 0 = none
+    method: str = "greedy"  # by which texts are generated for their scores; none: likelihoods alone
 
 
 @dataclass(frozen=True)
@@ -205,6 +229,8 @@ class Config:
     stages: dict[str, Stage] = field(default_factory=dict)
     decode: Decode = field(default_factory=Decode)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    eval: Eval = field(default_factory=Eval)
     mesh: tuple = (1, -1, 1)  # devices along data, fsdp, tensor; -1 = all that remain
     log_every: int = 50  # steps
+    logging: tuple = ("tensorboard",)  # where its scalars go besides metrics.jsonl: tensorboard | wandb | trackio
     profile: str = ""  # "10:15": a trace of steps 10 to 14 of each stage, in <workdir>/<arm>/profile

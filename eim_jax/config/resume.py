@@ -14,6 +14,7 @@ from eim_jax.utils.files import read_json
 FREE_ON_RESUME = {
     "arms",
     "log_every",
+    "logging",
     "mesh",
     "profile",
     "towers.remat",
@@ -21,8 +22,11 @@ FREE_ON_RESUME = {
     "data.prepared",
     "data.threads",
     "data.eval_limit",
+    "data.scored",
 }
-FREE_GROUPS = ("decode.", "checkpoint.")
+FREE_GROUPS = ("decode.", "checkpoint.", "eval.")
+# With checkpoint.keep="best" these decide after all: which step is kept, and by what.
+CHOOSING = ("checkpoint.keep", "checkpoint.metric", "eval.")
 FREE_OF_ENTRIES = (".description", ".accumulate")  # of arm.*, of stages.*
 
 
@@ -101,6 +105,7 @@ def deciding(config: Config, arms: Sequence[str], free: Collection[str] = ()) ->
     reached = {stage for name in arms for stage in config.arm[name].sequence}
     # The parts of a batch decide nothing but where each of them has a mean of its own.
     parts = {f"stages.{name}.accumulate" for name, stage in config.stages.items() if stage.loss_mean == "microbatch"}
+    choosing = CHOOSING if config.checkpoint.keep == "best" else ()
     kept = {}
     for name, value in flatten(config).items():
         group, _, rest = name.partition(".")
@@ -109,6 +114,6 @@ def deciding(config: Config, arms: Sequence[str], free: Collection[str] = ()) ->
         decides_nothing = (
             name in FREE_ON_RESUME or name in free or name.startswith(FREE_GROUPS) or rest.endswith(FREE_OF_ENTRIES)
         )
-        if not unreached and (not decides_nothing or name in parts):
+        if not unreached and (not decides_nothing or name in parts or name.startswith(choosing)):
             kept[name] = value
     return kept

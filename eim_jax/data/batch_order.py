@@ -6,6 +6,8 @@ import functools
 import numpy as np
 from jaxtyping import Int
 
+from eim_jax.data.mixture import Mixture
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Order:
@@ -14,7 +16,7 @@ class Order:
     Each epoch is a fresh permutation whose incomplete last batch is dropped. With `window` > 1, the samples of so many
     consecutive batches are put in order of their `lengths` before they are cut into batches, and the epoch's batches
     are shuffled: the epoch shows the same samples, in batches of similar lengths. `widths` are the lengths, in order,
-    to which batches may be cut, None where no text is read.
+    to which batches may be cut, None where no text is read. With a `mixture`, an epoch shows the rows that it says.
     """
 
     samples: int
@@ -23,6 +25,7 @@ class Order:
     lengths: Int[np.ndarray, "N"] | None = None
     window: int = 1
     widths: tuple[int, ...] | None = None
+    mixture: Mixture | None = None
 
     def rows(self, step: int) -> Int[np.ndarray, "b"]:
         """Returns the sample rows of a step, counted over all epochs."""
@@ -45,7 +48,10 @@ class Order:
 @functools.lru_cache(maxsize=2)
 def _epoch(order: Order, epoch: int) -> Int[np.ndarray, "steps b"]:
     size = order.batch_size
-    rows = np.random.default_rng([order.seed, epoch]).permutation(order.samples).astype(np.int32)
+    if order.mixture is None:
+        rows = np.random.default_rng([order.seed, epoch]).permutation(order.samples).astype(np.int32)
+    else:
+        rows = order.mixture.rows(order.seed, epoch)
     rows = rows[: order.samples // size * size]
     if order.window > 1:
         reach = order.window * size

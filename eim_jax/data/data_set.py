@@ -110,7 +110,7 @@ class DataSet:
     load: Callable[[Data, Any, str, Path], tuple[Split | None, Sequence[BadItem]]]
     published: Published | None = None
     at_hand: Callable[[Any], bool] = lambda own: True
-    scored: tuple[str, ...] = ("test", "val")
+    scored: tuple[str, ...] = ("test", "val", "train")
     unscored: str = "this kind of data has no test split"
     free_on_resume: tuple[str, ...] = ()
     prompt: Callable[[Any, str, Turns], str] | None = None

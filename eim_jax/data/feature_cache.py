@@ -23,6 +23,7 @@ from eim_jax.parallel.lock import held
 from eim_jax.parallel.sharding import parts_of
 from eim_jax.utils.console import console, progress
 from eim_jax.utils.files import Damaged, allocate, check_sums, flush, new_rows, read_json, read_rows, sha256, write_text
+from eim_jax.utils.images import Fit
 
 # What is written is part of the manifest: a change of any of these makes older caches stale.
 _PREPROCESSING = {
@@ -42,7 +43,7 @@ def cached_features(
     manifest: Mapping[str, Any],
     *,
     image_size: int,
-    fit: str = "crop",
+    fit: str | Fit = "crop",
     batch_size: int = 64,
     dtype: str = "float32",
     threads: int = 4,
@@ -76,7 +77,7 @@ def cached_features(
                 **manifest,
                 "images": split.images.fingerprint(),
                 **{kind: found for kind, found in _contents(split).items() if found},
-                "preprocessing": _PREPROCESSING[fit],
+                "preprocessing": _preprocessing(fit),
                 "image_size": image_size,
                 "dtype": dtype,
                 "shape": list(shape),
@@ -102,6 +103,13 @@ def cached_features(
     return cache.open(shape)
 
 
+def _preprocessing(fit: str | Fit) -> str:
+    """What the manifest says of how pictures became squares."""
+    how = fit if isinstance(fit, str) else fit.how
+    usual = str(fit) == how
+    return _PREPROCESSING[how] if usual else f"{_PREPROCESSING[how]}; {fit}"
+
+
 def _contents(split: Split) -> dict[str, str]:
     """What tells pictures from others of the same names and sizes; "" where nothing is known, as of old shards."""
     return {"contents": split.images.contents(), "modified": split.images.modified()}
@@ -125,7 +133,7 @@ def _fill(
     shape: tuple[int, ...],
     done: int,
     image_size: int,
-    fit: str,
+    fit: str | Fit,
     batch_size: int,
     threads: int,
     mesh: Mesh | None,

@@ -12,7 +12,7 @@ from eim_jax.data.batch_order import Order
 from eim_jax.data.samples import Split
 from eim_jax.data.tokenize import Encoded
 from eim_jax.models.batch import Batch
-from eim_jax.utils.images import clip_preprocess
+from eim_jax.utils.images import Fit, clip_preprocess
 
 _PLACED = 2  # batches that wait on the device while the step runs
 _TEXT_FIELDS = ("tokens", "valid", "supervised")
@@ -51,7 +51,7 @@ def batches(
     epochs: int | None,
     features: np.ndarray | None = None,
     image_size: int | None = None,
-    fit: str = "crop",
+    fit: str | Fit = "crop",
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
@@ -80,9 +80,9 @@ def batches(
     load = _Loader.make(split, encoded, frozenset(fields), features, image_size, fit)
     part = batch_size // process_count
     own = slice(process_index * part, (process_index + 1) * part)
-    order = Order(len(split), batch_size, seed)
+    order = Order(len(split), batch_size, seed, mixture=split.mixture)
     if encoded is not None and set(fields) & set(_TEXT_FIELDS):
-        order = Order(len(split), batch_size, seed, encoded.valid.sum(1), window)
+        order = dataclasses.replace(order, lengths=encoded.valid.sum(1), window=window)
         order = order.with_widths(buckets) if buckets > 1 else order
 
     def load_step(step: int, _: int) -> Any:  # a Batch, still of NumPy arrays: not of jax.Array
@@ -116,7 +116,7 @@ def eval_images(
     image_size: int,
     *,
     rows: Sequence[int] | None = None,
-    fit: str = "crop",
+    fit: str | Fit = "crop",
     threads: int = 4,
 ) -> Iterator[tuple[Int[np.ndarray, "b"], UInt8[np.ndarray, "b h w 3"]]]:
     """Yields (image rows, CLIP's crops) over each image of the split once (or over `rows`), in order.
@@ -149,7 +149,7 @@ def _read_options(threads: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, 2) if threads else 0)
 
 
-def _crops(split: Split, image_rows: Int[np.ndarray, "b"], size: int, fit: str) -> UInt8[np.ndarray, "b h w 3"]:
+def _crops(split: Split, image_rows: Int[np.ndarray, "b"], size: int, fit: str | Fit) -> UInt8[np.ndarray, "b h w 3"]:
     """Returns CLIP's crop of each image row; black where the row is -1."""
     crops = np.zeros((len(image_rows), size, size, 3), np.uint8)
     for place, row in enumerate(image_rows):
@@ -167,7 +167,7 @@ class _Loader:
     fields: frozenset[str]
     features: np.ndarray | None
     image_size: int | None
-    fit: str
+    fit: str | Fit
     image_of: Int[np.ndarray, "N"]  # each sample's image row, -1 for text only
 
     @classmethod
@@ -178,7 +178,7 @@ class _Loader:
         fields: frozenset[str],
         features: np.ndarray | None,
         image_size: int | None,
-        fit: str,
+        fit: str | Fit,
     ) -> "_Loader":
         unknown = fields - set(Batch._fields)
         if unknown:

@@ -8,6 +8,7 @@ prompt and its answer are one string, tokenised once, as LaVIN and LLaMA-Adapter
 | one_string | prompt + answer | `:` `The` | `:` `The` |
 | spaced | prompt + " " + answer | `:` `▁The` | `:` `ĠThe` |
 | apart | each tokenised alone, joined as ids (runs of earlier versions) | `:` `▁The` | `:` `The` |
+| tokenizer | the tokenizer's chat template writes both (`data.template=tokenizer`, chat_form.py) | | |
 
 Which one a run takes is settled once, by the LM's tokenizer (`seam_of`), and kept in run.json.
 
@@ -23,6 +24,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from eim_jax.config import Data
+from eim_jax.data.conversation import TOKENIZER
 
 SEAMS = ("one_string", "spaced", "apart")
 _CHUNK = 8192  # texts given to the tokenizer at once
@@ -34,6 +36,14 @@ class Row(NamedTuple):
 
     ids: list[int]
     start: int
+
+
+class RowError(ValueError):
+    """Why a prompt and its answer are no row; `row` says which of those that were given."""
+
+    def __init__(self, reason: str, row: int = 0):
+        super().__init__(reason)
+        self.row = row
 
 
 class Fitted(NamedTuple):
@@ -68,7 +78,14 @@ def seam_of(tokenizer: Any) -> str:
 
 
 def settled(data: Data, tokenizer: Any, recorded: str | None = None) -> Data:
-    """Returns `config.data` with its seam: the one it names, else what run.json recorded, else the tokenizer's."""
+    """Returns `config.data` with its seam: the one it names, else what run.json recorded, else the tokenizer's.
+
+    Raises:
+      ConfigError: `data.template=tokenizer`, and this tokenizer's chat template cannot be used.
+    """
+    if data.own.get("template") == TOKENIZER:
+        _chat_form().check_config(tokenizer)
+        return replace(data, seam=TOKENIZER)
     return data if data.seam != "auto" else replace(data, seam=recorded or seam_of(tokenizer))
 
 
@@ -103,7 +120,12 @@ def widest(data: Data) -> int:
 
 def end_id(data: Data, tokenizer: Any) -> int | None:
     """Returns the token that ends a generated text; None where the model was not taught to write one."""
-    return tokenizer.eos_token_id if _counts_end(data.eos, data.seam) else None
+    return end_of(tokenizer, data.seam) if _counts_end(data.eos, data.seam) else None
+
+
+def end_of(tokenizer: Any, seam: str) -> int | None:
+    """Returns the token at a row's end: EOS, or what ends an answer in the tokenizer's chat template."""
+    return _chat_form().end_of_turn(tokenizer) if seam == TOKENIZER else tokenizer.eos_token_id
 
 
 def described(data: Data) -> str:
@@ -122,9 +144,11 @@ def whole_rows(prompts: Sequence[str], answers: Sequence[str], tokenizer: Any, s
       prompts: one a row, "" for none: then the row is the answer's own ids.
       answers: as many.
       tokenizer: the LM's.
-      seam: one of SEAMS.
+      seam: one of SEAMS, or TOKENIZER.
       label: of the progress line.
     """
+    if seam == TOKENIZER:
+        return [Row(*row) for row in _chat_form().rows_of(prompts, answers, tokenizer, label)]
     distinct = list(dict.fromkeys(prompts))  # often one prompt for all
     ids_of_prompt = dict(zip(distinct, ids_of(distinct, tokenizer, "tokenising instructions"), strict=True))
     before = [ids_of_prompt[prompt] for prompt in prompts]
@@ -141,6 +165,19 @@ def whole_rows(prompts: Sequence[str], answers: Sequence[str], tokenizer: Any, s
     for i, start in zip(straddling, _starts(texts, prompts, before, rows, straddling, tokenizer), strict=True):
         rows[i] = Row(rows[i].ids, start)
     return rows
+
+
+def prompt_ids(prompts: Sequence[str], tokenizer: Any, seam: str) -> list[list[int]]:
+    """Returns the ids of prompts that are to be answered."""
+    if seam == TOKENIZER:
+        return [ids for ids, _ in _chat_form().rows_of(prompts, [None] * len(prompts), tokenizer, "tokenising prompts")]
+    return ids_of(prompts, tokenizer, "tokenising prompts")
+
+
+def _chat_form() -> Any:
+    from eim_jax.data import chat_form  # here: a step's program alone does without transformers' templates
+
+    return chat_form
 
 
 def _apart_already(prompt: str, answer: str) -> bool:
@@ -173,7 +210,7 @@ def fit(row: Row, longest: int, end: int, *, eos: bool, seam: str, cut: str) -> 
       longest: the most ids, of which the end token is one where it is supervised.
       end: the end token.
       eos: whether it is supervised.
-      seam: one of SEAMS; "apart" counts the end token in any case, as it did.
+      seam: as the row's; "apart" counts the end token in any case, as it did.
       cut: "balanced": too long a row loses its answer's end first (EOS stays), down to a quarter, then its prompt's
         beginning, as the answer stands first in a response and next to the prompt's end. "end": everything behind the
         limit goes, EOS and the whole answer perhaps, as in LaVIN and LLaMA-Adapter.
@@ -198,17 +235,17 @@ def _counts_end(eos: bool, seam: str) -> bool:
     return eos or seam == "apart"
 
 
-def ids_of(texts: Sequence[str], tokenizer: Any, label: str) -> list[list[int]]:
-    """Returns the ids of each text alone, without special tokens, through the tokenizer's batch path.
+def ids_of(texts: Sequence[str], tokenizer: Any, label: str, special: bool = False) -> list[list[int]]:
+    """Returns the ids of each text alone, through the tokenizer's batch path; no special token is added.
 
-    Special tokens written in a text are read as plain text.
+    Those written in a text are read as plain text, or with `special` as tokens.
     """
 
     def ids(chunk: Sequence[str]) -> list[list[int]]:
         return tokenizer(
             list(chunk),
             add_special_tokens=False,
-            split_special_tokens=True,  # "<|endoftext|>" in a caption is text, not the end
+            split_special_tokens=not special,  # "<|endoftext|>" in a caption is text, not the end
             return_attention_mask=False,
             verbose=False,  # long texts are cut, and counted, by the caller
         )["input_ids"]

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
+from eim_jax.data.mixture import Mixture
 from eim_jax.data.picture_stamps import Stamp, stamp_of
 from eim_jax.utils.images import load_rgb, to_rgb
 
@@ -201,6 +202,7 @@ class Split:
     images: ImageSource
     references: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     task: str = dataclasses.field(default="captions", kw_only=True)
+    mixture: Mixture | None = dataclasses.field(default=None, kw_only=True)  # how often training shows its sources
 
     def __post_init__(self):
         """Refuses what the class docstring names."""

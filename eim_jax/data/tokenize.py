@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from transformers import PreTrainedTokenizerBase
 
 from eim_jax.data import rows
+from eim_jax.data.conversation import TOKENIZER
 from eim_jax.data.samples import Split
 from eim_jax.pretrained.tokenizer import load_tokenizer as load_tokenizer
 from eim_jax.utils.console import console
@@ -41,7 +42,7 @@ def encode_split(
       tokenizer: the LM's.
       max_tokens: the longest row: instruction, response, and EOS where it is supervised.
       eos: whether EOS is supervised; it is there in any case, since K_b and loss_LM read the LM at it.
-      seam: how instruction and response are joined, one of rows.SEAMS.
+      seam: how instruction and response are joined, one of rows.SEAMS, or by the tokenizer's chat template.
       cut: what too long a row loses, "balanced" or "end" (rows.fit).
       text_only: the longest row of a sample without a picture, where that is more.
 
@@ -58,10 +59,13 @@ def encode_split(
         raise ValueError("this tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
     samples = split.samples
     prompts, answers = [sample.instruction for sample in samples], [sample.response for sample in samples]
-    whole = rows.whole_rows(prompts, answers, tokenizer, seam, f"tokenising {split.name}")
+    try:
+        whole = rows.whole_rows(prompts, answers, tokenizer, seam, f"tokenising {split.name}")
+    except rows.RowError as error:
+        raise ValueError(f"split {split.name!r}: sample {samples[error.row].id}: {error}") from error
     _check_responses(split, whole)
     longest = [max(max_tokens, text_only) if sample.image is None else max_tokens for sample in samples]
-    end = tokenizer.eos_token_id
+    end = rows.end_of(tokenizer, seam)
     found = [rows.fit(row, most, end, eos=eos, seam=seam, cut=cut) for row, most in zip(whole, longest, strict=True)]
     truncated, bare = sum(row.cut for row in found), sum(row.start == row.stop for row in found)
     if truncated:
@@ -88,7 +92,7 @@ def _check_responses(split: Split, whole: Sequence[rows.Row]) -> None:
 
 
 def encode_prompts(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int | Sequence[int]
+    prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_tokens: int | Sequence[int], seam: str = ""
 ) -> tuple[Int[np.ndarray, "N t"], Bool[np.ndarray, "N t"]]:
     """Returns the instructions to be answered as (tokens, valid); too long a one keeps its end, next to the answer.
 
@@ -96,9 +100,10 @@ def encode_prompts(
       prompts: one a row, "" for none.
       tokenizer: the LM's.
       max_tokens: the longest row, of all or of each.
+      seam: the run's.
     """
     distinct = list(dict.fromkeys(prompts))
-    ids = dict(zip(distinct, rows.ids_of(distinct, tokenizer, "tokenising prompts"), strict=True))
+    ids = dict(zip(distinct, rows.prompt_ids(distinct, tokenizer, seam), strict=True))
     longest = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
     found = [ids[prompt][max(len(ids[prompt]) - most, 0) :] for prompt, most in zip(prompts, longest, strict=True)]
     cut = sum(len(ids[prompt]) > len(row) for prompt, row in zip(prompts, found, strict=True))
@@ -135,14 +140,50 @@ def encode_clip(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, contex
     return _pad([[bos, *ids[: context - 2], eos] for ids in found], 0 if pad is None else pad)[0]
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the sha256 over what decides the ids: vocabulary, merges, normalisation, splitting, special tokens."""
+def encode_padded(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, context: int) -> Int[np.ndarray, "N s"]:
+    """Returns a text tower's input as its tokenizer frames a text (SigLIP's puts EOS behind), padded to `context`.
+
+    Padding is part of what such a tower reads: it sees all places and takes the last one's feature. A text is cut to
+    what the frame leaves, and the log says how many were.
+
+    Raises:
+      ValueError: the tokenizer has no padding token, or `context` no room for its frame.
+    """
+    alone, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    before = next((at for at in range(len(whole)) if whole[at : at + len(alone)] == alone), None)
+    if before is None or tokenizer.pad_token_id is None:
+        raise ValueError("the text tower's tokenizer has no padding token, or changes a text that it frames")
+    start, end = whole[:before], whole[before + len(alone) :]
+    room = context - len(start) - len(end)
+    if room < 1:
+        raise ValueError(f"context is {context}: needs room for more than {len(start) + len(end)} special tokens")
+    found = rows.ids_of(texts, tokenizer, "tokenising captions")
+    cut = sum(len(ids) > room for ids in found)
+    if cut:
+        console.print(f"{cut:,} of {len(found):,} texts cut to the {context} tokens that the text tower reads")
+    tokens = np.full((len(found), context), tokenizer.pad_token_id, np.int32)
+    for row, ids in zip(tokens, found, strict=True):
+        framed = [*start, *ids[:room], *end]
+        if tokenizer.padding_side == "left":
+            row[context - len(framed) :] = framed
+        else:
+            row[: len(framed)] = framed
+    return tokens
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase, seam: str = "") -> str:
+    """Returns the sha256 over what decides the ids: vocabulary, merges, normalisation, splitting, special tokens.
+
+    So does the chat template, where the seam is its.
+    """
     content: dict[str, Any] = {"vocab": sorted(tokenizer.get_vocab().items()), "special": tokenizer.special_tokens_map}
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         content["backend"] = {part: backend.get(part) for part in ("model", "normalizer", "pre_tokenizer")}
     else:
         content["class"] = type(tokenizer).__name__
+    if seam == TOKENIZER:
+        content["chat_template"] = tokenizer.get_chat_template()
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

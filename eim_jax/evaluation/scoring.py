@@ -8,7 +8,7 @@ from typing import Any
 
 from eim_jax.data.samples import Split
 from eim_jax.evaluation.tasks import task_of
-from eim_jax.evaluation.tasks.task import measured
+from eim_jax.evaluation.tasks.task import Scored, measured, with_intervals
 from eim_jax.generation.batched_inference import generate_text
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel.processes import barrier, is_first
@@ -51,8 +51,9 @@ def evaluate(inputs: Inputs, vlm: VLM, params: Flat, split: Split, directory: Pa
         if i == 0:
             write_json(directory / "predictions_test.json", record)
         found, added = task.score(inputs, asked, predicted, outputs, directory, method), measured(task, asked, outputs)
-        scores[method] = {**found.scores, **added.scores}
-        items[method] = {"ids": list(asked.items), **found.rows, **added.rows}
+        whole = Scored({**found.scores, **added.scores}, {**found.rows, **added.rows})
+        scores[method] = with_intervals(task, whole)
+        items[method] = {"ids": list(asked.items), **whole.rows}
     for method, found in scores.items():
         found["notes"] = {**found.get("notes", {}), "decoding": settings_of(inputs, method, split)}
     if is_first():
@@ -113,6 +114,18 @@ def place(inputs: Inputs, directory: Path, test: Split) -> Path:
         return directory
     digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:8]
     return directory / EVALS / "-".join([*inputs.config.decode.methods, digest])
+
+
+def is_other_split(directory: Path, test: Split) -> bool:
+    """Returns whether an arm's own scores are of another split than this one.
+
+    Args:
+      directory: the arm's.
+      test: what is scored now.
+    """
+    path = directory / SCORES
+    own = _found(read_json(path, values=dict)) if path.exists() else []
+    return any(said is not None and not said.endswith(f" {test.fingerprint()[:8]}") for _, said in own)
 
 
 def _wanted(inputs: Inputs, test: Split) -> list[tuple[str, str | None]]:

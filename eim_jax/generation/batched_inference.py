@@ -62,7 +62,7 @@ def generate_text(
     tree, tokenizer = tree_of(params), inputs.lm_tokenizer
     data = inputs.config.data
     longest_text = [limit(data, image is not None) for image in images]
-    tokens, valid = tokenize.encode_prompts(prompts, tokenizer, longest_text)
+    tokens, valid = tokenize.encode_prompts(prompts, tokenizer, longest_text, data.seam)
     batch = rounded(inputs.config.decode.batch, inputs.mesh)
 
     def read(rows: Int[np.ndarray, "b"], width: int) -> LMInput:

@@ -55,7 +55,7 @@ def encode_images(
     tree = tree_of(params, "visual/", "st/")
     found, batch, size = [], rounded(inputs.config.decode.batch, inputs.mesh), vlm.visual.config.image_size
     with progress_or_quiet(quiet, f"looking at {split.name} images", len(rows), "images") as advance:
-        options = {"fit": inputs.config.data.fit, "threads": inputs.config.data.threads}
+        options = {"fit": inputs.fit, "threads": inputs.config.data.threads}
         wanted = np.array([-1 if row is None else row for row in rows], np.int32)
         wanted[~np.resize(own_rows(inputs.mesh, batch), len(wanted))] = -1  # other processes decode their own
         for at, (_, pixels) in enumerate(eval_images(split, batch, size, rows=wanted.tolist(), **options)):

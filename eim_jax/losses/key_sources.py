@@ -12,22 +12,30 @@ import numpy as np
 from eim_jax.config import ConfigError
 from eim_jax.data import rows
 from eim_jax.losses.kinds import KeySource
+from eim_jax.models.vision import text_family
 
 
 def _clip_texts(inputs: Any) -> np.ndarray:
     # Imported where samples are read: a step's program alone needs neither tokenizers nor a data loader.
     from eim_jax.data import tokenize
 
-    captions = [sample.caption or sample.response for sample in inputs.train.samples]
-    return tokenize.encode_clip(captions, inputs.clip_tokenizer, inputs.clip.text.context)
+    captions, text = [sample.caption or sample.response for sample in inputs.train.samples], inputs.clip.text
+    encode = tokenize.encode_padded if text_family(inputs.clip.vision, text).pads else tokenize.encode_clip
+    return encode(captions, inputs.clip_tokenizer, text.context)
+
+
+def _described(inputs: Any) -> str:
+    text = inputs.clip.text
+    length = "padded to" if text_family(inputs.clip.vision, text).pads else "at most"
+    return f"{inputs.fingerprints['clip_tokenizer']}, {length} {text.context} tokens"
 
 
 CLIP_TEXTS = KeySource(
-    tower="clip",
+    tower="text",
     fields=_clip_texts,
     row=lambda inputs: jax.ShapeDtypeStruct((1, inputs.clip.text.context), jnp.int32),
-    described=lambda inputs: f"{inputs.fingerprints['clip_tokenizer']}, at most {inputs.clip.text.context} tokens",
-)  # the caption (where there is none, the response) as CLIP's tokens [N s], padded behind [EOS]
+    described=_described,
+)  # the caption (where there is none, the response) as the text tower's tokens [N s]
 
 LM_TEXTS = KeySource(
     tower="lm",
@@ -45,7 +53,7 @@ class Crops:
     dtype = np.dtype(np.uint8)
 
     def __init__(self, inputs: Any):
-        self._split, self._data = inputs.train, inputs.config.data
+        self._split, self._data, self._fit = inputs.train, inputs.config.data, inputs.fit
         without = [sample.id for sample in self._split.samples if sample.image is None]
         if without:
             raise ConfigError(
@@ -60,7 +68,7 @@ class Crops:
         from eim_jax.data.loader import eval_images
 
         found, wanted = self._images[numbers], self._images[numbers].ravel()
-        options = {"rows": wanted.tolist(), "fit": self._data.fit, "threads": self._data.threads}
+        options = {"rows": wanted.tolist(), "fit": self._fit, "threads": self._data.threads}
         [(_, crops)] = eval_images(self._split, len(wanted), self.shape[1], **options)
         return crops.reshape(*found.shape, *self.shape[1:])
 
@@ -74,5 +82,5 @@ IMAGES = KeySource(
     tower="clip",
     fields=Crops,
     row=lambda inputs: jax.ShapeDtypeStruct((1, *_image(inputs)), jnp.uint8),
-    described=lambda inputs: f"images, {inputs.config.data.fit}, {inputs.clip.vision.image_size} pixels",
+    described=lambda inputs: f"images, {inputs.fit}, {inputs.clip.vision.image_size} pixels",
 )  # the sample's image as CLIP's crop, uint8 [N h w 3]

@@ -29,7 +29,8 @@ class KeySource:
     """What of a training sample its key is made from.
 
     Args:
-      tower: whose weights decide the keys, as a queue on disk names them: "clip" or "lm".
+      tower: whose weights decide the keys, as a queue on disk names them: "clip", "text" (the text tower where it has
+        a folder of its own, else "clip") or "lm".
       fields: (a run's inputs) -> arrays [N ...] in a dict or tuple, which `QueueKind.encode` reads in batches.
       row: (a run's inputs) -> one row of the same as `jax.ShapeDtypeStruct`, at its longest; reads no data.
       described: (a run's inputs) -> the words by which a queue on disk says what was read: tokeniser and longest text.

@@ -55,7 +55,8 @@ class NextTokenLoss:
         supervised = _supervised(vlm, batch)
         if self.mean == "rows":
             supervised = supervised / jnp.maximum(supervised.sum(axis=1, keepdims=True), 1)
-        value, _ = head_xent(hidden, head, batch.read("tokens"), supervised, vocab_axis=axis, mesh=forward.mesh)
+        tokens, cap = batch.read("tokens"), vlm.logit_cap
+        value, _ = head_xent(hidden, head, tokens, supervised, vocab_axis=axis, cap=cap, mesh=forward.mesh)
         return value, {}
 
     def check(self, config: Config) -> None:

@@ -4,6 +4,9 @@ For a supervised position with hidden state h, the head's rows W_1..W_V and the 
 
     loss = log sum_v exp(h.W_v) - h.W_y,   dloss/dh = sum_v g_v W_v,   dloss/dW_v = g_v h,   g_v = p_v - [v = y]
 
+Where logits are capped (Gemma 2), z_v = cap tanh(h.W_v / cap) stands for h.W_v, and g_v has the factor
+1 - (z_v / cap)^2.
+
 The result is a sum over positions, so its gradient is known, up to one factor, where the logits are: one sweep yields
 both, computes the logits once and keeps none of them (the idea of Liger Kernel's fused linear cross-entropy). The sweep
 visits the supervised positions only: prompts and padding cost nothing once they fill a chunk.
@@ -18,6 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from eim_jax.models.layers import soft_cap
 from eim_jax.parallel.sharding import ROWS, parts_of
 
 P = PartitionSpec
@@ -33,6 +37,7 @@ def head_xent(
     *,
     vocab_axis: int = 0,
     chunk: int = 0,
+    cap: float = 0.0,
     mesh: Mesh | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Next-token cross-entropy of the logits `hidden` x `head`, in nats, and the number of supervised positions.
@@ -42,9 +47,10 @@ def head_xent(
     size. Positions outside `mask` give no loss and no gradient, even where `hidden` is not finite there. A `mask` of
     floats weighs each position, and then the weights' sum is returned in place of a number.
 
-    `chunk` positions have their logits at a time (0: what fits into CHUNK_BYTES). With `mesh`, the rows of `hidden` lie
-    over ("data", "fsdp") and the vocabulary over "tensor" (padded here where it does not divide): the head is gathered
-    over "fsdp" once, its gradient is summed over devices once, after the last chunk.
+    `chunk` positions have their logits at a time (0: what fits into CHUNK_BYTES); `cap` bounds them (0: nothing does).
+    With `mesh`, the rows of `hidden` lie over ("data", "fsdp") and the vocabulary over "tensor" (padded here where it
+    does not divide): the head is gathered over "fsdp" once, its gradient is summed over devices once, after the last
+    chunk.
 
     Raises ValueError for a head of another width, or rows that the mesh does not divide.
     """
@@ -63,7 +69,7 @@ def head_xent(
     padding[vocab_axis] = (0, columns * parts - vocab)
     head = jnp.pad(head, padding) if columns * parts > vocab else head
     targets, mask = jnp.asarray(targets), jnp.asarray(mask)
-    total = cast(Any, _total(_How(vocab, vocab_axis, number, mesh), hidden, head, targets, mask))
+    total = cast(Any, _total(_How(vocab, vocab_axis, number, mesh, cap), hidden, head, targets, mask))
     return total, jnp.sum(mask, dtype=jnp.float32)
 
 
@@ -72,6 +78,7 @@ class _How(NamedTuple):
     axis: int  # of the head, that counts the vocabulary
     number: int  # chunks
     mesh: Mesh | None
+    cap: float
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -128,9 +135,11 @@ def _sweep(how: _How, wanted: tuple[bool, bool], split: str | None, hidden, head
         place = lax.dynamic_slice_in_dim(padded, i * chunk, chunk)
         live = (i * chunk + jnp.arange(chunk) < supervised)[:, None]
         h = jnp.where(live, hidden[place], 0)
-        logits = dot(h, kernel, (((1,), (1 - axis,)), ((), ())))
+        logits = soft_cap(dot(h, kernel, (((1,), (1 - axis,)), ((), ()))), how.cap)
         logits = jnp.where(column < how.vocab, logits, OUTSIDE)
         loss, slope = _loss_and_slope(logits, targets[place][:, None] == column, sharded)
+        if how.cap:
+            slope *= jnp.where(column < how.vocab, 1 - (logits / how.cap) ** 2, 0)
         if weighted:
             weight = mask[place][:, None]
             loss, slope = loss * weight, slope * weight

@@ -196,6 +196,7 @@ class STKind:
       hidden: STConfig -> the default width inside.
       depth: the default layers and heads, of a Transformer.
       reads_one: it maps the first visual token alone, so config.arm.*.features must be "cls".
+      token_mlp: it is two layers ("up", "down") on each token by itself, as LLaVA's connector is.
       sized_by_arm: config.arm.*.st_hidden sets its width inside; otherwise it keeps its own.
     """
 
@@ -204,6 +205,7 @@ class STKind:
     hidden: Callable[[STConfig], int]
     depth: tuple[int, int] = (0, 0)
     reads_one: bool = False
+    token_mlp: bool = False
     sized_by_arm: bool = True
 
 
@@ -213,12 +215,12 @@ def _make_projector(config: STConfig) -> nn.Module:
 
 # config.arm.*.st -> the kind; from outside the package, ST_KINDS["mine"] = STKind(...) adds one.
 ST_KINDS: dict[str, STKind] = {
-    "ffn": STKind(FFN, "gelu", lambda c: 4 * c.width_in),
+    "ffn": STKind(FFN, "gelu", lambda c: 4 * c.width_in, token_mlp=True),
     "mlp": STKind(MLPMapper, "tanh", lambda c: c.width_out * c.tokens // 2, reads_one=True, sized_by_arm=False),
     "transformer": STKind(
         TransformerMapper, "relu", lambda c: 2 * c.width_out, (8, 8), reads_one=True, sized_by_arm=False
     ),
-    "projector": STKind(_make_projector, "silu", lambda c: 128),
+    "projector": STKind(_make_projector, "silu", lambda c: 128, token_mlp=True),
     "queries": STKind(QueryMapper, "gelu", lambda c: 512, (2, 16)),
 }
 

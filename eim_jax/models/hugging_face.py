@@ -7,6 +7,7 @@ ours and back. Reading and writing the files themselves is the business of `eim_
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -40,11 +41,32 @@ PATCHES = Layout(lambda a: a[0].transpose(2, 3, 1, 0), lambda x: [x.transpose(3,
 
 
 class Row(NamedTuple):
-    """One of our leaves (with {i} for the layer) and the keys that make it."""
+    """One of our leaves (with {i} for the layer) and the keys that make it; a `part` of a key may stand for a key."""
 
     ours: str
     theirs: tuple[str, ...]
     layout: Layout = SAME
+
+
+def part(key: str, start: int, stop: int, rows: int) -> str:
+    """Returns the name of rows start to stop (not included) of a key that has so many: one tensor of several leaves.
+
+    >>> part("qkv.weight", 0, 4, 12)
+    'qkv.weight[0:4/12]'
+    """
+    return f"{key}[{start}:{stop}/{rows}]"
+
+
+def parts_of_key(name: str) -> tuple[str, slice | None, int]:
+    """Returns the key that a name stands for, which of its rows, and how many it is to have; (key, None, 0) for all.
+
+    >>> parts_of_key("qkv.weight[0:4/12]"), parts_of_key("qkv.weight")
+    (('qkv.weight', slice(0, 4, None), 12), ('qkv.weight', None, 0))
+    """
+    if (found := re.fullmatch(r"(.*)\[(\d+):(\d+)/(\d+)\]", name)) is None:
+        return name, None, 0
+    key, start, stop, rows = found.groups()
+    return key, slice(int(start), int(stop)), int(rows)
 
 
 def norm_rows(ours: str, theirs: str) -> list[Row]:

@@ -50,8 +50,10 @@ KeyValue = tuple[Float[Array, "b s h e"], Float[Array, "b s h e"]]
 class BlockConfig:
     """Shape of one block; `init` is for kernels that read the residual stream, `residual_init` for those that write.
 
-    `bias_init` gives the biases' initialiser by their layer's fan-in. An `adapter` stands between ln_1 and attention;
-    its leaves come with the block's input.
+    `gated` splits what `mlp`'s first layer gives into two of that width, of which the activated one scales the other
+    (SwiGLU). `layer_scale` gives both branches a trained factor a channel (DINOv2). `bias_init` gives the biases'
+    initialiser by their layer's fan-in. An `adapter` stands between ln_1 and attention; its leaves come with the
+    block's input.
     """
 
     width: int
@@ -60,6 +62,8 @@ class BlockConfig:
     activation: str
     eps: float = 1e-5
     qkv_bias: bool = True
+    gated: bool = False
+    layer_scale: bool = False
     dropout: float = 0.0
     adapter: Adapter | None = None
     init: Callable = NORMAL
@@ -79,6 +83,11 @@ class BlockConfig:
 def layer_norm(eps: float, dtype: DTypeLike) -> nn.LayerNorm:
     """Returns a LayerNorm with float32 statistics (two-pass variance, as PyTorch) and its result in `dtype`."""
     return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False)
+
+
+def soft_cap(x: Float[Array, "*n"], cap: float) -> Float[Array, "*n"]:
+    """Returns cap tanh(x / cap), which lies between -cap and cap; x itself where `cap` is 0."""
+    return cap * jnp.tanh(x / cap) if cap else x
 
 
 def check_attention(name: str) -> None:
@@ -164,12 +173,28 @@ class MLP(nn.Module):
 
     def setup(self):  # noqa: D102
         c = self.config
-        self.up = Dense(c.mlp, kernel_init=c.init, bias_init=c.bias_init(c.width), dtype=c.dtype)
+        width = 2 * c.mlp if c.gated else c.mlp
+        self.up = Dense(width, kernel_init=c.init, bias_init=c.bias_init(c.width), dtype=c.dtype)
         self.down = Dense(c.width, kernel_init=c.residual_init, bias_init=c.bias_init(c.mlp), dtype=c.dtype)
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Maps every token by itself."""
-        return self.down(ACTIVATIONS[self.config.activation](self.up(x)))
+        inner, activation = self.up(x), ACTIVATIONS[self.config.activation]
+        if self.config.gated:
+            gate, inner = jnp.split(inner, 2, axis=-1)
+            return self.down(activation(gate) * inner)
+        return self.down(activation(inner))
+
+
+class LayerScale(nn.Module):
+    """A trained factor a channel, from 1."""
+
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Scales every channel."""
+        return x * self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(self.dtype)[None, None]
 
 
 class Block(nn.Module):
@@ -188,6 +213,8 @@ class Block(nn.Module):
         self.ln_2 = layer_norm(c.eps, c.dtype)
         self.mlp = MLP(c)
         self.drop = nn.Dropout(c.dropout)
+        if c.layer_scale:
+            self.ls_1, self.ls_2 = LayerScale(c.dtype), LayerScale(c.dtype)
         if c.adapter is not None:
             self.drop_inner = nn.Dropout(c.adapter.dropout_rate)
 
@@ -212,8 +239,10 @@ class Block(nn.Module):
             drop = functools.partial(self.drop_inner, deterministic=not train)
             z, _ = adapter.attention_input(leaf, None, z, drop)
         mixed, kv = self.attn(z, mask, train, start, prompt, kv)
-        x = x + self.drop(mixed, deterministic=not train)
-        x = x + self.drop(self.mlp(self.ln_2(x)), deterministic=not train)
+        scaled = self.config.layer_scale
+        x = x + self.drop(self.ls_1(mixed) if scaled else mixed, deterministic=not train)
+        mapped = self.mlp(self.ln_2(x))
+        x = x + self.drop(self.ls_2(mapped) if scaled else mapped, deterministic=not train)
         return x, (kv, x[:, 0] if watch else None)
 
 

@@ -51,7 +51,7 @@ class VLM:
 
     Attributes:
       visual: a VisionTower; this and the LM perhaps with low-rank terms (lora.Tuned).
-      text: a TextTower.
+      text: a TextTower; None where the vision tower has none beside it.
       st: the connector, from make_st.
       lm: a DecoderLM.
       features: which visual tokens the ST receives, one of the vision tower's `features`.
@@ -65,7 +65,7 @@ class VLM:
     """
 
     visual: nn.Module | Tuned
-    text: nn.Module
+    text: nn.Module | None
     st: nn.Module
     lm: nn.Module | Tuned
     features: str = "full"
@@ -90,6 +90,11 @@ class VLM:
         rates += [dropout_of(part) for name, part in self.parts if name in self.noisy]
         adapters = [towers[name].adapter for name in self.noisy]
         return max([0.0, *rates, *(a.dropout_rate for a in adapters if a is not None)])
+
+    @property
+    def logit_cap(self) -> float:
+        """What caps the head's products to logits (`layers.soft_cap`); 0.0 where nothing does."""
+        return getattr(self.lm.config, "logit_cap", 0.0)
 
     def for_stage(self, trained: Iterable[str]) -> "VLM":
         """Returns the same modules for a stage that trains these paths: the other towers run without dropout.
@@ -317,7 +322,7 @@ class VLM:
         return has_image if adapter is None or adapter.visual_tokens else jnp.zeros_like(has_image)
 
     def head_weights(self, params: dict) -> tuple[Float[Array, "_ _"], int]:
-        """Returns the weights that turn `lm_hidden` into logits, and which of their axes counts the vocabulary."""
+        """Returns the weights that turn `lm_hidden` into logits (before `logit_cap`), and their axis of words."""
         return _apply(self.lm, {"params": params["lm"]}, method="head_weights")
 
     def logits(self, params: dict, hidden: Float[Array, "b t d"]) -> Float[Array, "b t V"]:
@@ -326,6 +331,7 @@ class VLM:
 
     def caption_feature(self, params: dict, tokens: Int[Array, "b s"]) -> Float[Array, "b j"]:
         """Returns the text tower's features of captions, in its own tokenizer's ids: rows of K_t."""
+        assert self.text is not None, "an arm whose loss reads captions is checked to have a text tower"
         return _apply(self.text, {"params": params["text"]}, tokens, method="encode")
 
 

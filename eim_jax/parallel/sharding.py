@@ -41,7 +41,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"lm/.*/(out|down)/(codes|scale|scale_scale)", ROW),
     (r"lm/.*/scale_mean", P()),
     # Embeddings.
-    (r"visual/class_embedding", P()),
+    (r"visual/(class_embedding|pool/probe)", P()),
     (r"visual/patch_embedding/kernel", P(None, None, None, "fsdp")),
     (r"(visual|text|lm)/position_embedding(/embedding)?", P(None, "fsdp")),
     (r"(text|lm)/token_embedding(/embedding)?", P("tensor", "fsdp")),

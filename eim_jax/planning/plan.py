@@ -21,7 +21,6 @@ from eim_jax.models.language import family_of
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel.sharding import make_mesh, param_shardings, parts_of
 from eim_jax.planning.collectives import KINDS, moved
-from eim_jax.planning.flops import work
 from eim_jax.planning.shapes import abstract_inputs, batch_shapes, queue_shapes, replicated
 from eim_jax.planning.targets import Target
 from eim_jax.training import partition
@@ -30,6 +29,7 @@ from eim_jax.training.assembly import assemble
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs, model, shapes
 from eim_jax.utils.console import console
+from eim_jax.utils.flops import work
 
 USABLE = 0.96  # of a chip's memory; libtpu itself allows 15.75 of a v5e's 16 GiB and 30.75 of a v4's 32
 

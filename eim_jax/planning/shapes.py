@@ -20,6 +20,7 @@ from eim_jax.losses.kinds import QueueKind
 from eim_jax.losses.queues import Queue, compress
 from eim_jax.models.batch import Batch
 from eim_jax.models.language import FAMILIES, family_of
+from eim_jax.models.stacks import Form
 from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel.sharding import batch_sharding, parts_of, queue_sharding
@@ -58,11 +59,10 @@ def abstract_inputs(
         notes.append("compiled with attention=softmax: cudnn holds less, as no scores are kept")
     clip_dir, lm_dir = _at_hand(config.towers.clip), _at_hand(config.towers.lm)
     if clip_dir is not None:
-        vision, text = pretrained.clip_config(clip_dir, **form)
+        texts = _text_folder(config)
+        vision, text = pretrained.clip_config(clip_dir, text=texts, image_size=config.towers.image_size, **form)
     else:
-        vision, text = (
-            replace(tower, **form) for tower in _published(VISION_TOWERS, config.towers.clip, "clip", notes)
-        )
+        vision, text = _published_towers(config, form, notes)
     if lm_dir is not None:
         lm = pretrained.lm_config(lm_dir, quant=config.towers.quant, **form)
     else:
@@ -99,6 +99,32 @@ def _at_hand(name: str) -> Path | None:
     except ValueError:  # no repository's name
         found = None
     return Path(found).parent if isinstance(found, str) else None
+
+
+def _text_folder(config: Config) -> Path | str:
+    """The directory of config.towers.text, if it is named; "" if not."""
+    if not config.towers.text:
+        return ""
+    found = _at_hand(config.towers.text)
+    if found is None:
+        raise ConfigError(f"config.towers.text={config.towers.text}: its config.json is not on this machine")
+    return found
+
+
+def _published_towers(config: Config, form: Form, notes: list[str]):
+    """The published shapes of the vision tower and of the text tower that makes K_t, as the run sets them."""
+    towers = config.towers
+    vision, text = _published(VISION_TOWERS, towers.clip, "clip", notes)
+    if towers.text:
+        if text is not None:
+            raise ConfigError(f"{towers.clip} has its own text tower: config.towers.text is for one that has none")
+        folder = _at_hand(towers.text)
+        text = pretrained.clip_config(folder)[1] if folder else _published(VISION_TOWERS, towers.text, "text", notes)[1]
+        if text is None:
+            raise ConfigError(f"config.towers.text={towers.text} has no text tower: take a CLIP or SigLIP")
+        vision = replace(vision, joint=text.joint)
+    vision = replace(vision, image_size=towers.image_size or vision.image_size, **form)
+    return vision, None if text is None else replace(text, **form)
 
 
 def _published(families: dict, name: str, field: str, notes: list[str]):

@@ -7,53 +7,14 @@ through public JAX, so as many fake CPU devices stand in for them.
 import importlib.util
 import os
 import re
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import psutil
 
 from eim_jax.config import ConfigError
+from eim_jax.parallel.chips import CHIPS, GIB, Chip, chip_of
 
-GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class Chip:
-    """One device: bytes of memory, bf16 FLOP/s, bytes/s from memory, bytes/s out to other chips (one direction)."""
-
-    name: str
-    memory: int
-    flops: float
-    bandwidth: float
-    link: float
-    source: str
-
-
-_TPU = "cloud.google.com/tpu/docs/"
-_NVIDIA = "nvidia.com/en-us/data-center/"
-# Interconnect is published for both directions together (TPU v5e, v5p, v6e; NVLink): half of it here.
-CHIPS = {
-    "v4": Chip("TPU v4", 32 * GIB, 275e12, 1200e9, 300e9, _TPU + "v4"),
-    "v5e": Chip("TPU v5e", 16 * GIB, 197e12, 819e9, 200e9, _TPU + "v5e"),
-    "v5p": Chip("TPU v5p", 95 * GIB, 459e12, 2765e9, 600e9, _TPU + "v5p"),
-    "v6e": Chip("TPU v6e", 32 * GIB, 918e12, 1638e9, 400e9, _TPU + "v6e"),
-    "a100": Chip("A100 SXM 80 GB", 80 * 10**9, 312e12, 2039e9, 300e9, _NVIDIA + "a100"),
-    "h100": Chip("H100 SXM", 80 * 10**9, 989e12, 3350e9, 450e9, _NVIDIA + "h100"),
-    "h200": Chip("H200 SXM", 141 * 10**9, 989e12, 4800e9, 450e9, _NVIDIA + "h200"),
-}
-KINDS = {  # a device's own name -> the chip
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v5p": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "A100": "a100",
-    "H100": "h100",
-    "H200": "h200",
-}
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # v5e and v6e
 SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")  # v4 and v5p, and larger
 FORMS = (
@@ -168,7 +129,7 @@ def _here(devices: list) -> tuple[Chip, str]:
     if devices[0].platform == "cpu":
         return _host(len(devices))
     kind = devices[0].device_kind
-    name = next((chip for word, chip in sorted(KINDS.items(), reverse=True) if word in kind), None)
-    if name is None or "40GB" in kind:  # an A100 with half the memory
+    chip = chip_of(kind)
+    if chip is None or "40GB" in kind:  # an A100 with half the memory
         raise ConfigError(f"no figures for the device {kind!r}: name a --topology. Valid: {FORMS}")
-    return CHIPS[name], f"compiled for the {len(devices)} {kind} here"
+    return chip, f"compiled for the {len(devices)} {kind} here"

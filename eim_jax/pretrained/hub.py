@@ -10,7 +10,7 @@ from eim_jax.models.hugging_face import WeightsError
 from eim_jax.utils.console import console
 
 BUILTIN = {"miniature/clip": "clip", "miniature/gpt2": "gpt2", "miniature/llama": "llama"}
-FILES = ("*.json", "*.txt", "model*.safetensors", "prompt.safetensors", "tokenizer.model")
+FILES = ("*.json", "*.txt", "model*.safetensors", "prompt.safetensors", "tokenizer.model", "spiece.model")
 CONVERTER = "SFconvertbot"  # the hub's own account, which offers older checkpoints in safetensors as a pull request
 
 

@@ -1,25 +1,40 @@
 """How a folder says that its tower's pictures are made: processor_config.json, or preprocessor_config.json.
 
-Pictures are resized bicubically to a square (utils/images) and normalised on the device. What a file says of this is
-taken over, or refused by the name of its field; nothing in it is passed over.
+Pictures are resized to a square (utils/images) and normalised on the device. What a file says of this is taken over, or
+refused by the name of its field; nothing in it is passed over.
 """
 
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from eim_jax.models.hugging_face import WeightsError
+from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.pretrained.json_files import read_json
-from eim_jax.utils.images import CLIP_MEAN, CLIP_STD
+from eim_jax.utils.images import BICUBIC, CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, RESAMPLING, Fit
 
-_BICUBIC = 3  # PIL's number
+# What transformers' image processors do where a file leaves it out, as far as they differ. DINOv2's files name Bit's,
+# which has CLIP's statistics of itself; a folder without such a file has those that the tower was trained with.
+_HALF = [0.5, 0.5, 0.5]
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "CLIP": {},
+    "Bit": {},
+    "DINOv2": {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)},
+    "Siglip": {
+        "image_mean": _HALF,
+        "image_std": _HALF,
+        "do_center_crop": False,
+        "size": {"height": 224, "width": 224},
+    },
+}
 _MOST = 1e6  # of a statistic, so that neither NaN, infinity nor an endless number passes
 _STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_rgb")
 
 
 class ImageProcessor(NamedTuple):
-    """What a folder says of its pictures, with CLIP's values for what it leaves out.
+    """What a folder says of its pictures, with its kind's values for what it leaves out.
 
     Attributes:
       mean, std: the channel statistics by which pixels in [0, 1] are normalised; do_normalize, do_rescale and
@@ -27,6 +42,8 @@ class ImageProcessor(NamedTuple):
       size: `size` as the file has it, None where it has none.
       crop: whether the centre is cut out after resizing, to `crop_size` as the file has it.
       crop_size: None where the file has none.
+      resample: PIL's number of the filter.
+      kind: whose defaults they are, a name in DEFAULTS.
       file: where all this stands; None where there is no such file.
     """
 
@@ -35,6 +52,8 @@ class ImageProcessor(NamedTuple):
     size: Any = None
     crop: bool = True
     crop_size: Any = None
+    resample: int = BICUBIC
+    kind: str = "CLIP"
     file: pathlib.Path | None = None
 
     def describe(self) -> str:
@@ -43,22 +62,45 @@ class ImageProcessor(NamedTuple):
             f"{name} ({', '.join(f'{x:.6g}' for x in values)})"
             for name, values in (("mean", self.mean), ("standard deviation", self.std))
         )
-        return f"{numbers}, from {self.file or 'CLIP: the folder has no preprocessor_config.json'}"
+        return f"{numbers}, from {self.file or f'{self.kind}: the folder has no preprocessor_config.json'}"
 
-    def check(self, image_size: int, fit: str) -> None:
-        """Raises WeightsError where the file wants other pictures than `fit` ("crop" or "stretch") makes."""
-        shorter, square = {"shortest_edge": image_size}, {"height": image_size, "width": image_size}
+    @property
+    def side(self) -> int | None:
+        """The square's side that the file states; None where it states none, or no square."""
+        edges = _edges(self.crop_size if self.crop and self.crop_size is not None else self.size)
+        sides = set(edges.values()) if edges is not None else set()
+        return sides.pop() if len(sides) == 1 else None
+
+    def check(self, image_size: int, fit: str, asked: bool = False) -> Fit:
+        """Returns how pictures become squares of `image_size` by `fit` ("crop" or "stretch").
+
+        Args:
+          image_size: the tower's.
+          fit: config.data.fit.
+          asked: the size is config.towers.image_size, not the file's: what the file resizes to grows along with it.
+
+        Raises:
+          WeightsError: the file wants other pictures.
+        """
+        side = self.side or image_size if asked else image_size
+        shorter, square = {"shortest_edge": side}, {"height": side, "width": side}
         if self.crop and self.crop_size is not None and _edges(self.crop_size) not in (shorter, square):
-            raise WeightsError(f"{self.file}: crop_size {self.crop_size!r} is not the tower's image_size, {image_size}")
+            raise WeightsError(
+                f"{self.file}: crop_size {self.crop_size!r} is not the tower's image_size, {side}: set "
+                "config.towers.image_size to it, if the tower is to see pictures of that size"
+            )
         wanted = shorter if self.size is None else _edges(self.size)
         if wanted == square and fit != "stretch":
             raise WeightsError(
                 f"{self.file}: size {self.size!r} stretches pictures to a square, config.data.fit={fit!r} cuts their "
                 "centre out: set config.data.fit=stretch"
             )
-        if wanted not in (shorter, square) and (fit != "stretch" or "height" in wanted):
+        # More is resized than is cut out (DINOv2: 256 and 224), where both are stated.
+        wider = fit == "crop" and self.crop_size is not None and wanted.keys() == {"shortest_edge"}
+        margin = wanted["shortest_edge"] / side if wider and self.crop else 1.0
+        if margin <= 1 and wanted not in (shorter, square) and (fit != "stretch" or "height" in wanted):
             raise WeightsError(
-                f"{self.file}: size {self.size!r} is not the tower's image_size, {image_size}, to which "
+                f"{self.file}: size {self.size!r} is not the tower's image_size, {side}, to which "
                 f"config.data.fit={fit!r} resizes; set size to {shorter!r}, if the tower was trained so"
             )
         if not self.crop and fit != "stretch":
@@ -66,6 +108,7 @@ class ImageProcessor(NamedTuple):
                 f"{self.file}: do_center_crop is false, config.data.fit={fit!r} cuts the centre out: set "
                 "config.data.fit=stretch, or do_center_crop to true"
             )
+        return Fit(fit, margin, self.resample)
 
 
 def _edges(size: Any) -> Any:
@@ -79,22 +122,38 @@ def image_processor(directory: pathlib.Path) -> ImageProcessor:
     Raises:
       WeightsError: a field of a wrong type, or one that states what is not done here; named by file and field.
     """
+    kind = _kind_of(directory)
     nested, plain = directory / "processor_config.json", directory / "preprocessor_config.json"
     if nested.is_file() and (content := read_json(nested).get("image_processor")) is not None:
         if not isinstance(content, dict):
             raise WeightsError(f"{nested}: image_processor is {content!r:.60}, not an object")
-        return _read(nested, content)
-    return _read(plain, read_json(plain)) if plain.is_file() else ImageProcessor()
+        return _read(nested, content, kind)
+    if plain.is_file():
+        return _read(plain, read_json(plain), kind)
+    usual = DEFAULTS[kind]
+    mean, std = (tuple(usual.get(f"image_{x}", clip)) for x, clip in (("mean", CLIP_MEAN), ("std", CLIP_STD)))
+    return ImageProcessor(mean, std, kind=kind)
 
 
-def _read(file: pathlib.Path, content: Mapping[str, Any]) -> ImageProcessor:
+def _kind_of(directory: pathlib.Path) -> str:
+    """The kind of a folder whose files name none: its tower's family's."""
+    config = directory / "config.json"
+    name = read_json(config).get("model_type") if config.is_file() else None
+    family = VISION_TOWERS.get(name) if isinstance(name, str) else None
+    return family.processor if family is not None else "CLIP"
+
+
+def _read(file: pathlib.Path, content: Mapping[str, Any], kind: str) -> ImageProcessor:
     said = {k: v for k, v in content.items() if v is not None}
-    kind = said.get("image_processor_type", said.get("feature_extractor_type", "CLIP"))
-    if not str(kind).startswith("CLIP"):
+    named = str(said.get("image_processor_type", said.get("feature_extractor_type", kind)))
+    kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", named)
+    kind = "CLIP" if kind.startswith("CLIP") else kind
+    said = {**DEFAULTS.get(kind, {}), **said}
+    if kind not in DEFAULTS:
         left = [k for k in ("size", "resample", "do_center_crop", "image_mean", "image_std") if k not in said]
         if left:
             raise WeightsError(
-                f"{file}: image_processor_type {kind!r} has its own defaults for {', '.join(left)}: write them down"
+                f"{file}: image_processor_type {named!r} has its own defaults for {', '.join(left)}: write them down"
             )
     does = {step: said.get(f"do_{step}", True) for step in _STEPS}
     for step, value in does.items():
@@ -102,8 +161,9 @@ def _read(file: pathlib.Path, content: Mapping[str, Any]) -> ImageProcessor:
             raise WeightsError(f"{file}: do_{step} is {value!r:.60}, not true or false")
     if not does["resize"]:
         raise WeightsError(f"{file}: do_resize is false, which is not supported: pictures get the tower's size")
-    if (resample := said.get("resample", _BICUBIC)) != _BICUBIC or isinstance(resample, bool):
-        raise WeightsError(f"{file}: resample {resample!r:.60} is not supported, only {_BICUBIC} (bicubic)")
+    if type(resample := said.get("resample", BICUBIC)) is not int or resample not in RESAMPLING:
+        known = " and ".join(f"{number} ({name})" for number, name in RESAMPLING.items())
+        raise WeightsError(f"{file}: resample {resample!r:.60} is not supported, only {known}")
     for field in ("size", "crop_size"):
         sides = said.get(field, 1)
         sides = list(sides.values()) or [None] if isinstance(sides, dict) else [sides]
@@ -120,7 +180,7 @@ def _read(file: pathlib.Path, content: Mapping[str, Any]) -> ImageProcessor:
     scale = 255 * (factor if does["rescale"] else 1)
     if not math.isclose(scale, 1):
         mean, std = (tuple(x / scale for x in values) for values in (mean, std))
-    return ImageProcessor(mean, std, said.get("size"), does["center_crop"], said.get("crop_size"), file)
+    return ImageProcessor(mean, std, said.get("size"), does["center_crop"], said.get("crop_size"), resample, kind, file)
 
 
 def _channels(file: pathlib.Path, said: Mapping[str, Any], field: str, default: tuple) -> tuple[float, ...]:

@@ -40,13 +40,16 @@ def check_adapter(directory: pathlib.Path) -> None:
     )
 
 
-def of_table(directory: pathlib.Path, table: Mapping[str, Any], role: str) -> tuple[Any, dict]:
+def of_table(
+    directory: pathlib.Path, table: Mapping[str, Any], role: str, refused: Mapping[str, str] | None = None
+) -> tuple[Any, dict]:
     """Returns the entry of a table of kinds that a checkpoint is of, and its config.json.
 
     Args:
       directory: the checkpoint's.
       table: model_type -> what reads it.
       role: what the checkpoint is wanted for, for the message.
+      refused: model_type of relatives that are not read -> why, and what to take.
 
     Raises:
       WeightsError: config.json is missing, its model_type is not in the table, or its weights are quantised.
@@ -56,6 +59,8 @@ def of_table(directory: pathlib.Path, table: Mapping[str, Any], role: str) -> tu
     config = read_json(directory / "config.json")
     name = config.get("model_type")
     if not isinstance(name, str) or name not in table:
+        if isinstance(name, str) and refused and name in refused:
+            raise WeightsError(f"{directory}/config.json: model_type is {name!r}: {refused[name]}")
         known = " or ".join(map(repr, table))
         raise WeightsError(f"{directory}/config.json: model_type is {name!r}; {role} is a {known}")
     if (quantised := config.get("quantization_config")) is not None:

@@ -188,26 +188,52 @@ def lm_shapes(config: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return flatten_dict({"lm": made["params"]}, sep="/")
 
 
-def export_lm(directory: str | pathlib.Path, lm: LM, tokenizer: Any = None) -> None:
+def export_lm(
+    directory: str | pathlib.Path,
+    lm: LM,
+    tokenizer: Any = None,
+    *,
+    dtype: DTypeLike | None = None,
+    shard: str = reader.SHARD,
+) -> None:
     """Writes a language model as a directory that transformers and `load_lm` read.
 
     Args:
       directory: made if it is not there.
       lm: shape and parameters.
       tokenizer: whose BOS and EOS config.json names; None for the family's own.
+      dtype: of the weights; None for the parameters' own.
+      shard: the largest file of weights ("5GB"); more are several files and an index.
 
     Raises:
       WeightsError: a leaf is missing or unexpected (an adapter: fold it first), or the weights are quantised.
     """
-    c, family = lm.config, family_of(lm.config)
-    if family.quantised and c.quant != "none":
-        raise WeightsError("4-bit weights are not exported: the directory they were read from holds them whole")
-    leaves = reader.leaves_of(family.rows(c), {"lm": c.layers}, c.scan)
-    tensors = reader.write_leaves(flatten_dict({"lm": lm.params}, sep="/"), leaves)
-    content = family.write(c)
+    content, tensors = lm_files(lm, dtype)
     if tokenizer is not None:
         content |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    reader.write(directory, content, {f"{family.prefix}{key}": x for key, x in tensors.items()})
+    prefix = FAMILIES[content["model_type"]].prefix
+    reader.write(directory, content, {f"{prefix}{key}": x for key, x in tensors.items()}, shard)
+
+
+def lm_files(lm: LM, dtype: DTypeLike | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Returns what `export_lm` writes: config.json's content, and key -> array without the family's prefix.
+
+    Raises:
+      As `export_lm`.
+    """
+    family = family_of(lm.config)
+    if family.quantised and lm.config.quant != "none":
+        raise WeightsError("4-bit weights are not exported: the directory they were read from holds them whole")
+    c = family.stated(lm.config)
+    flat = flatten_dict({"lm": lm.params}, sep="/")
+    if c != lm.config:  # the biases that its files hold beside those that it has
+        flat = {path: jnp.zeros(leaf.shape) for path, leaf in lm_shapes(c).items() if path.endswith("/bias")} | flat
+    leaves = reader.leaves_of(family_of(c).rows(c), {"lm": c.layers}, c.scan)
+    tensors, content = reader.write_leaves(flat, leaves), family_of(c).write(c)
+    if dtype is not None:
+        tensors = {key: x.astype(dtype) for key, x in tensors.items()}
+        content |= {name: jnp.dtype(dtype).name for name in ("dtype", "torch_dtype")}  # transformers 5, 4
+    return content, tensors
 
 
 def _read_quantised(directory, tensors, path: str, leaf: reader.Leaf, shardings) -> dict[str, jax.Array]:

@@ -41,7 +41,7 @@ def rows_of(tower: str, config: Any) -> tuple[tuple[Row, ...], str]:
     if tower == "lm":
         family = family_of(config)
         return family.rows(config), family.prefix
-    return VISION_TOWERS[config.model_type].rows, ""
+    return VISION_TOWERS[config.model_type].rows_of(config), ""
 
 
 def modules(layer: str, rows: Sequence[Row], prefix: str, stacked: int) -> list[tuple[str, ...]]:

@@ -7,17 +7,21 @@ twice.
 
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
-from eim_jax.models.hugging_face import Layout, Row, WeightsError
+from eim_jax.models.hugging_face import Layout, Row, WeightsError, parts_of_key
 from eim_jax.pretrained.weight_files import Tensors
+
+SHARD = "5GB"  # the largest file of weights, as transformers and the hub have it
 
 
 class Leaf(NamedTuple):
@@ -101,14 +105,55 @@ def write_leaves(flat: Mapping[str, jax.Array | np.ndarray], leaves: dict[str, L
         for keys, layer in zip(leaf.keys, array if leaf.stacked else [array], strict=True):
             theirs = leaf.layout.save(layer)
             tensors |= {k: np.ascontiguousarray(x) for k, x in zip(keys, theirs, strict=True)}
-    return tensors
+    return _joined(tensors)
 
 
-def write(directory: str | pathlib.Path, config: dict, tensors: dict[str, np.ndarray]) -> pathlib.Path:
-    """Writes config.json and model.safetensors; returns the directory."""
+def _joined(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same with every key whole: the parts of one, in the order of their rows, become one array."""
+    whole, parts = {}, {}
+    for name, array in tensors.items():
+        key, lines, _ = parts_of_key(name)
+        if lines is None:
+            whole[key] = array
+        else:
+            parts.setdefault(key, {})[lines.start] = array
+    return whole | {key: np.concatenate([found[start] for start in sorted(found)]) for key, found in parts.items()}
+
+
+def write(
+    directory: str | pathlib.Path, config: dict, tensors: dict[str, np.ndarray], shard: str = SHARD
+) -> pathlib.Path:
+    """Writes config.json and model.safetensors, or several files of at most `shard` ("5GB") and their index.
+
+    Weights of an earlier export are replaced, also where those had other files. Returns the directory.
+
+    Raises:
+      WeightsError: `shard` is no size.
+    """
     directory = pathlib.Path(directory)
+    check_shard(shard)
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        tensors, get_storage_size=lambda x: x.nbytes, filename_pattern="model{suffix}.safetensors", max_shard_size=shard
+    )
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    # transformers reads the file only if its metadata says which framework's layout it has
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    _write_json(directory / "config.json", config)
+    for old in directory.glob("model*.safetensors*"):
+        if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old.name):
+            old.unlink()
+    for name, keys in split.filename_to_tensors.items():
+        # transformers reads the file only if its metadata says which framework's layout it has
+        save_file({key: tensors[key] for key in keys}, directory / name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(directory / "model.safetensors.index.json", index)
     return directory
+
+
+def check_shard(shard: str) -> None:
+    """Raises WeightsError for a largest file of weights that is no size."""
+    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|TB)", shard):
+        raise WeightsError(f"the largest file, {shard!r:.60}, is no size such as 5GB or 500MB")
+
+
+def _write_json(file: pathlib.Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -6,7 +6,7 @@ import pathlib
 import re
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from eim_jax.models.hugging_face import WeightsError
@@ -37,6 +37,7 @@ _SETTINGS = {
 }
 _START = "starts_with_bos"  # ours, in a tokenizer's settings
 _WITH_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+_LOWERCASING = ("Siglip2Tokenizer",)  # classes that lower-case, whatever tokenizer.json has
 _JSON_NAMES = {
     **{dict: "an object", list: "a list", str: "a text", type(None): "null"},
     **{bool: "true or false", int: "a whole number", float: "a number"},
@@ -92,7 +93,10 @@ def _with_special_tokens(own: Tokenizer, named: PreTrainedTokenizerBase) -> PreT
 
     transformers builds GPT2Tokenizer, CLIPTokenizer, LlamaTokenizer and others from the file's vocabulary with a
     normalizer and a splitter of its own: a file that splits otherwise (SmolLM's, digit by digit) would get other ids.
+    SigLIP 2's class lower-cases what its files, Gemma's, do not: its text tower was trained so.
     """
+    if type(named).__name__ in _LOWERCASING:
+        own.normalizer = normalizers.Sequence([normalizers.Lowercase(), *([own.normalizer] if own.normalizer else [])])
     own.no_truncation()
     own.no_padding()
     settings = ("model_max_length", "clean_up_tokenization_spaces", "padding_side", "truncation_side", "chat_template")

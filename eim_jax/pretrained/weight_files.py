@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from eim_jax.models.hugging_face import WeightsError
+from eim_jax.models.hugging_face import WeightsError, parts_of_key
 from eim_jax.pretrained import torch_files
 from eim_jax.pretrained.json_files import WHOLE, check_adapter, read_json
 from eim_jax.pretrained.torch_files import Header
@@ -30,7 +30,8 @@ _MANY = 2**28  # elements from which on no array is made to say a shape
 class Tensors:
     """Their keys, from the open files of `open_files`: safetensors, or torch.save's `WeightFile`, which looks like one.
 
-    `prefix` may stand before any key of the file; here the keys are without it.
+    `prefix` may stand before any key of the file; here the keys are without it. A key may be asked for by its parts
+    (`hugging_face.part`); parts of a tensor with another number of rows have its whole shape.
     """
 
     def __init__(self, files: Mapping[pathlib.Path, Any], prefix: str = ""):
@@ -46,21 +47,24 @@ class Tensors:
         return iter(self._where)
 
     def __contains__(self, key: str) -> bool:  # noqa: D105
-        return key in self._where
+        return parts_of_key(key)[0] in self._where
 
     def __len__(self) -> int:  # noqa: D105
         return len(self._where)
 
     def path(self, key: str) -> pathlib.Path:
         """Returns the file that holds a tensor."""
-        return self._path[key]
+        return self._path[parts_of_key(key)[0]]
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Returns a tensor's shape without reading it."""
-        return tuple(self._where[key].get_slice(self._name[key]).get_shape())
+        key, lines, rows = parts_of_key(key)
+        shape = tuple(self._where[key].get_slice(self._name[key]).get_shape())
+        return (lines.stop - lines.start, *shape[1:]) if lines is not None and shape[:1] == (rows,) else shape
 
     def dtype(self, key: str) -> str:
         """Returns safetensors' name of a tensor's dtype without reading it."""
+        key, _, _ = parts_of_key(key)
         return self._where[key].get_slice(self._name[key]).get_dtype()
 
     def read(self, key: str) -> np.ndarray:
@@ -69,7 +73,9 @@ class Tensors:
         Raises:
           WeightsError: it holds NaN or infinity.
         """
+        key, lines, _ = parts_of_key(key)
         array = self._where[key].get_tensor(self._name[key])
+        array = array if lines is None else array[lines]
         if not _finite(array):
             raise WeightsError(
                 f"{self._path[key]}: key {self._name[key]!r} holds NaN or infinity; the file is damaged or its "
@@ -226,7 +232,7 @@ def check_keys(
       missing: leaves of ours that no key of the table fills, and that must be filled.
       advice: the end of the message.
     """
-    known = {key for leaf in leaves.values() for keys in leaf.keys for key in keys}
+    known = {parts_of_key(key)[0] for leaf in leaves.values() for keys in leaf.keys for key in keys}
     unexpected = [key for key in tensors if key not in known and not re.fullmatch(ignored, key)]
     _check_dtypes([key for key in tensors if key in known or re.fullmatch(_CODES, key)], tensors)
     problems = [problem for path, leaf in leaves.items() for problem in _differences(path, leaf, shapes[path], tensors)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from eim_jax.evaluation.scoring import EVALS
 from eim_jax.evaluation.tasks.task import Predictions, Task
-from eim_jax.reporting.records import check_arm, check_scores, check_steps
+from eim_jax.reporting.records import check_arm, check_items, check_scores, check_steps
 from eim_jax.training.log import read_metrics
 from eim_jax.utils.files import read_json
 
@@ -19,6 +19,7 @@ class Arm:
     metrics: list[dict]
     scores: dict[str, dict]
     predictions: Predictions | None
+    items: dict[str, dict] = field(default_factory=dict)  # items_test.json: each item's share in the scores
     evals: dict[str, dict[str, dict]] = field(default_factory=dict)  # by other settings: {name: {method: scores}}
 
 
@@ -28,17 +29,26 @@ def read_arm(task: Task, directory: Path) -> Arm:
     Raises:
       Damaged, ValueError: one is not what a run writes; the message names the file and the field or the line.
     """
-    run, scores, path = (directory / f"{name}.json" for name in ("run", "scores_test", "predictions_test"))
+    names = ("run", "scores_test", "predictions_test", "items_test")
+    run, scores, path, items = (directory / f"{name}.json" for name in names)
     found = Arm(
         name=directory.name,
         run=read_json(run) if run.exists() else {},
         metrics=read_metrics(directory / "metrics.jsonl"),
         scores=_scores(scores) if scores.exists() else {},
         predictions=task.read_predictions(path, read_json(path, form=(dict, list))) if path.exists() else None,
+        items=_items(items) if items.exists() else {},
         evals={file.parent.name: _scores(file) for file in sorted(directory.glob(f"{EVALS}/*/{scores.name}"))},
     )
     check_arm(run, found.run)
     check_steps(directory / "metrics.jsonl", found.metrics)
+    return found
+
+
+def _items(file: Path) -> dict[str, dict]:
+    """Each item's share in the scores, by decoding method and metric."""
+    found = read_json(file, values=dict)
+    check_items(file, found)
     return found
 
 

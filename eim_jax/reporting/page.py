@@ -13,6 +13,7 @@ from eim_jax.evaluation.scoring import EVALS
 from eim_jax.evaluation.tasks.task import Item, Task
 from eim_jax.losses.table import LOSSES, symbol_of, title_of
 from eim_jax.reporting.arm_files import Arm, read_arm
+from eim_jax.reporting.blind import ignored_pictures
 from eim_jax.reporting.categories import by_category
 from eim_jax.reporting.charts import Line, panel
 from eim_jax.reporting.environment import environment
@@ -20,6 +21,7 @@ from eim_jax.reporting.gallery import gallery
 from eim_jax.reporting.questions import questions
 from eim_jax.reporting.records import arms_of
 from eim_jax.reporting.scores import BASELINE, METHODS, table, verdict
+from eim_jax.reporting.while_training import scored_curves
 from eim_jax.utils.files import read_json, write_text
 
 DIAGNOSTICS = {  # key in metrics.jsonl -> title, unit, logarithmic axis, axis fixed to 0...1
@@ -73,6 +75,7 @@ def write_report(
             unfinished=[text for arm in arms if (text := _unfinished(arm))],
             finished=bool(run.get("finished") or run.get("seconds")),
             verdicts=verdict(scores),
+            blind=[line for arm in arms for line in _blind(task, arm)],
             has_baseline=compared,
             scores=table({arm.name: {**arm.scores, **_named(arm)} for arm in arms}),
             together=together(arms),
@@ -97,6 +100,12 @@ def _summary(task: Task, arms: Sequence[Arm]) -> str:
         parts.append(f"{arm.name}: {count} ({' → '.join(names)})" if names else f"{arm.name}: no finished stage")
     number = max((len(arm.predictions.outputs) for arm in arms if arm.predictions), default=0)
     return "; ".join(parts) + "." + (f" {task.told.format(number)}" if number else "")
+
+
+def _blind(task: Task, arm: Arm) -> list[str]:
+    """Signs that an arm ignores its pictures; texts that are equal are one only where the task describes pictures."""
+    describes = task.texts != "answers" and arm.predictions is not None
+    return ignored_pictures(arm.name, arm.items, arm.predictions.outputs if describes else None)
 
 
 def _named(arm: Arm) -> dict[str, dict]:
@@ -125,7 +134,7 @@ def stages(arm: Arm) -> list[dict]:
 
 
 def curves(arm: Arm) -> list[dict]:
-    """Returns one arm's charts, stage by stage: every loss term, then the diagnostics of every queue."""
+    """Returns one arm's charts, stage by stage: every loss term, the diagnostics of every queue, the scores."""
     groups = []
     for index, stage in dict.fromkeys((row["stage_index"], row["stage"]) for row in arm.metrics):
         rows = [row for row in arm.metrics if row["stage_index"] == index]
@@ -144,6 +153,7 @@ def curves(arm: Arm) -> list[dict]:
                     title = title.format(symbol_of(queue))
                     place = (arm.name, index, rows, f"queue/{queue}/{key}")
                     charts.append(_chart(*place, title, unit, _colour(queue), log, unit_range))
+        charts += scored_curves(f"{arm.name}-{index}", rows)
         groups.append({"stage": stage, "number": index + 1, "charts": charts})
     return groups
 

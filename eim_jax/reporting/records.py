@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eim_jax.data.bad_items import name_problem, outside
+from eim_jax.training.log import SCORED
 from eim_jax.utils.files import Damaged
 
 _LARGEST = 1e300  # a larger number is none that a run writes, and charts and tables cannot hold it
@@ -40,7 +41,8 @@ _ARM = {"description": _TEXT, "stages": _LIST}
 _STAGE = {"name": _TEXT, "losses": _WEIGHTS, "trained_params": _COUNT, "total_params": _COUNT, "steps": _COUNT}
 _STAGE |= {"epochs": _NUMBER}
 _STAGE_MAY = {"trained": _LIST, "seconds": _NUMBER, "examples_per_second": _NUMBER, "data_wait": _NUMBER}
-_STAGE_MAY |= {"peak_memory_bytes": _MAYBE}
+_STAGE_MAY |= {"peak_memory_bytes": _MAYBE, "kept": _OBJECT}
+_KEPT = {"step": _COUNT, "metric": _TEXT, "value": _NUMBER}
 _PATTERN = {"pattern": _TEXT, "leaves": _COUNT, "params": _COUNT}
 _STEP = {"stage": _TEXT, "stage_index": _COUNT, "step": _COUNT}
 
@@ -84,6 +86,8 @@ def check_arm(file: Path, run: Mapping[str, Any]) -> None:
     for number, stage in enumerate(run.get("stages", ())):
         where = f"stages[{number}]."
         _check(file, stage, _STAGE, _STAGE_MAY, where)
+        if stage.get("kept"):
+            _check(file, stage["kept"], _KEPT, {}, f"{where}kept.")
         for place, pattern in enumerate(stage.get("trained", ())):
             _check(file, pattern, _PATTERN, {}, f"{where}trained[{place}].")
 
@@ -91,7 +95,7 @@ def check_arm(file: Path, run: Mapping[str, Any]) -> None:
 def check_steps(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Raises ValueError for a record of metrics.jsonl whose fields are not of their types."""
     for number, record in enumerate(records, start=1):
-        may = {key: _MAYBE for key in record if key == "loss" or key.startswith(("loss/", "queue/"))}
+        may = {key: _MAYBE for key in record if key == "loss" or key.startswith(("loss/", "queue/", *SCORED))}
         try:
             _check(file, record, _STEP, may)
         except Damaged as error:
@@ -106,3 +110,15 @@ def check_scores(file: Path, scores: Mapping[str, Any], where: str = "") -> None
             check_scores(file, value, f"{where}{key}/")
         elif isinstance(value, int | float) and abs(value) > _LARGEST and abs(value) != float("inf"):
             raise Damaged(file, f"field {where + key!r} is a number above {_LARGEST:g}")
+
+
+def check_items(file: Path, items: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises Damaged for an items_test.json whose likelihoods are not [nats, tokens] of as many items."""
+    for method, found in items.items():
+        rows = {key: value for key, value in found.items() if key.startswith("nll")}
+        for key, value in rows.items():
+            fine = isinstance(value, list) and all(
+                isinstance(row, list) and len(row) == 2 and all(map(_is_number, row)) for row in value
+            )
+            if not fine or not value or len(value) != len(next(iter(rows.values()))):
+                raise Damaged(file, f"field '{method}.{key}' is not [nats, tokens] of each item")

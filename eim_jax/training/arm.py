@@ -1,11 +1,12 @@
 """An arm's sequence of stages: checked before any of them runs, then trained one after the other, or resumed."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 
-from eim_jax.config import ConfigError, Stage
+from eim_jax.config import ConfigError, Stage, as_dict
 from eim_jax.config.checks import warmup_problem
 from eim_jax.data import loader
 from eim_jax.losses.table import losses_of, weights
@@ -18,16 +19,18 @@ from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.training.context import check_context
 from eim_jax.training.log import RunLog, StageInfo, Trained, read_metrics
 from eim_jax.training.partition import Flat
+from eim_jax.training.scorer import Scorer
 from eim_jax.training.setup import Inputs, model, shapes, start
 from eim_jax.training.stage import run_stage
 from eim_jax.utils.console import console
 from eim_jax.utils.files import write_json
 
 
-def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
+def run_arm(inputs: Inputs, name: str, scorer: Scorer | None = None, ahead: int = 0) -> tuple[VLM, Flat]:
     """Trains one arm through its sequence of stages, resuming where an earlier run stopped; writes its run.json.
 
-    A stage starts from what the previous one left, with a new optimizer.
+    A stage starts from what the previous one left, with a new optimizer. `scorer` scores each while it trains. `ahead`
+    examples of other arms follow, for the estimates of the time.
     """
     doing(f"preparing arm {name}")
     config, directory = inputs.config, inputs.workdir / name
@@ -41,7 +44,8 @@ def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
     resume = _resume_point(checkpoints)
     if lost := _lost(directory / "metrics.jsonl", resume):
         console.print(f"{name} {lost}", soft_wrap=True)
-    with RunLog.open(directory, plan, resume, enabled=processes.is_first()) as log, Signals() as signals:
+    to = {"trackers": config.logging, "config": as_dict(config)}
+    with RunLog.open(directory, plan, resume, enabled=processes.is_first(), **to) as log, Signals() as signals:
         for i, (stage_name, folder) in enumerate(zip(arm.sequence, checkpoints, strict=True)):
             stage = resolved(config.stages[stage_name], inputs)
             with StageCheckpoints(folder) as store:
@@ -52,13 +56,21 @@ def run_arm(inputs: Inputs, name: str) -> tuple[VLM, Flat]:
                     params = {**params, **trained}
                     console.print(f"{name} {stage_name}: already trained, its result is restored", soft_wrap=True)
                 else:
-                    params, summary = run_stage(inputs, vlm, stage, i, plan[i], params, store, log, signals)
+                    after, last = ahead + examples(plan[i + 1 :]), i == len(plan) - 1
+                    params, summary = run_stage(
+                        inputs, vlm, stage, i, plan[i], params, store, log, signals, scorer, choose=last, ahead=after
+                    )
             summaries.append(summary)
             if processes.is_first():
                 total = sum(int(leaf.size) for leaf in params.values())
                 record = {"arm": name, "description": arm.description, "total_params": total, "stages": summaries}
                 write_json(directory / "run.json", record)
     return vlm, params
+
+
+def examples(stages: Sequence[StageInfo]) -> int:
+    """How many examples these stages train on, each as often as it is read."""
+    return sum(stage.steps * stage.batch for stage in stages)
 
 
 def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:

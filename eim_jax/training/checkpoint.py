@@ -2,6 +2,8 @@
 
 Order of precedence at a stage's start: (1) the stage's `result/` (the stage is done: its trained parameters are put
 into place), (2) its newest whole `steps/` checkpoint, (3) the parameters as the previous stage left them.
+A stage that keeps its best step has that step's trained parameters in `best/STEP/`; which one counts says the record of
+the step checkpoint, so that a run that goes on chooses as one that was never stopped.
 Only trained leaves, their optimizer state, the data iterator and a small JSON record are saved; frozen leaves come
 from the pretrained towers and the results of the stages before. Both kinds appear by an atomic rename: a kill in the
 middle of a save leaves the older state. Each holds the sha256 of its files, which are compared before it is read.
@@ -102,7 +104,28 @@ class StageCheckpoints:
     def finish(self, trained: Flat, summary: dict) -> None:
         """Saves the stage's result and drops its step checkpoints."""
         self.wait()
-        options = ocp.AsyncOptions(post_finalization_callback=lambda: _seal(self._directory / "result"))
+        self._write(self._directory / "result", trained, summary)
+        self.drop_steps()
+
+    def keep_best(self, step: int, trained: Flat) -> None:
+        """Saves the trained leaves of the best step so far; those of the one before stay until `drop_best`."""
+        self.wait()
+        self._write(self._directory / "best" / str(step), trained, {})
+
+    def best(self, step: int, trained: Flat) -> Flat:
+        """The trained leaves that `keep_best` saved at `step`, in the shapes and shardings of the argument."""
+        return self._read(self._directory / "best" / str(step), trained, delete=self._directory)[0]
+
+    def drop_best(self, but: int | None) -> None:
+        """Removes the best steps before `but`, when the newest checkpoint says that it is the one."""
+        self.wait()
+        if processes.is_first():
+            for folder in (self._directory / "best").glob("*"):
+                if folder.name != str(but):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _write(self, folder: Path, trained: Flat, summary: dict) -> None:
+        options = ocp.AsyncOptions(post_finalization_callback=lambda: _seal(folder))
         with (
             room_in(self._directory),
             ocp.AsyncCheckpointer(
@@ -110,13 +133,13 @@ class StageCheckpoints:
             ) as checkpointer,
         ):
             checkpointer.save(
-                self._directory / "result",
+                folder,
                 ocp.args.Composite(trained=ocp.args.StandardSave(_dotted(trained)), summary=ocp.args.JsonSave(summary)),
+                force=True,  # a step that is done again after a kill replaces its own
             )
             checkpointer.wait_until_finished()
         if processes.is_first():
-            flush(self._directory)
-        self.drop_steps()
+            flush(folder.parent)
 
     def drop_steps(self) -> None:
         """Removes what a finished stage no longer needs."""
@@ -124,13 +147,17 @@ class StageCheckpoints:
             self._steps.close()
             self._steps = None
         if jax.process_index() == 0:
-            shutil.rmtree(self._directory / "steps", ignore_errors=True)
+            for name in ("steps", "best"):
+                shutil.rmtree(self._directory / name, ignore_errors=True)
 
     def result(self, trained: Flat) -> tuple[Flat, dict]:
         """(trained, summary) of the finished stage, in the shapes and shardings of the argument."""
         folder = self._directory / "result"
+        return self._read(folder, trained, delete=folder)
+
+    def _read(self, folder: Path, trained: Flat, *, delete: Path) -> tuple[Flat, dict]:
         with (
-            _whole(folder, delete=folder),
+            _whole(folder, delete=delete),
             ocp.Checkpointer(
                 ocp.CompositeCheckpointHandler("trained", summary=ocp.JsonCheckpointHandler())
             ) as checkpointer,

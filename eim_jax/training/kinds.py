@@ -6,6 +6,7 @@ from eim_jax.config import Config, conversion, listing, resume
 from eim_jax.data import datasets
 from eim_jax.losses import table as losses
 from eim_jax.models import adapters, connector, vision
+from eim_jax.training import trackers
 
 if TYPE_CHECKING:
     import ml_collections
@@ -24,6 +25,7 @@ def check(config: Config) -> None:
     adapters.check(config)
     connector.check(config)
     vision.check(config)
+    trackers.check(config.logging)
 
 
 def to_config_dict(config: Config) -> "ml_collections.ConfigDict":

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard scalars, and one bar or plain line a stage."""
+"""What a run says while it trains: metrics.jsonl, scalars for trackers, and one bar or plain line a stage."""
 
 import dataclasses
 import json
@@ -13,10 +13,12 @@ from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
-from tensorboardX import SummaryWriter
 
+from eim_jax.training.trackers import TRACKERS, Arm
 from eim_jax.utils.console import console, duration, print_table, progress
 from eim_jax.utils.files import write_text
+
+SCORED = ("eval/", "train/")  # keys of scores while training
 
 __all__ = ["RunLog", "StageInfo", "Trained", "console", "print_stage", "print_table", "progress", "read_metrics"]
 
@@ -101,18 +103,32 @@ def format_record(record: Mapping[str, object]) -> str:
     for key, value in record.items():
         if key.startswith("queue/") and key.endswith("/recall1"):
             parts.append(f"r@1 {key.split('/')[1]} {_number(value, '.3f')}")
+    parts += [f"{key} {_number(value)}" for key, value in record.items() if _is_shown_score(key)]
     rates = {key[3:]: value for key, value in record.items() if key.startswith("lr/")}
     if len(set(rates.values())) == 1:
         rates = {"": next(iter(rates.values()))}
     parts += [f"lr {group} {_number(value, '.2e')}".replace("  ", " ") for group, value in rates.items()]
     if "examples_per_second" in record:
-        parts.append(f"{_number(record['examples_per_second'], '7,.0f')} ex/s")
+        rate = record["examples_per_second"]
+        slow = isinstance(rate, int | float) and rate < 10
+        parts.append(f"{_number(rate, '7.2f' if slow else '7,.0f')} ex/s")
+    seconds = record.get("seconds_per_step")
+    if isinstance(seconds, int | float) and seconds >= 1:
+        parts.append(f"{seconds:.3g} s/step")
+    if "mfu" in record:
+        parts.append(f"mfu {_number(record['mfu'], '.1%')}")
     if "data_wait" in record:
         parts.append(f"wait {_number(record['data_wait'], '.0%')}")
     parts += [f"{kind} {_number(record[kind], '.0%')}" for kind in ("host", "device") if kind in record]
     if "padding" in record:
         parts.append(f"pad {_number(record['padding'], '.0%')}")
     return "  ".join(parts)
+
+
+def _is_shown_score(key: str) -> bool:
+    """Whether a score has room on a line: no part of another one, no likelihood with other pictures."""
+    whole = key.count("/") == 1 or key.endswith(("/Avg", "/total"))
+    return key.startswith(SCORED) and whole and "/nll_" not in key
 
 
 def _number(value: object, form: str = ".4f") -> str:
@@ -131,12 +147,20 @@ class _StageBar(Progress):
 
 
 class RunLog:
-    """Writes one arm's records to metrics.jsonl, TensorBoard and the terminal.
+    """Writes one arm's records to metrics.jsonl, the trackers and the terminal.
 
     A record holds at least "stage_index" and "step" (in its stage). Open with `RunLog.open`, use as a context manager.
     """
 
-    def __init__(self, directory: Path, stages: Sequence[StageInfo], resume_at: tuple[int, int], enabled: bool):
+    def __init__(
+        self,
+        directory: Path,
+        stages: Sequence[StageInfo],
+        resume_at: tuple[int, int],
+        enabled: bool,
+        trackers: Sequence[str],
+        config: Mapping[str, Any] | None,
+    ):
         self.arm, self._stages, self._enabled, self._resume_at = directory.name, tuple(stages), enabled, resume_at
         self._offsets = [sum(stage.steps for stage in stages[:i]) for i in range(len(stages))]
         self._stage: int | None = None
@@ -148,11 +172,8 @@ class RunLog:
         path = directory / "metrics.jsonl"
         _truncate(path, resume_at)
         self._file = path.open("a")
-        # purge_step hides from TensorBoard what the interrupted run wrote past the checkpoint; the suffix keeps a quick
-        # resume from overwriting the events of the same second.
-        board, count = directory / "tb", len(list((directory / "tb").glob("events*")))
-        purge = self._cumulative(*resume_at)
-        self._board = SummaryWriter(str(board), purge_step=purge, flush_secs=10, filename_suffix=f".{count}")
+        arm = Arm(directory, self._cumulative(*resume_at), config or {})
+        self._trackers = [TRACKERS[name].open(arm) for name in trackers]
 
     @classmethod
     def open(
@@ -162,13 +183,16 @@ class RunLog:
         resume_at: tuple[int, int] | None = None,
         *,
         enabled: bool = True,
+        trackers: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
     ) -> "RunLog":
         """Opens an arm's log; `resume_at` is the first (stage_index, step) that will be written again, None a new run.
 
         Lines at or after `resume_at` are removed first, so that no step appears twice. With several processes only one
         may write: pass `enabled=False` on the others, where every call then does nothing.
+        `trackers` are names of TRACKERS, to which the scalars go too, with `config`, the run's as plain values.
         """
-        return cls(directory, stages, resume_at or (0, 0), enabled)
+        return cls(directory, stages, resume_at or (0, 0), enabled, trackers, config)
 
     def __enter__(self) -> "RunLog":
         """The log itself."""
@@ -213,9 +237,13 @@ class RunLog:
         stored = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(stored) + "\n")
         self._file.flush()
-        for key, value in record.items():
-            if isinstance(value, int | float) and key not in ("stage_index", "step"):
-                self._board.add_scalar(key, value, self._cumulative(index, step))
+        scalars = {
+            key: value
+            for key, value in record.items()
+            if isinstance(value, int | float) and key not in ("stage_index", "step")
+        }
+        for tracker in self._trackers:
+            tracker.write(scalars, self._cumulative(index, step))
         total, text = self._stages[index].steps, format_record(record)
         now = time.monotonic()
         since, first = self._pace = self._pace or (now, step)
@@ -233,7 +261,8 @@ class RunLog:
             return
         self._end_stage(finished)
         self._file.close()
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def _end_stage(self, finished: bool) -> None:
         if self._stage is None:

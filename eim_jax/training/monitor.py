@@ -25,15 +25,19 @@ class Meter:
 
     Time is "data_wait" (no batch was ready), "device" (the loop waited for the devices; on CPUs also the call of the
     step, which computes there) or "host" (all else: dispatch, logs, saving). Compiling counts as none of them.
+
+    "mfu" is the model's FLOP utilisation: the matrix products of the steps (utils/flops.py, what is recomputed for
+    memory's sake included) over what the chips could have done in that time.
     """
 
-    def __init__(self, info: StageInfo, split: Split):
-        self._info, self._split = info, split
+    def __init__(self, info: StageInfo, split: Split, peak: float = 0.0):
+        self._info, self._split, self._peak = info, split, peak  # FLOP/s of all devices together; 0: not known
         self._pending: list[tuple[int, np.ndarray, dict]] = []
         self._latest: tuple[int, np.ndarray] = (0, np.zeros(0, np.int32))
         self._spent: dict[str, float] = defaultdict(float)  # since the last read: seconds by kind, tokens
         self._total: dict[str, float] = defaultdict(float)  # in the stage
         self._restored = 0  # of the pending steps, those that were done before this process began
+        self._here = [0.0, 0]  # seconds and steps of this process up to the last read
         self._start = time.monotonic()
         self._calls_compute = jax.default_backend() == "cpu"
 
@@ -44,8 +48,8 @@ class Meter:
         self._spent[kind] += time.monotonic() - begun
 
     @contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Around compilation: leaves it out of the speed."""
+    def apart(self) -> Iterator[None]:
+        """Around what is no part of the steps, compilation and scores: leaves it out of the speed."""
         begun = time.monotonic()
         yield
         self._start += time.monotonic() - begun
@@ -72,8 +76,9 @@ class Meter:
             self._spent["tokens"] += int(batch.valid.size)
             self._spent["padded"] += int(batch.valid.size - batch.valid.sum())
 
-    def add(self, metrics: dict) -> None:
-        """The step's metrics, still on the device."""
+    def add(self, metrics: dict, flops: float = 0.0) -> None:
+        """The step's metrics, still on the device, and its FLOPs."""
+        self._spent["flops"] += flops
         self._pending.append((*self._latest, metrics))
 
     def check(self) -> list[dict]:
@@ -115,14 +120,25 @@ class Meter:
         self._spent["elapsed"] = now - self._start
         means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
         ordered = {"loss": means.pop("loss"), **means}
-        timed = len(fetched) - self._restored
-        ordered["examples_per_second"] = timed * self._info.batch / max(self._spent["elapsed"], 1e-9)
+        timed, elapsed = len(fetched) - self._restored, max(self._spent["elapsed"], 1e-9)
+        ordered["examples_per_second"] = timed * self._info.batch / elapsed
+        if timed:
+            ordered["seconds_per_step"] = elapsed / timed
+        if self._peak:
+            ordered["mfu"] = self._spent["flops"] / elapsed / self._peak
+        self._here = [self._here[0] + elapsed, self._here[1] + timed]
         ordered |= _shares(self._spent)
         for kind, amount in self._spent.items():
             self._total[kind] += amount
         self._pending, self._start, self._restored = [], now, 0
         self._spent.clear()
         return ordered
+
+    def pace(self) -> float:
+        """Seconds a step took in this process so far, compilation and scores apart; waits for the pending steps."""
+        self.check()
+        seconds, steps = self._here
+        return (seconds + time.monotonic() - self._start) / max(steps + len(self._pending) - self._restored, 1)
 
     def shares(self) -> dict[str, float]:
         """The shares of the stage up to the last read: of its time, and of padding among its text tokens."""

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from eim_jax import pretrained
 from eim_jax.config import Arm, Config, ConfigError, Stage, patterns, recorded_seam
 from eim_jax.data import rows, tokenize
+from eim_jax.data.conversation import TOKENIZER
 from eim_jax.data.datasets import load_split
 from eim_jax.data.feature_cache import cached_features
 from eim_jax.data.samples import Split
@@ -26,19 +27,19 @@ from eim_jax.models.connector import ST_KINDS, STConfig, make_st
 from eim_jax.models.language import family_of
 from eim_jax.models.lora import Tuned
 from eim_jax.models.quant import NF4_SCALES
-from eim_jax.models.vision import VISION_TOWERS
+from eim_jax.models.vision import VISION_TOWERS, build_text
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
 from eim_jax.parallel.lock import held
 from eim_jax.parallel.sharding import make_mesh, param_shardings, shard_params
 from eim_jax.parallel.signals import doing
 from eim_jax.pretrained.tokenizer import bos_id
-from eim_jax.training import initial, low_rank, partition
+from eim_jax.training import initial, joint_space, low_rank, partition
 from eim_jax.training.partition import Flat
 from eim_jax.training.tower_form import resolve_dtype, resolve_form
 from eim_jax.utils.console import console
 from eim_jax.utils.files import user_path
-from eim_jax.utils.images import IMAGENET_MEAN, IMAGENET_STD
+from eim_jax.utils.images import FITS, IMAGENET_MEAN, IMAGENET_STD, Fit
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Inputs:
     train: Split | None
     encoded: tokenize.Encoded | None
     fingerprints: dict[str, str]
+    fit: Fit | str = "crop"  # how pictures become squares
 
     def identity(self) -> dict[str, str]:
         """What a workdir's results depend on besides its config: fingerprints of towers, tokenisers and data."""
@@ -95,7 +97,8 @@ class Inputs:
         dtype = resolve_dtype(settings.queue_dtype, self.mesh.devices.flat[0].platform)
         manifest = queues.manifest(
             kind.name,
-            weights=self.fingerprints[kind.source.tower],
+            # A text tower without a folder of its own is the vision tower's.
+            weights=self.fingerprints.get(kind.source.tower, self.fingerprints["clip"]),
             data=self.samples.fingerprint(),
             tokenizer=kind.source.described(self),
             pooling=f"{kind.pooling}, in {self.dtype.name}",
@@ -146,22 +149,32 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     mesh = make_mesh(config.mesh)
     dtype = resolve_dtype(config.towers.dtype, mesh.devices.flat[0].platform)
     form = resolve_form(config, dtype, mesh.devices.flat[0].platform)
-    pair = pretrained.clip_config(config.towers.clip, **form)
+    seen: dict[str, Any] = {"text": config.towers.text, "image_size": config.towers.image_size}
+    pair = pretrained.clip_config(config.towers.clip, **seen, **form)
     pictures = pretrained.image_processor(pretrained.resolve(config.towers.clip))
-    pictures.check(pair[0].image_size, config.data.fit)
+    fit = pictures.check(pair[0].image_size, config.data.fit, asked=bool(config.towers.image_size))
     shapes = pretrained.clip_shapes(*pair)
     shapes |= pretrained.lm_shapes(pretrained.lm_config(config.towers.lm, quant=config.towers.quant, **form))
     place = param_shardings(shapes, mesh).__getitem__  # each leaf goes from the file to its own devices
     lean = {path: jnp.float32 if _ever_trained(config, path) else dtype for path in shapes}
-    clip = pretrained.load_clip(config.towers.clip, shardings=place, param_dtype=lean, **form)
+    clip = pretrained.load_clip(config.towers.clip, shardings=place, param_dtype=lean, **seen, **form)
     lm = pretrained.load_lm(config.towers.lm, quant=config.towers.quant, shardings=place, param_dtype=lean, **form)
     vision, language = tower_settings(config, clip.vision, lm.config)
     clip, lm = clip._replace(vision=vision), lm._replace(config=language)
     clip_dir, lm_dir = pretrained.resolve(config.towers.clip), pretrained.resolve(config.towers.lm)
-    lm_tokenizer, clip_tokenizer = tokenize.load_tokenizer(lm_dir), tokenize.load_tokenizer(clip_dir)
+    lm_tokenizer, clip_tokenizer = tokenize.load_tokenizer(lm_dir), None
     tokenize.check_vocabulary(lm_tokenizer, lm.config.vocab, config.towers.lm)
-    tokenize.check_vocabulary(clip_tokenizer, clip.text.vocab, config.towers.clip)
+    captions = {"clip_tokenizer": "none"}
+    if clip.text is not None:
+        text_dir = pretrained.resolve(config.towers.text or config.towers.clip)
+        clip_tokenizer = tokenize.load_tokenizer(text_dir)
+        tokenize.check_vocabulary(clip_tokenizer, clip.text.vocab, config.towers.text or config.towers.clip)
+        captions = {"clip_tokenizer": tokenize.fingerprint(clip_tokenizer)}
+        captions |= {"text": pretrained.fingerprint(text_dir)} if config.towers.text else {}
     config = replace(config, data=rows.settled(config.data, lm_tokenizer, recorded_seam(workdir)))
+    if config.data.seam == TOKENIZER:
+        end = lm_tokenizer.decode([rows.end_of(lm_tokenizer, TOKENIZER)])
+        console.print(f"asked in the tokenizer's chat template, whose answers end with {end}", markup=False)
     train = encoded = None
     if data:
         doing("checking the training data")
@@ -174,21 +187,25 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
         encoded = _without_ignored(encoded, config.data.ignore_token, lm.config.vocab)
         console.print(f"{len(train):,} training samples ({len(train.images):,} images)", soft_wrap=True)
     towers = partition.flatten({**clip.params, "lm": lm.params})
+    texts = f" with {config.towers.text} for captions," if config.towers.text else ""
     console.print(
-        f"towers {config.towers.clip} and {config.towers.lm}, {jax.device_count()} {jax.default_backend()} "
+        f"towers {config.towers.clip}{texts} and {config.towers.lm}, {jax.device_count()} {jax.default_backend()} "
         f"device(s), {dtype.name}",
         soft_wrap=True,
     )
     console.print(f"pictures are normalised by {_statistics(config, pictures)}", soft_wrap=True)
+    if str(fit) not in FITS or config.towers.image_size:
+        side = clip.vision.image_size
+        console.print(f"pictures become squares of {side} x {side} pixels: {fit}", soft_wrap=True)
     fingerprints = {
         "clip": pretrained.fingerprint(clip_dir),
         "lm": pretrained.fingerprint(lm_dir),
-        "clip_tokenizer": tokenize.fingerprint(clip_tokenizer),
-        "lm_tokenizer": tokenize.fingerprint(lm_tokenizer),
+        **captions,
+        "lm_tokenizer": tokenize.fingerprint(lm_tokenizer, config.data.seam),
         **given,
     }
     return Inputs(
-        config, workdir, mesh, dtype, clip, lm, towers, lm_tokenizer, clip_tokenizer, train, encoded, fingerprints
+        config, workdir, mesh, dtype, clip, lm, towers, lm_tokenizer, clip_tokenizer, train, encoded, fingerprints, fit
     )
 
 
@@ -242,11 +259,7 @@ def model(inputs: Inputs, arm: Arm) -> VLM:
         prompt_hidden=arm.prompt_hidden if arm.prompts else 0,
         adapter=adapter.in_vision(arm) if adapter is not None and arm.visual_adapter else None,
     )
-    towers = VISION_TOWERS[vision.model_type]
-    if arm.features not in towers.features:
-        raise ConfigError(
-            f"config.arm.*.features={arm.features!r}: {inputs.config.towers.clip} gives {', '.join(towers.features)}"
-        )
+    joint_space.check(inputs.config, arm, vision, inputs.clip.text)
     st = STConfig(
         kind=arm.st,
         width_in=vision.joint if arm.output_layer else vision.width,
@@ -270,11 +283,12 @@ def model(inputs: Inputs, arm: Arm) -> VLM:
         except ValueError as error:
             raise ConfigError(f"config.arm.*.adapter={arm.adapter!r}: {error}") from error
     markers = {} if adapter is None else adapter.markers(inputs.lm_tokenizer)._asdict()
-    parts = {"visual": towers.build(vision), "lm": family.build(lm)}
-    parts = low_rank.tuned(arm, parts, {"visual": towers.rows, "lm": family.rows(lm)}, inputs.towers)
+    seeing = VISION_TOWERS[vision.model_type]
+    parts = {"visual": seeing.build(vision), "lm": family.build(lm)}
+    parts = low_rank.tuned(arm, parts, {"visual": seeing.rows_of(vision), "lm": family.rows(lm)}, inputs.towers)
     return VLM(
         visual=parts["visual"],
-        text=towers.build_text(inputs.clip.text),
+        text=None if inputs.clip.text is None else build_text(vision, inputs.clip.text),
         st=make_st(st),
         lm=parts["lm"],
         features=arm.features,
@@ -290,9 +304,10 @@ def fresh(vlm: VLM, key: jax.Array) -> Flat:
     """The parameters that no checkpoint holds, drawn from the key: the ST's, prompts', adapters', low-rank terms'."""
     drawn = {"st": vlm.st.init(jax.random.fold_in(key, 1), jnp.zeros((1, 1, vlm.st.config.width_in)))["params"]}
     visual, size = vlm.visual.config, vlm.visual.config.image_size
-    if visual.prompts or visual.adapter:  # the tower around them is shape alone: XLA drops what is not returned
+    own = VISION_TOWERS[visual.model_type].drawn
+    if visual.prompts or visual.adapter or own:  # the tower around them is shape alone: XLA drops what is not returned
         tower = vlm.visual.init(jax.random.fold_in(key, 2), jnp.zeros((1, size, size, 3)))["params"]
-        drawn["visual"] = {name: tower[name] for name in ("prompt", "adapter") if name in tower}
+        drawn["visual"] = {name: tower[name] for name in ("prompt", "adapter", *own) if name in tower}
     if vlm.lm.config.adapter is not None:
         tower = vlm.lm.init(jax.random.fold_in(key, 3), jnp.zeros((1, 1), jnp.int32))["params"]
         drawn["lm"] = {"adapter": tower["adapter"]}
@@ -360,7 +375,7 @@ def features_of(inputs: Inputs, vlm: VLM, split: Split, params: Flat):
     if isinstance(vlm.visual, Tuned):  # the leaves are among the parameters, their factor is not
         manifest["lora"] = str(vlm.visual.lora)
     # One folder for each content: data sets and arms may share data.cache.
-    name = hashlib.sha256(f"{manifest} {inputs.config.data.fit} {split.images.fingerprint()}".encode()).hexdigest()[:12]
+    name = hashlib.sha256(f"{manifest} {inputs.fit} {split.images.fingerprint()}".encode()).hexdigest()[:12]
     doing("computing the vision features")
     folder = inputs.cache / "features" / f"{split.name}-{name}"
     see = functools.partial(_see, vlm, partition.unflatten(visual))
@@ -370,7 +385,7 @@ def features_of(inputs: Inputs, vlm: VLM, split: Split, params: Flat):
         see,
         manifest,
         image_size=vlm.visual.config.image_size,
-        fit=inputs.config.data.fit,
+        fit=inputs.fit,
         dtype=inputs.dtype.name,
         threads=inputs.config.data.threads,
         mesh=inputs.mesh,

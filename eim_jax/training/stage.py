@@ -7,19 +7,20 @@ import functools
 import time
 from contextlib import closing
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from eim_jax.config import Stage
+from eim_jax.config import ConfigError, Stage
 from eim_jax.data import loader
 from eim_jax.losses import objective
 from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
+from eim_jax.parallel.chips import chip_of
 from eim_jax.parallel.sharding import batch_sharding
 from eim_jax.parallel.signals import Interrupted, Signals, doing
 from eim_jax.training import partition
@@ -29,8 +30,10 @@ from eim_jax.training.log import RunLog, StageInfo
 from eim_jax.training.monitor import Meter, check_finite
 from eim_jax.training.partition import Flat
 from eim_jax.training.profile import Profile
+from eim_jax.training.scorer import Best, Scorer, is_due
 from eim_jax.training.setup import Inputs, stage_features
-from eim_jax.utils.console import console
+from eim_jax.utils.console import console, duration
+from eim_jax.utils.flops import work
 
 
 def run_stage(
@@ -43,6 +46,9 @@ def run_stage(
     store: StageCheckpoints,
     log: RunLog,
     signals: Signals,
+    scorer: Scorer | None = None,
+    choose: bool = False,
+    ahead: int = 0,
 ) -> tuple[Flat, dict]:
     """Trains the stage from where `store` holds it, or from its start.
 
@@ -56,6 +62,9 @@ def run_stage(
       store: its checkpoints.
       log: the arm's.
       signals: that may stop it.
+      scorer: scores it while it trains, as config.eval says; None: nothing does.
+      choose: whether config.checkpoint.keep decides which of its steps is left.
+      ahead: examples that the run trains on after it, for its estimate of the time.
 
     Returns:
       All leaves after the stage, and its summary for run.json.
@@ -64,7 +73,7 @@ def run_stage(
       Interrupted: a signal asked to stop; the state is saved.
       NonFinite: a loss or a parameter is not a number.
     """
-    run = _StageRun(inputs, vlm, stage, index, info, params, store, log)
+    run = _StageRun(inputs, vlm, stage, index, info, params, store, log, scorer, choose, ahead)
     run.restore()
     run.loop(signals)
     signals.stepping = True
@@ -73,6 +82,16 @@ def run_stage(
     signals.stepping = False
     signals.check()
     return {**params, **trained}, summary
+
+
+MEASURED = 5  # steps of which a stage says how long it will take
+
+
+class Program(NamedTuple):
+    """A stage's step for one width of texts, and the FLOPs of its matrix products, of all devices together."""
+
+    compiled: Any
+    flops: float
 
 
 class _StageRun:
@@ -88,8 +107,15 @@ class _StageRun:
         params: Flat,
         store: StageCheckpoints,
         log: RunLog,
+        scorer: Scorer | None,
+        choose: bool,
+        ahead: int,
     ):
         self._prepared = time.monotonic()
+        self.vlm, self.scorer, self.ahead, settings = vlm, scorer, ahead, inputs.config.checkpoint
+        self.best = None
+        if scorer is not None and choose and settings.keep == "best":
+            self.best = Best(settings.metric, scorer.sense(settings.metric))
         self.inputs, self.stage, self.index, self.info, self.store, self.log = inputs, stage, index, info, store, log
         config = inputs.config
         trained, frozen = partition.split(params, partition.groups(stage, params))
@@ -104,8 +130,12 @@ class _StageRun:
         self.made = made._replace(trained={})  # a resumed stage would hold them beside those that it restores
         self.key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), index)
         self.done, self.seconds = 0, 0.0
-        self.programs: dict[int, Any] = {}  # one for each width of texts
-        self.meter = Meter(info, inputs.samples)
+        self.programs: dict[int, Program] = {}  # one for each width of texts
+        self.meter = Meter(info, inputs.samples, _peak_rate(inputs))
+
+    @property
+    def _per_epoch(self) -> int:
+        return loader.steps_per_epoch(self.inputs.samples, self.stage.batch)
 
     def restore(self) -> None:
         """Goes on after the newest checkpoint, if there is one."""
@@ -115,6 +145,8 @@ class _StageRun:
             )
             self.seconds = record["seconds"]
             self.meter.restore(record.get("meter"))
+            if self.best is not None:
+                self.best.restore(record.get("best", {}))
             console.print(f"resuming {self.info.name} after step {self.done} of {self.info.steps}", soft_wrap=True)
         self.prepare_seconds = time.monotonic() - self._prepared
 
@@ -130,19 +162,30 @@ class _StageRun:
                 # processes stop together all the same.
                 signals.stepping = number > self.done or jax.process_count() > 1
                 profile.before(number)
-                metrics = self._update(number)
+                metrics, flops = self._update(number)
                 profile.after(number, metrics)
-                self.meter.add(metrics)
+                self.meter.add(metrics, flops)
+                if number - self.done == MEASURED - 1 and number + 1 < steps:
+                    self._estimate(steps - number - 1)
                 reached, last = number + 1, number + 1 == steps
-                if reached % config.log_every == 0 or last:
-                    self._write(number)
+                due = self.scorer is not None and is_due(config.eval, reached, steps, self._per_epoch)
+                scores = self._score(reached) if due else {}
+                if reached % config.log_every == 0 or last or due:
+                    self._write(number, scores)
+                # Of several processes only the first has all scores, so that `due` asks, which all know.
+                better = due and self.best is not None and self.best.improves(reached, scores)
+                if better and not last:
+                    self.store.keep_best(reached, self.trained)
                 if signals.stop() and not last:
                     self._save(reached)
                     self.store.wait()
                     message = f"stopped after step {reached} of {self.info.name}, saved: the same command continues"
                     raise Interrupted(message, together=True)
-                if (reached % config.checkpoint.every_steps == 0 or self._is_time()) and not last:
+                # A best step counts when a checkpoint says so: one is made with it.
+                if (reached % config.checkpoint.every_steps == 0 or self._is_time() or better) and not last:
                     self._save(reached)
+                    if better:
+                        self.store.drop_best(but=reached)
 
     def finish(self) -> tuple[Flat, dict]:
         """The trained leaves and the summary; refuses numbers that are not finite and frozen leaves that changed."""
@@ -154,20 +197,62 @@ class _StageRun:
                 f"stage {info.name} changed a frozen parameter: this is a defect of eim_jax, please report it"
             )
         self.seconds += time.monotonic() - self._begun
+        kept = self._kept()
         summary = {
             **asdict(info),
             "trained_params": info.trained_params,
             "seconds": self.seconds,
             "prepare_seconds": self.prepare_seconds,
             "examples_per_second": info.steps * self.stage.batch / self.seconds,
-            "peak_memory_bytes": max(filter(None, map(_peak_memory, self.programs.values())), default=None),
+            "peak_memory_bytes": max(
+                filter(None, (_peak_memory(program.compiled) for program in self.programs.values())), default=None
+            ),
             **self.meter.shares(),
             "frozen_unchanged": True,
+            **({"kept": kept} if kept else {}),
         }
         return self.trained, summary
 
-    def _update(self, number: int) -> dict:
-        """One step; its metrics may still be under way."""
+    def _kept(self) -> dict:
+        """Puts the leaves of the best step into place, where that is what the stage leaves; {} where it is its end."""
+        if self.best is None:
+            return {}
+        if self.best.step is None:
+            said = f"no {self.best.metric} of {self.info.name} was a number, so that its end is kept"
+            console.print(said, soft_wrap=True)
+            return {}
+        if self.best.step != self.info.steps:
+            self.trained = self.store.best(self.best.step, self.trained)
+        kept = self.best.state()
+        said = f"{kept['metric']} {kept['value']:.4f}"
+        console.print(f"{self.info.name}: kept step {kept['step']} of {self.info.steps}, {said}", soft_wrap=True)
+        return kept
+
+    def _score(self, reached: int) -> dict[str, float]:
+        """Scores after a step; their time is no part of the speed."""
+        assert self.scorer is not None, "is asked where scores are due"
+        self.meter.check()
+        with self.meter.apart():
+            doing(f"scoring stage {self.info.name} after step {reached}")
+            found = self.scorer(self.vlm, {**self.made.frozen, **self.trained})
+            doing(f"training {self.info.name}")
+        if self.best is not None and self.best.metric not in found and processes.is_first():
+            raise ConfigError(
+                f"config.checkpoint.metric={self.best.metric!r} is no score of this run: it has {', '.join(found)}"
+            )
+        return found
+
+    def _estimate(self, left: int) -> None:
+        """Says how long the rest takes at the pace of the steps so far, as soon as there is one."""
+        pace = self.meter.pace()
+        told = f"{self.info.name}: {pace:.2g} s a step, about {duration(pace * left)} to this stage's end"
+        if self.ahead:
+            told += f", {duration(pace * (left + self.ahead / self.stage.batch))} to the run's, if an example takes as "
+            told += "long in what follows"
+        console.print(f"{told} (scoring and compiling not counted)", soft_wrap=True)
+
+    def _update(self, number: int) -> tuple[dict, float]:
+        """One step: its metrics, which may still be under way, and its FLOPs."""
         with self.meter.waiting():
             batch, placed = next(self.iterator)
         self.meter.rows(number, batch)
@@ -175,24 +260,24 @@ class _StageRun:
         arguments = (self.trained, self.opt_state, made.frozen, placed, made.queues, self.key, jnp.int32(number))
         width = 0 if batch.tokens is None else batch.tokens.shape[1]
         if width not in self.programs:  # compiled ahead of time: another shape is an error, not a silent compilation
-            with self.meter.compiling():
+            with self.meter.apart():
                 buckets = self.inputs.config.data.buckets
                 self.programs[width] = _compile(
                     self.info.name, made.step, arguments, width, len(self.programs), buckets
                 )
         with self.meter.stepping(), jax.profiler.StepTraceAnnotation("train", step_num=number):
-            self.trained, self.opt_state, metrics = self.programs[width](*arguments)
-        return metrics
+            self.trained, self.opt_state, metrics = self.programs[width].compiled(*arguments)
+        return metrics, self.programs[width].flops
 
-    def _write(self, number: int) -> None:
-        """Writes the means since the last record, and each group's learning rate."""
+    def _write(self, number: int, scores: dict[str, float]) -> None:
+        """Writes the means since the last record, each group's learning rate, and scores where there are any."""
         reached, stage = number + 1, self.stage
         means = self.meter.read()
         rate = float(jnp.asarray(partition.learning_rate(stage, self.info.steps)(number)))
         rates = {f"lr/{group.name}": group.factor * rate for group in self.made.groups}
         epoch = round(reached * stage.batch / len(self.inputs.samples), 4)
         place = {"stage": self.info.name, "stage_index": self.index, "step": reached, "epoch": epoch}
-        self.log.write({**place, **means, **rates})
+        self.log.write({**place, **means, **rates, **scores})
 
     def _is_time(self) -> bool:
         """Whether the newest checkpoint is too old; several processes, whose clocks differ, go by steps alone."""
@@ -201,6 +286,8 @@ class _StageRun:
 
     def _save(self, number: int) -> None:
         record = {"meter": self.meter.state(), "seconds": self.seconds + time.monotonic() - self._begun}
+        if self.best is not None:
+            record["best"] = self.best.state()
         check_finite(self.trained, self.info.name, number)
         self.store.save(number, self.trained, self.opt_state, self.iterator, record)
         self._saved = time.monotonic()
@@ -223,7 +310,7 @@ def _batches(inputs: Inputs, vlm: VLM, stage: Stage, index: int, info: StageInfo
         epochs=-(-info.steps // (len(inputs.samples) // stage.batch)),
         features=features,
         image_size=vlm.visual.config.image_size,
-        fit=config.data.fit,
+        fit=inputs.fit,
         process_index=part,
         process_count=parts,
         threads=config.data.threads,
@@ -239,7 +326,13 @@ def place_batch(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def _compile(stage: str, step: Any, arguments: tuple, width: int, before: int, most: int):
+def _peak_rate(inputs: Inputs) -> float:
+    """FLOP/s of all devices together, where they have published figures and compute in bfloat16; else 0."""
+    chip = chip_of(inputs.mesh.devices.flat[0].device_kind)
+    return 0.0 if chip is None or inputs.dtype != jnp.bfloat16 else chip.flops * inputs.mesh.size
+
+
+def _compile(stage: str, step: Any, arguments: tuple, width: int, before: int, most: int) -> Program:
     """The stage's step for texts of `width` tokens, of which there are at most `most`."""
     if before == (most if width else 1):
         raise RuntimeError(
@@ -249,9 +342,10 @@ def _compile(stage: str, step: Any, arguments: tuple, width: int, before: int, m
     texts = f" for texts of {width} tokens" if width and most > 1 else ""
     console.print(f"compiling {stage}{texts}", soft_wrap=True)
     doing(f"compiling {stage}")
-    compiled = step.lower(*arguments).compile()
+    traced = step.trace(*arguments)
+    program = Program(traced.lower().compile(), work(traced.jaxpr).flops)
     doing(f"training {stage}")
-    return compiled
+    return program
 
 
 def _peak_memory(compiled) -> int | None:

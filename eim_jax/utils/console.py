@@ -42,6 +42,16 @@ console = _Console(
 )
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Shows nothing of what its body says: for what is done often, and told in one line by whoever does it."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
 def duration(seconds: int | float) -> str:
     """Seconds as 0.8 s, 42 s, 3:07 or 2:03:07."""
     if seconds < 10:

@@ -2,6 +2,7 @@
 
 import io
 import os
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,10 +21,32 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 FITS = ("crop", "stretch")  # how a picture becomes a square
+BICUBIC = 3  # PIL's number
+RESAMPLING = {2: "bilinear", BICUBIC: "bicubic"}  # PIL's numbers of the filters that are offered
 
 # Above this PIL warns of a decompression bomb; such a picture takes over 250 MB once decoded.
 MAX_PIXELS = 89_478_485
 MAX_SIDE = 1_000_000  # a line of so many pixels is no picture, and resizing it takes a gigabyte
+
+
+class Fit(NamedTuple):
+    """How a picture becomes a square; a plain "crop" or "stretch" stands for the one with the other fields' defaults.
+
+    Attributes:
+      how: a name in FITS.
+      margin: of "crop": so many times the square's side is the resized picture's short side.
+      resample: PIL's number of the filter, a key of RESAMPLING.
+    """
+
+    how: str = "crop"
+    margin: float = 1.0
+    resample: int = BICUBIC
+
+    def __str__(self) -> str:
+        """Its name, with what is not usual about it."""
+        wider = [] if self.margin == 1 else [f"{self.margin:g} times the side"]
+        other = [] if self.resample == BICUBIC else [RESAMPLING[self.resample]]
+        return ", ".join([self.how, *wider, *other])
 
 
 def load_rgb(path: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
@@ -93,30 +116,32 @@ def _check_range(largest: int, bits: int) -> None:
         raise ValueError(f"{used}, so what is white in it is not known; save it with 8 bits a channel")
 
 
-def clip_preprocess(picture: Image.Image, size: int, fit: str = "crop") -> UInt8[np.ndarray, "size size 3"]:
-    """Returns a square of an RGB picture, resized bicubically.
+def clip_preprocess(picture: Image.Image, size: int, fit: str | Fit = "crop") -> UInt8[np.ndarray, "size size 3"]:
+    """Returns a square of an RGB picture, resized bicubically, or as `fit` says.
 
     "crop" is CLIP's, short side to `size`, then the centre square: the same numbers as transformers'
-    CLIPImageProcessorPil before rescaling (to 1 grey level); source: openai/CLIP. "stretch" is LaVIN's, which keeps the
-    whole picture and not its aspect ratio.
+    CLIPImageProcessorPil before rescaling (to 1 grey level); source: openai/CLIP. "stretch" is SigLIP's and LaVIN's,
+    which keeps the whole picture and not its aspect ratio.
 
     Errors: ValueError for a picture that is not RGB, or another `fit`.
     """
     if picture.mode != "RGB":
         raise ValueError(f"clip_preprocess takes mode RGB, not {picture.mode}: call to_rgb first")
-    if fit not in FITS:
-        raise ValueError(f"fit {fit!r} is not one of {FITS}")
-    if fit == "stretch":
-        return np.array(picture.resize((size, size), Image.Resampling.BICUBIC), np.uint8)
+    how, margin, resample = Fit(fit) if isinstance(fit, str) else fit
+    if how not in FITS:
+        raise ValueError(f"fit {how!r} is not one of {FITS}")
+    if how == "stretch":
+        return np.array(picture.resize((size, size), Image.Resampling(resample)), np.uint8)
     width, height = picture.size
     short, long = min(width, height), max(width, height)
-    scaled = int(size * long / short)
-    new_width, new_height = (size, scaled) if width <= height else (scaled, size)
+    edge = round(size * margin)
+    scaled = int(edge * long / short)
+    new_width, new_height = (edge, scaled) if width <= height else (scaled, edge)
     left, top = (new_width - size) // 2, (new_height - size) // 2
     if new_width * new_height > MANY_PIXELS:
-        return resized_piece(picture, (new_width, new_height), left, top, size)
+        return resized_piece(picture, (new_width, new_height), left, top, size, resample)
     if (new_width, new_height) != (width, height):
-        picture = picture.resize((new_width, new_height), Image.Resampling.BICUBIC)
+        picture = picture.resize((new_width, new_height), Image.Resampling(resample))
     return np.array(picture.crop((left, top, left + size, top + size)), np.uint8)
 
 

@@ -26,7 +26,7 @@ def folder(tmp_path):
 
 
 def test_the_example_of_the_docs_reads_a_folder_of_its_own(folder, monkeypatch):
-    with pytest.raises(WeightsError, match="model_type is 'clip_like'; the pair of image and text towers is a 'clip'"):
+    with pytest.raises(WeightsError, match="model_type is 'clip_like'; the vision tower is a 'clip' or"):
         clip_config(folder)
     monkeypatch.setitem(VISION_TOWERS, "clip_like", None)  # so that what the example puts there is taken out again
     exec(re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S).group(1), {})
@@ -39,7 +39,9 @@ def test_the_example_of_the_docs_reads_a_folder_of_its_own(folder, monkeypatch):
 @pytest.mark.parametrize("family", VISION_TOWERS.values(), ids=VISION_TOWERS.keys())
 def test_the_modules_of_every_family_play_their_roles(family):
     vision, text = next(iter(family.published.values()))
-    tower, captions = family.build(vision), family.build_text(text)
-    assert isinstance(tower, VisionTower) and isinstance(captions, TextTower)
+    tower = family.build(vision)
+    assert isinstance(tower, VisionTower)
     assert tower.features == family.features and vision.model_type == family.model_type
-    assert vision.joint == text.joint
+    assert (text is None) == (family.build_text is None) == (vision.joint == 0)
+    if text is not None:
+        assert isinstance(family.build_text(text), TextTower) and vision.joint == text.joint

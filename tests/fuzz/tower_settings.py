@@ -42,7 +42,8 @@ def _check_processor(folder: pathlib.Path, found):
     if said is None:
         said = json_of(plain) if plain.is_file() else {}
     said = {key: value for key, value in said.items() if value is not None}
-    assert said.get("resample", 3) == 3 and said.get("do_resize", True) is True, "another way to resize was passed over"
+    assert found.resample == said.get("resample", 3), "another filter than the file's"
+    assert said.get("do_resize", True) is True, "another way to resize was passed over"
     grey = np.arange(256)
     wanted = grey * (said.get("rescale_factor", 1 / 255) if said.get("do_rescale", True) else 1.0)
     for channel in range(3):

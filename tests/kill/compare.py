@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-TIMES = {"examples_per_second", "data_wait", "device", "host", "seconds", "prepare_seconds"}
+TIMES = {"examples_per_second", "seconds_per_step", "mfu", "data_wait", "device", "host", "seconds", "prepare_seconds"}
 
 
 def left_by(name: str, folder: pathlib.Path) -> dict[str, object]:

@@ -41,6 +41,7 @@ WIDE_HEADS = {**GROUPED, "head_dim": 12}
 GEMMA = {**WIDE_HEADS, "layer_types": [NARROW, FULL, NARROW], "sliding_window": 5, "query_pre_attn_scalar": 9}
 GEMMA_ROPE = {NARROW: {"rope_type": "default", "rope_theta": 50.0}, FULL: {**LINEAR["rope_parameters"]}}
 GEMMA_ROPE = {"rope_parameters": GEMMA_ROPE}
+GEMMA2 = {**GEMMA, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0}
 QWEN_WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 # Ours, theirs, the config's fields, by how much the initial weights are moved, whether the blocks are scanned.
 CASES = {
@@ -51,6 +52,7 @@ CASES = {
     "llama-grouped": (Llama, "Llama", {**TINY, "num_key_value_heads": 2}, 0.05, False),
     "llama-grouped-scan": (Llama, "Llama", {**TINY, **ROPE, "num_key_value_heads": 4}, 0.05, True),
     "llama-tied": (Llama, "Llama", {**TINY, **TIED, "num_key_value_heads": 2}, 0.05, False),
+    "llama-biases": (Llama, "Llama", {**WIDE_HEADS, "attention_bias": True}, 0.05, False),
     "llama-small": (Llama, "Llama", SMALL, 0.01, True),
     "llama3-scan": (Llama, "Llama", {**WIDE_HEADS, **LLAMA3}, 0.05, True),
     "llama-linear": (Llama, "Llama", {**GROUPED, **LINEAR}, 0.05, False),
@@ -61,6 +63,10 @@ CASES = {
     "qwen3-scan": (Llama, "Qwen3", WIDE_HEADS, 0.05, True),
     "smollm3": (Llama, "SmolLM3", {**GROUPED, "no_rope_layers": [1, 0, 1]}, 0.05, False),
     "smollm3-scan": (Llama, "SmolLM3", {**GROUPED, "no_rope_layer_interval": 2}, 0.05, True),
+    "phi3": (Llama, "Phi3", {**GROUPED, "sliding_window": 5}, 0.05, False),
+    "phi3-scan": (Llama, "Phi3", {**GROUPED, **ROPE}, 0.05, True),
+    "gemma2": (Llama, "Gemma2", GEMMA2, 0.05, False),
+    "gemma2-scan": (Llama, "Gemma2", {**GEMMA2, "sliding_window": 3, **ROPE}, 0.05, True),
     "gemma3": (Llama, "Gemma3", GEMMA, 0.05, False),
     "gemma3-scan": (Llama, "Gemma3", {**GEMMA, **GEMMA_ROPE}, 0.05, True),
 }
@@ -68,11 +74,14 @@ EXPORTS = {
     "gpt2": ("GPT2", GPT2_TINY),
     "llama": ("Llama", {**TINY, "num_key_value_heads": 2}),
     "llama-tied": ("Llama", {**TINY, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {**GROUPED, "attention_bias": True}),
     "llama3": ("Llama", {**WIDE_HEADS, **LLAMA3}),
     "mistral": ("Mistral", {**WIDE_HEADS, "sliding_window": 5}),
     "qwen2": ("Qwen2", {**GROUPED, **QWEN_WINDOW}),
     "qwen3": ("Qwen3", {**WIDE_HEADS, "tie_word_embeddings": True}),
     "smollm3": ("SmolLM3", {**GROUPED, "no_rope_layers": [1, 0, 1]}),
+    "phi3": ("Phi3", {**GROUPED, "sliding_window": 5}),
+    "gemma2": ("Gemma2", GEMMA2),
     "gemma3": ("Gemma3", {**GEMMA, **GEMMA_ROPE}),
 }
 

@@ -10,6 +10,7 @@ from eim_jax.config import Config, ConfigError, Data
 from eim_jax.config.conversion import no_such_field
 from eim_jax.data import shard_reader
 from eim_jax.data.bad_items import BadItem
+from eim_jax.data.conversation import TOKENIZER
 from eim_jax.data.data_set import DataSet
 from eim_jax.data.datasets.coco import COCO
 from eim_jax.data.datasets.instruct import INSTRUCT
@@ -102,10 +103,10 @@ def chat_prompt(data: Data, question: str, earlier: Sequence[tuple[str, str]] = 
         them over.
 
     Returns:
-      The instruction; a data set without any has that of `instruct`.
+      The instruction; a data set without any has that of `instruct`, and so has a question in the tokenizer's form.
     """
     kind = data_set(data)
-    kind = kind if kind.prompt else INSTRUCT
+    kind = kind if kind.prompt and data.own.get("template") != TOKENIZER else INSTRUCT
     return kind.prompt(kind.settings(data), question, earlier_turns(earlier, data.seam))
 
 
@@ -173,6 +174,11 @@ def check(config: Config) -> None:
     kind.settings(data)
     if data.prepared and kind.shards is None:
         raise ConfigError(f"config.data.prepared: data of kind {kind.name!r} is drawn, or cannot be prepared")
+    if (data.own.get("template") == TOKENIZER) != (data.seam == TOKENIZER) and data.seam != "auto":
+        raise ConfigError(
+            f"config.data.seam={data.seam!r} with config.data.template={data.own.get('template')!r}: where the "
+            "tokenizer's chat template writes the turns, it also joins them; leave config.data.seam at 'auto'"
+        )
     if data.scored not in kind.scored:
         splits = ", ".join(kind.scored)
         raise ConfigError(f"config.data.scored={data.scored!r}: data of kind {kind.name!r} is scored on {splits} alone")

@@ -11,6 +11,7 @@ from eim_jax.config import ConfigError, Data
 from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad, counted, listed
 from eim_jax.data.data_set import DataSet, Published, Shards, exists
 from eim_jax.data.datasets.coco_files import good_captions, karpathy_form, official_form, read_annotations
+from eim_jax.data.held_out import HeldOut, check_share
 from eim_jax.data.image_checks import check_images
 from eim_jax.data.samples import FileImages, ImageSource, NoImages, Sample, Split
 from eim_jax.utils.console import console
@@ -51,6 +52,7 @@ def load_coco(
     outside_images: bool = False,
     threads: int = 4,
     cache: str | os.PathLike[str] | None = None,
+    held_out: HeldOut | None = None,
 ) -> Loaded:
     """Returns one sample a caption (no instruction), in the file's order, and a report of the bad items.
 
@@ -64,6 +66,8 @@ def load_coco(
     Bad items are missing or unreadable images, images without a caption, empty or over-long captions, captions of an
     unlisted image, repeated ids. on_bad="error" raises BadDataError listing them; "drop" leaves them out of the split,
     hence also of the queues: of a repeated id the first item stays, an image without a good caption goes.
+
+    With `held_out` the split is what its side of a share leaves: see `HeldOut`.
     """
     check_on_bad(on_bad)
     path = user_path(annotations)
@@ -90,13 +94,16 @@ def load_coco(
         raise ValueError(
             f"{path}: no captions{f' of split {split!r}' if split else ''} are left; {len(raw.bad)} bad items"
         )
+    good = len(kept), len({image_id for _, image_id, _ in kept})
+    if held_out is not None:
+        kept = held_out.kept(kept, [image_id for _, image_id, _ in kept], str(path))
     used = {image_id for _, image_id, _ in kept}
     ids = [image_id for image_id in ids if image_id in used]
     names = [raw.images[image_id] for image_id in ids]
     why = "this split was loaded as text only; give load_coco the image folder"
     source = NoImages(ids, names, why) if folder is None else FileImages(folder, ids, names)
     result = caption_split(split or path.stem, kept, source)
-    report = LoadReport(tuple(raw.bad), len(raw.images) - len(ids), len(raw.captions) - len(kept))
+    report = LoadReport(tuple(raw.bad), len(raw.images) - good[1], len(raw.captions) - good[0])
     if raw.bad:
         console.print(f"{path}: {report}", soft_wrap=True)
     return Loaded(result, report)
@@ -120,14 +127,20 @@ class CocoFields:
     images: str = ""  # folder of the images
     eval_annotations: str = ""  # for val and test; "" = the file above (COCO form: then scores are on training images)
     eval_images: str = ""  # "" = the folder above
+    # This share of the images is not trained on; which, says eval_seed. It is scored on where no file is named above.
+    eval_share: float = 0.0
+    eval_seed: int = 0
     max_caption_chars: int = 2000  # a longer caption is a bad item
     strip: bool = True  # coco: white space around captions is removed (ClipCap keeps it)
     outside_images: bool = False  # whether a file's name may lead out of the folder of the images
 
 
 def _load(data: Data, own: CocoFields, name: str, cache: pathlib.Path) -> tuple[Split, Sequence[BadItem]]:
-    annotations, images = own.annotations, own.images
-    if name != "train":
+    annotations, images, part, held_out = own.annotations, own.images, name, None
+    check_share(own.eval_share)
+    if own.eval_share and (name == "train" or not own.eval_annotations):  # of what would be trained on
+        part, held_out = "train", HeldOut(own.eval_share, own.eval_seed, name != "train")
+    elif name != "train":
         annotations, images = own.eval_annotations or annotations, own.eval_images or images
     if not annotations:
         raise ConfigError("config.data.annotations is empty: give the captions file")
@@ -136,15 +149,16 @@ def _load(data: Data, own: CocoFields, name: str, cache: pathlib.Path) -> tuple[
     loaded = load_coco(
         annotations,
         images,
-        name,
+        part,
         on_bad=data.on_bad,
         max_caption_chars=own.max_caption_chars,
         strip=own.strip,
         outside_images=own.outside_images,
         threads=data.threads,
         cache=cache,
+        held_out=held_out,
     )
-    return loaded.split, loaded.report.bad
+    return dataclasses.replace(loaded.split, name=name), loaded.report.bad
 
 
 def _source_files(own: CocoFields) -> dict[str, pathlib.Path]:
@@ -155,6 +169,11 @@ def _source_files(own: CocoFields) -> dict[str, pathlib.Path]:
 def _prepared_split(own: CocoFields, name: str, index: Mapping[str, Any], images: ImageSource) -> Split:
     captions = [(id_, images.ids[row], text) for id_, row, _, text in index["samples"]]
     return caption_split(name, captions, images)
+
+
+def _prepared_settings(own: CocoFields) -> dict[str, Any]:
+    held_out = {"eval_share": own.eval_share, "eval_seed": own.eval_seed} if own.eval_share else {}
+    return held_out | ({} if own.strip else {"strip": False})  # folders of earlier versions say neither
 
 
 COCO = DataSet(
@@ -169,7 +188,7 @@ COCO = DataSet(
         features={"captions": [{"id": str, "text": str}]},
         record=lambda split, samples: {"captions": [{"id": s.id, "text": s.response} for s in samples]},
         split=_prepared_split,
-        settings=lambda own: {} if own.strip else {"strip": False},  # folders of earlier versions do not say it
+        settings=_prepared_settings,
         sources=_source_files,
     ),
 )

@@ -4,12 +4,10 @@ A row is {"instruction", "answer", "image", "image_source", "qid", "options"}. I
 that name ("mscoco"), or ScienceQA's "{qid}/image.png" ("sqa"), each in a folder of its own.
 """
 
-import pathlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from eim_jax.data.samples import FileImages, file_in
 from eim_jax.data.text_files import identifier
 
 KEYS = {"instruction", "answer", "image", "image_source", "qid", "options"}
@@ -54,21 +52,3 @@ def image_of(record: Mapping[str, Any]) -> tuple[str, str | None]:
     if source not in _COCO:
         return f'"image_source" is {source!r:.60}, neither "mscoco" nor "sqa"', None
     return "", image
-
-
-class TwoFolders(FileImages):
-    """COCO's pictures in one folder, ScienceQA's in another."""
-
-    def __init__(self, folder: pathlib.Path | None, scienceqa: pathlib.Path, names: Sequence[str]):
-        super().__init__(folder or pathlib.Path(), names, names)
-        self.scienceqa = scienceqa
-
-    def path(self, row: int) -> pathlib.Path:
-        """Returns the file of image `row`."""
-        name = self.names[row].removeprefix(SCIENCEQA)
-        return super().path(row) if name == self.names[row] else file_in(self.scienceqa, name)
-
-
-def apart(names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Returns the names in COCO's folder, and those in ScienceQA's."""
-    return [n for n in names if not n.startswith(SCIENCEQA)], [n for n in names if n.startswith(SCIENCEQA)]

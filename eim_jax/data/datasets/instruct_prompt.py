@@ -1,10 +1,11 @@
-"""How a question is written as an instruction: the templates of LaVIN's chatbot and of LLaMA-Adapter, or one's own."""
+"""How a question is written as an instruction: in LaVIN's words, in Alpaca's, in one's own, or by the tokenizer."""
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from eim_jax.data.conversation import TOKENIZER, message, written
 from eim_jax.data.datasets.scienceqa_prompt import halved_spaces
 
 
@@ -65,9 +66,29 @@ class Template:
         return re.sub(r"\{(instruction|input)\}", lambda found: getattr(asked, found[1]) or "", form)
 
 
+class Conversation:
+    """Turns as they are: the LM's tokenizer writes the words around them (data/chat_form.py)."""
+
+    def write(self, asked: Question, earlier: Sequence[tuple[Question, str]] = (), system: str = "") -> str:
+        """Returns the conversation up to the answer as an instruction (data/conversation.py).
+
+        Args:
+          asked: the question.
+          earlier: the (question, answer) turns before it.
+          system: the row's own system prompt, "" for none.
+        """
+        turns = [message("system", system)] if system else []
+        for question, answer in earlier:
+            turns += [message("user", self._words(question)), message("assistant", answer)]
+        return written([*turns, message("user", self._words(asked))])
+
+    def _words(self, question: Question) -> str:
+        return "\n".join(filter(None, (question.instruction, question.input)))
+
+
 _REQUEST = "Write a response that appropriately completes the request.\n\n"
 _ALPACA = "### Instruction:\n{instruction}\n\n"
-TEMPLATES = {
+TEMPLATES: dict[str, Template | Conversation] = {
     # LaVIN's words, without its stray spaces.
     "plain": Template(
         "Instruction: {instruction} {input}\nResponse:", "Instruction: {instruction}\nResponse:", tidy=True
@@ -90,10 +111,11 @@ TEMPLATES = {
         bare_preface="Below is an instruction that describes a task. " + _REQUEST,
         system_end="\n\n",
     ),
+    TOKENIZER: Conversation(),
 }
 
 
-def template_of(name: str) -> Template:
+def template_of(name: str) -> Template | Conversation:
     r"""Returns a template by its name in TEMPLATES, or the one that a text of one's own is.
 
     The text holds {instruction} and, for the input of Alpaca's form, {input}; without the second, an input follows the

@@ -1,25 +1,26 @@
-"""The rows of instruction files: Alpaca's, LLaVA's, self-instruct's and LaVIN's forms, each checked and taken apart."""
+"""The rows of instruction files: every form is told by its keys, checked and taken apart; FORMS is the table."""
 
-import dataclasses
-import pathlib
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from eim_jax.data.bad_items import text_problem
-from eim_jax.data.datasets import instruct_lavin
+from eim_jax.data.datasets import instruct_dialogue, instruct_lavin, instruct_tables, instruct_vqa
+from eim_jax.data.datasets.instruct_fields import (
+    MARKER,
+    BadRowError,
+    Row,
+    answer_text,
+    encodable,
+    history_of,
+    no_other_marker,
+    picture_of,
+    question_text,
+    system_of,
+    text_of,
+)
 from eim_jax.data.datasets.instruct_prompt import Question
 from eim_jax.data.text_files import parse_json, read_text
 
-MARKER = "<image>"  # where LLaVA's questions place the image; our models place it themselves
-_OTHER_MARKERS = ("<video>", "<audio>")
-
-# Keys of each form that are read, or of which nothing is lost; any other is noted.
-_EVERYWHERE = {"id", "image", "images", "system", "history"}
-_KNOWN = {
-    "conversations": {"conversations"} | _EVERYWHERE,
-    "instances": {"instruction", "instances", "name", "is_classification"} | _EVERYWHERE,
-    "instruction": {"instruction", "input", "output"} | _EVERYWHERE,
-}
 # What a row would lose in silence: these are refused where they hold something.
 _REFUSED = {
     "video": "videos are not read",
@@ -29,32 +30,18 @@ _REFUSED = {
 }
 
 
-class BadRowError(ValueError):
-    """Why a row cannot be used, naming the field."""
+def read_rows(path: Any, cache: Any = None) -> list[tuple[str, Any]]:
+    """Returns (where it stands, row) of every row of a source, unchecked.
 
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A row's (question, answer) pairs, about an image file or none; the pairs of a `dialogue` follow each other.
-
-    `system` is the row's own system prompt, `history` the turns that precede all of its pairs.
-    """
-
-    image: str | None
-    pairs: tuple[tuple[Question, str], ...]
-    dialogue: bool = False
-    system: str = ""
-    history: tuple[tuple[Question, str], ...] = ()
-    prompted: bool = False  # the questions are prompts already (LaVIN's all_data.json)
-
-
-def read_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
-    """Returns (where it stands, row) of every row of a JSON list, JSON Lines or of LaVIN's {"all": [...]}, unchecked.
+    That is a JSON list, JSON Lines, LaVIN's {"all": [...]}, VQAv2's questions, or a table (instruct_tables.py), whose
+    pictures `cache` keeps.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: it is not UTF-8 or not JSON; the byte or the line is named.
     """
+    if instruct_tables.is_table(path):
+        return instruct_tables.read_rows(path, cache)
     try:
         text = read_text(path)
     except FileNotFoundError:
@@ -68,6 +55,8 @@ def read_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
             return [(f"{path.name} row {place}", record) for place, record in enumerate(records)]
         except ValueError as error:
             raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if instruct_vqa.is_questions(content := _whole(text)):
+        return instruct_vqa.rows(path, content)
     found = []
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand inside a JSON string
         if not line.strip():
@@ -80,6 +69,17 @@ def read_rows(path: pathlib.Path) -> list[tuple[str, Any]]:
     return found
 
 
+def _whole(text: str) -> Any:
+    """A file's one object over several lines, or on its only one; None where there are rows a line."""
+    first, _, rest = text.strip().partition("\n")
+    if rest and first.rstrip().endswith("}"):
+        return None
+    try:
+        return parse_json(text)
+    except ValueError:
+        return None
+
+
 def unread_keys(record: Any) -> list[str]:
     """Returns the keys of a row that no form has; what they hold is not read.
 
@@ -88,9 +88,8 @@ def unread_keys(record: Any) -> list[str]:
     """
     if not isinstance(record, dict):
         return []
-    if instruct_lavin.is_row(record):
-        return [key for key in record if key not in instruct_lavin.KEYS and key not in _REFUSED]
-    known = next((keys for form, keys in _KNOWN.items() if form in record), set(record))
+    form = form_of(record)
+    known = set(record) if form is None else form.keys
     return [key for key in record if key not in known and key not in _REFUSED]
 
 
@@ -106,99 +105,12 @@ def take_apart(record: Any) -> Row:
     for key, remedy in _REFUSED.items():
         if record.get(key):
             raise BadRowError(f'"{key}" is not read: {remedy}, or remove it')
-    if instruct_lavin.is_row(record):
-        return _lavin(record)
-    image = _image(record)
-    before = {"system": _system(record), "history": _history(record, image)}
-    if "conversations" in record:
-        return Row(image, _llava(record, image), dialogue=True, **before)
-    if "instances" in record:
-        return Row(image, _instances(record), **before)
-    if "instruction" in record and "output" in record:
-        return Row(image, (_pair(record, record, ""),), **before)
-    raise BadRowError(
-        'has neither "conversations" (LLaVA), "instances" (self-instruct), "instruction" and "output" (Alpaca) nor '
-        '"instruction" and "answer" (LaVIN); '
-        f"its keys are {', '.join(map(repr, record)) or 'none'}"
-    )
-
-
-def _image(record: Mapping[str, Any]) -> str | None:
-    """The row's one picture, from "image" or a list "images" of one; None where both are absent or null."""
-    image, several = record.get("image"), record.get("images")
-    if image is not None and (not isinstance(image, str) or not image.strip()):
-        raise BadRowError(f'"image" must be the name of one file, not {image!r}')
-    listed = [several] if isinstance(several, str) else [] if several is None else several
-    if not isinstance(listed, list) or not all(isinstance(name, str) and name.strip() for name in listed):
-        raise BadRowError(f'"images" must be a list of the name of one file, not {several!r}')
-    names = set(listed) | ({image} - {None})
-    if len(names) > 1 or len(listed) > 1:
-        raise BadRowError(f'"images" names {max(len(names), len(listed))} pictures: a row is about one')
-    found = next(iter(names), None)
-    return None if found is None else _encodable(found, '"image"' if image is not None else '"images"')
-
-
-def _system(record: Mapping[str, Any]) -> str:
-    text = record.get("system") or ""
-    if not isinstance(text, str):
-        raise BadRowError(f'"system" is not a text but {type(text).__name__}')
-    return _answer(_encodable(text, '"system"'), '"system"').strip()
-
-
-def _history(record: Mapping[str, Any], image: str | None) -> tuple[tuple[Question, str], ...]:
-    """The turns before a row's own, [[question, answer], ...]."""
-    turns = record.get("history") or ()
-    if not isinstance(turns, list | tuple) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-        raise BadRowError('"history" must be a list of [question, answer]')
-    found = []
-    for number, pair in enumerate(turns):
-        at, texts = f'"history"[{number}]', dict(enumerate(pair))
-        asked, answered = (_text(texts, side, f"{at}[{side}]") for side in (0, 1))
-        found.append((Question(_question(asked, image, f"{at}[0]")), _answer(answered, f"{at}[1]")))
-        if not found[-1][0].instruction.strip():
-            raise BadRowError(f"{at}[0] has nothing but the marker {MARKER}")
-    return tuple(found)
-
-
-def _question(text: str, image: str | None, label: str) -> str:
-    """A question without its picture's marker, and where there was one without the line break beside it."""
-    _no_other_marker(text, label)
-    if text.count(MARKER) > 1:
-        raise BadRowError(f"{label} has the marker {MARKER} {text.count(MARKER)} times: a row is about one picture")
-    if MARKER in text and image is None:
-        raise BadRowError(f'{label} has the marker {MARKER}, but the row has no "image"')
-    return text.replace(MARKER, "").strip() if MARKER in text else text
-
-
-def _answer(text: str, label: str) -> str:
-    _no_other_marker(text, label)
-    if MARKER in text:
-        raise BadRowError(f"{label} has the marker {MARKER}: an answer is text alone")
-    return text
-
-
-def _no_other_marker(text: str, label: str) -> None:
-    for marker in _OTHER_MARKERS:
-        if marker in text:
-            raise BadRowError(f"{label} has the marker {marker}, which is not read")
-
-
-def _text(record: Mapping[Any, Any], key: Any, label: str) -> str:
-    """Returns a text that is there, is not blank, and can be encoded."""
-    if key not in record:
-        raise BadRowError(f"{label} is missing")
-    if not isinstance(record[key], str):
-        raise BadRowError(f"{label} is not a text but {type(record[key]).__name__}")
-    if not record[key].strip():
-        raise BadRowError(f"{label} is empty")
-    return _encodable(record[key], label)
-
-
-def _encodable(text: str, label: str) -> str:
-    problem = text_problem(text)
-    if problem:
-        raise BadRowError(f"{label} {problem}")
-    return text
+    form = form_of(record)
+    if form is None:
+        *most, last = (f"{form.asks} ({form.name})" for form in (*FORMS[1:], FORMS[0]))
+        keys = ", ".join(map(repr, record)) or "none"
+        raise BadRowError(f"has neither {', '.join(most)} nor {last}; its keys are {keys}")
+    return form.take(record)
 
 
 def _lavin(record: Mapping[str, Any]) -> Row:
@@ -209,54 +121,106 @@ def _lavin(record: Mapping[str, Any]) -> Row:
     problem, image = instruct_lavin.image_of(record)
     if problem:
         raise BadRowError(problem)
-    prompt = _text(record, "instruction", '"instruction"')
-    _no_other_marker(prompt, '"instruction"')
+    prompt = text_of(record, "instruction", '"instruction"')
+    no_other_marker(prompt, '"instruction"')
     if MARKER in prompt:
         raise BadRowError(f'"instruction" has the marker {MARKER}, which a prompt that is already made cannot place')
-    answer = _answer(_text(record, "answer", '"answer"'), '"answer"')
-    return Row(None if image is None else _encodable(image, '"image"'), ((Question(prompt), answer),), prompted=True)
+    said = answer_text(text_of(record, "answer", '"answer"'), '"answer"')
+    return Row(None if image is None else encodable(image, '"image"'), ((Question(prompt), said),), prompted=True)
+
+
+def _alpaca(record: Mapping[str, Any]) -> Row:
+    return Row(picture_of(record), (_pair(record, record, ""),), **_before(record))
+
+
+def _before(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {"system": system_of(record), "history": history_of(record, picture_of(record))}
 
 
 def _pair(record: Mapping[str, Any], pair: Mapping[str, Any], at: str) -> tuple[Question, str]:
-    image = _image(record)
-    instruction = _text(record, "instruction", '"instruction"')
+    image = picture_of(record)
+    instruction = text_of(record, "instruction", '"instruction"')
     extra = pair.get("input")
     extra = "" if extra is None else extra
     if not isinstance(extra, str):
         raise BadRowError(f'{at}"input" is not a text but {type(extra).__name__}')
-    _encodable(extra, f'{at}"input"')
+    encodable(extra, f'{at}"input"')
     if MARKER in instruction and MARKER in extra:
         raise BadRowError(f'"instruction" and {at}"input" have the marker {MARKER}: a row is about one picture')
-    parts = _question(instruction, image, '"instruction"'), _question(extra, image, f'{at}"input"')
+    parts = question_text(instruction, image, '"instruction"'), question_text(extra, image, f'{at}"input"')
     if not any(part.strip() for part in parts):
         raise BadRowError(f'"instruction" has nothing but the marker {MARKER}')
     asked = Question(*parts) if parts[0] else Question(parts[1])  # the marker was all that the instruction held
-    return asked, _answer(_text(pair, "output", f'{at}"output"'), f'{at}"output"')
+    return asked, answer_text(text_of(pair, "output", f'{at}"output"'), f'{at}"output"')
 
 
-def _instances(record: Mapping[str, Any]) -> tuple[tuple[Question, str], ...]:
+def _instances(record: Mapping[str, Any]) -> Row:
     instances = record["instances"]
     if not isinstance(instances, list) or not instances or not all(isinstance(pair, dict) for pair in instances):
         raise BadRowError('"instances" must be a list of {"input", "output"}, with at least one')
-    return tuple(_pair(record, pair, f'"instances"[{number}] ') for number, pair in enumerate(instances))
+    pairs = tuple(_pair(record, pair, f'"instances"[{number}] ') for number, pair in enumerate(instances))
+    return Row(picture_of(record), pairs, **_before(record))
 
 
-def _llava(record: Mapping[str, Any], image: str | None) -> tuple[tuple[Question, str], ...]:
-    turns = record["conversations"]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise BadRowError('"conversations" must be a list of {"from", "value"}, with at least one pair')
-    texts = []
-    for number, turn in enumerate(turns):
-        at, speaker = f'"conversations"[{number}]', ("human", "gpt")[number % 2]
-        if turn.get("from") != speaker:
-            raise BadRowError(f'{at} is from {turn.get("from")!r}: turns must alternate "human", "gpt"')
-        value = _text(turn, "value", f'{at} "value"')
-        if speaker == "gpt":
-            texts.append(_answer(value, at))
-            continue
-        texts.append(_question(value, image, at))
-        if not texts[-1].strip():
-            raise BadRowError(f"{at} has nothing but the marker {MARKER}")
-    if len(texts) % 2:
-        raise BadRowError(f'"conversations"[{len(texts) - 1}] has no answer from "gpt"')
-    return tuple(zip(map(Question, texts[::2]), texts[1::2], strict=True))
+class Form(NamedTuple):
+    """A form of rows: how it is called, what a row needs to be one, the keys that are read, and how it is read."""
+
+    name: str
+    asks: str
+    told_by: Callable[[Mapping[str, Any]], bool]
+    keys: frozenset[str]
+    take: Callable[[Mapping[str, Any]], Row]
+
+
+# Keys that are read in every form, or of which nothing is lost; others than these and a form's own are noted.
+_EVERYWHERE = {"id", "image", "images", "system", "history"}
+# The first that a row's keys tell.
+FORMS = (
+    Form(
+        "LaVIN",
+        '"instruction" and "answer" with "image_source"',
+        instruct_lavin.is_row,
+        frozenset(instruct_lavin.KEYS),
+        _lavin,
+    ),
+    Form(
+        "LLaVA",
+        '"conversations"',
+        lambda record: "conversations" in record,
+        frozenset({"conversations"} | _EVERYWHERE),
+        functools.partial(instruct_dialogue.take, form=instruct_dialogue.CONVERSATIONS),
+    ),
+    Form(
+        "OpenAI",
+        '"messages"',
+        lambda record: "messages" in record,
+        frozenset({"messages"} | _EVERYWHERE),
+        functools.partial(instruct_dialogue.take, form=instruct_dialogue.MESSAGES),
+    ),
+    Form(
+        "self-instruct",
+        '"instances"',
+        lambda record: "instances" in record,
+        frozenset({"instruction", "instances", "name", "is_classification"} | _EVERYWHERE),
+        _instances,
+    ),
+    Form(
+        "Alpaca",
+        '"instruction" and "output"',
+        lambda record: "instruction" in record and "output" in record,
+        frozenset({"instruction", "input", "output"} | _EVERYWHERE),
+        _alpaca,
+    ),
+    Form(
+        "VQA",
+        '"question" and "answer" or "answers"',
+        instruct_vqa.is_row,
+        frozenset(instruct_vqa.KEYS | _EVERYWHERE),
+        instruct_vqa.take,
+    ),
+)
+
+
+def form_of(record: Mapping[str, Any]) -> Form | None:
+    """Returns the form of a row, None for no known one."""
+    return next((form for form in FORMS if form.told_by(record)), None)

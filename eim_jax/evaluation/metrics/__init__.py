@@ -5,7 +5,14 @@ A score of your own is one `Metric` in this table, from a script or a config fil
 
 from collections.abc import Iterable, Iterator
 
-from eim_jax.evaluation.metrics import accuracy, caption_overlap, likelihood, mme_scores, named_objects
+from eim_jax.evaluation.metrics import (
+    accuracy,
+    caption_overlap,
+    likelihood,
+    mme_scores,
+    named_objects,
+    open_answers,
+)
 from eim_jax.evaluation.metrics.metric import Family, Metric
 
 # By key, families by their prefix, in the order in which every table shows them.
@@ -13,6 +20,7 @@ METRICS: dict[str, Metric | Family] = {
     **{metric.key: metric for metric in caption_overlap.METRICS},
     accuracy.ACCURACY.prefix: accuracy.ACCURACY,
     accuracy.UNPARSED.key: accuracy.UNPARSED,
+    **{metric.key: metric for metric in open_answers.METRICS},
     mme_scores.MME.prefix: mme_scores.MME,
     **{metric.key: metric for metric in likelihood.METRICS},
     **{metric.key: metric for metric in named_objects.METRICS},

@@ -4,11 +4,12 @@ A task of your own is one object in this table, from a script or a config file: 
 """
 
 from eim_jax.data.samples import Split
-from eim_jax.evaluation.tasks import captions, options, scenes, yes_no
+from eim_jax.evaluation.tasks import captions, open_answers, options, scenes, yes_no
 from eim_jax.evaluation.tasks.task import Task
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (captions.CAPTIONS, scenes.SCENES, options.OPTIONS, yes_no.YES_NO)
+    task.name: task
+    for task in (captions.CAPTIONS, scenes.SCENES, options.OPTIONS, yes_no.YES_NO, *open_answers.OPEN_ANSWERS)
 }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from eim_jax.data import tokenize
+from eim_jax.data.conversation import readable
 from eim_jax.data.rows import row_options
 from eim_jax.data.samples import Sample, Split
 from eim_jax.evaluation.metrics.likelihood import likelihood_rows
@@ -103,7 +104,7 @@ class Questions(Task):
             Item(
                 sample.id,
                 picture_of(split, sample),
-                sample.instruction,
+                readable(sample.instruction),
                 truth=" / ".join(references[sample.id]),
                 accepted=tuple(references[sample.id]),
             )

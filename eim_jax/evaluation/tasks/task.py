@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from eim_jax.data.samples import Split
-from eim_jax.evaluation.metrics import METRICS, Metric
+from eim_jax.evaluation.metrics import METRICS, Metric, intervals, metric_of
 from eim_jax.evaluation.metrics.metric import Rows
 from eim_jax.generation.visual_tokens import VisualTokens
 from eim_jax.models.vlm import VLM
@@ -119,6 +119,7 @@ class Task(abc.ABC):
       texts: what the model writes, in words: "captions", "answers".
       told: a sentence of the page's summary; {:,} is the number of texts.
       unread: what the page says of an answer that `read` could not read.
+      intervals: whether every score that has rows gets a bootstrap interval beside it, KEY_low and KEY_high.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Task(abc.ABC):
     texts: str = "answers"
     told: str = "Answers given to {:,} test questions."
     unread: str = "not readable"
+    intervals: bool = False
 
     # What is asked.
 
@@ -233,3 +235,17 @@ def measured(task: Task, asked: Asked, outputs: Mapping[str, str]) -> Scored:
             scores[metric.key] = value if np.isfinite(value) else None
             rows[metric.key] = sums.tolist()
     return Scored(scores, rows)
+
+
+def with_intervals(task: Task, found: Scored) -> dict[str, Any]:
+    """Returns the scores, with KEY_low and KEY_high beside each that has rows where the task asks for intervals.
+
+    Args:
+      task: the split's.
+      found: its scores and their rows.
+    """
+    scores = dict(found.scores)
+    for key, rows in found.rows.items() if task.intervals else ():
+        if scores.get(key) is not None and (span := intervals.bounds(metric_of(key), rows)) is not None:
+            scores |= {f"{key}_low": span[0], f"{key}_high": span[1]}
+    return scores

@@ -5,10 +5,12 @@ A family is added by writing its file and one line in `FAMILIES`; from outside t
 """
 
 from eim_jax.models.language.family import DecoderConfig, DecoderLM, Family
+from eim_jax.models.language.gemma2 import GEMMA2_FAMILY
 from eim_jax.models.language.gemma3 import GEMMA3_FAMILY
 from eim_jax.models.language.gpt2 import GPT2_FAMILY
 from eim_jax.models.language.llama_family import LLAMA_FAMILY
 from eim_jax.models.language.mistral import MISTRAL_FAMILY
+from eim_jax.models.language.phi3 import PHI3_FAMILY
 from eim_jax.models.language.qwen import QWEN2_FAMILY, QWEN3_FAMILY
 from eim_jax.models.language.smollm3 import SMOLLM3_FAMILY
 
@@ -24,7 +26,9 @@ FAMILIES: dict[str, Family] = {
         QWEN2_FAMILY,
         QWEN3_FAMILY,
         SMOLLM3_FAMILY,
+        GEMMA2_FAMILY,
         GEMMA3_FAMILY,
+        PHI3_FAMILY,
     )
 }
 

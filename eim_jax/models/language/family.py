@@ -19,7 +19,7 @@ class DecoderConfig(Protocol):
 
     `model_type` names the family in `FAMILIES`. `scan`, `remat`, `attention` and `dtype` say how it is computed
     (`stacks.Form`); `dropout` is its rate in training, 0.0 where the family has none; `adapter` is None in a family
-    that takes none.
+    that takes none. A family whose logits are capped has a field `logit_cap` (`layers.soft_cap`).
     """
 
     @property
@@ -134,6 +134,8 @@ class Family:
       has_dropout: the shape has a field `dropout`, which towers.dropout sets.
       takes_adapters: the shape has a field `adapter`, which config.arm.*.adapter sets.
       shards: how its authors give it out, beside Hugging Face's form; None where that is the only one.
+      stated: shape -> the one by which its files are written: the biases that a folded adapter leaves may make it
+        another family's.
       plan_tokenizer: stands in for the tokenizer in `--mode=plan` where none is at hand; None where a plan needs none.
     """
 
@@ -149,5 +151,6 @@ class Family:
     quantised: str = ""
     has_dropout: bool = False
     takes_adapters: bool = False
+    stated: Callable[[Any], Any] = lambda shape: shape
     plan_tokenizer: Any = None
     shards: Shards | None = None

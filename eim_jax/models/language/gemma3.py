@@ -20,7 +20,6 @@ DEFAULTS |= {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256
 DEFAULTS |= {"query_pre_attn_scalar": 256, "sliding_window": 4096, "tie_word_embeddings": True}
 _FIXED = {
     "hidden_activation": "gelu_pytorch_tanh",
-    "attention_bias": False,
     "final_logit_softcapping": None,
     "attn_logit_softcapping": None,
 }

@@ -16,7 +16,7 @@ from eim_jax.models.adapters.adapter import LayerLeaves, Steering
 from eim_jax.models.kv_cache import Cache, narrowed, visible
 from eim_jax.models.language.llama_block import LlamaBlock, LlamaConfig, make_blocks, rms_norm
 from eim_jax.models.language.rope import rotation
-from eim_jax.models.layers import NORMAL
+from eim_jax.models.layers import NORMAL, soft_cap
 from eim_jax.models.quant import QDense
 
 
@@ -172,7 +172,9 @@ class Llama(nn.Module):
         weight, axis = self.head_weights()
         contract_width = (((2,), (1 - axis,)), ((), ()))
         weight = weight.astype(c.dtype)
-        return jax.lax.dot_general(hidden.astype(c.dtype), weight, contract_width, preferred_element_type=jnp.float32)
+        hidden = hidden.astype(c.dtype)
+        logits = jax.lax.dot_general(hidden, weight, contract_width, preferred_element_type=jnp.float32)
+        return soft_cap(logits, c.logit_cap)
 
     def head_weights(self) -> tuple[Float[Array, "_ _"], int]:
         """Returns the head's weights, [d V] or tied [V d], and which of their axes counts the vocabulary."""

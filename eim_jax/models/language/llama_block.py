@@ -1,6 +1,6 @@
 """A LLaMA's shape and its blocks: RoPE, grouped-query attention, SwiGLU, and where an adapter enters them.
 
-The shape also says in what other families differ that are built alike (mistral.py, qwen.py, smollm3.py, gemma3.py).
+The shape also says in what other families differ that are built alike (mistral.py, qwen.py, gemma2.py, ...).
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from eim_jax.models.adapters.adapter import Adapter
 from eim_jax.models.language.rope import RopeScaling, rotate
-from eim_jax.models.layers import ACTIVATIONS, check_attention, flash
+from eim_jax.models.layers import ACTIVATIONS, check_attention, flash, soft_cap
 from eim_jax.models.quant import QDense
 from eim_jax.models.stacks import stack
 
@@ -31,6 +31,7 @@ class LlamaConfig:
       adapter: one of the adapters' objects (models/adapters), or None.
       quant: "none", or "nf4" for the blocks' linear layers.
       qkv_bias: biases of the query, key and value maps, which LLaMA lacks; Qwen2 and a folded adapter have them.
+      out_bias: a bias of the attention's output map: with qkv_bias it is config.json's attention_bias.
       rope_scaling: how RoPE's frequencies are stretched (not those of `narrow` layers with a theta of their own).
       no_rope: for each layer whether it turns nothing (SmolLM3); () for none.
       window: how many tokens a `narrow` layer sees, itself included; 0 for all.
@@ -42,9 +43,11 @@ class LlamaConfig:
       post_norms: a norm behind the attention and one behind the MLP, before their sums (Gemma).
       activation: of the MLP's gate, a name in layers.ACTIVATIONS.
       embedding_scaled: token embeddings are multiplied by the root of the width (Gemma).
+      attention_cap, logit_cap: attention scores and next-token logits x become cap tanh(x / cap) (Gemma 2); 0: as is.
       scan: stack the blocks' parameters and scan over them.
       remat: "none", "full" or "dots" (stacks.REMAT_POLICIES).
-      attention: a name in layers.ATTENTIONS, for all but the decoding of one token and an adapter's own softmax.
+      attention: a name in layers.ATTENTIONS, for all but capped scores, the decoding of one token and an adapter's own
+        softmax.
       model_type: the family whose files hold it (models/language.FAMILIES).
     """
 
@@ -62,6 +65,7 @@ class LlamaConfig:
     adapter: Adapter | None = None
     quant: str = "none"
     qkv_bias: bool = False
+    out_bias: bool = False
     rope_scaling: RopeScaling | None = None
     no_rope: tuple[bool, ...] = ()
     window: int = 0
@@ -73,6 +77,8 @@ class LlamaConfig:
     post_norms: bool = False
     activation: str = "silu"
     embedding_scaled: bool = False
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
     scan: bool = False
     remat: str = "none"
     attention: str = "softmax"
@@ -140,7 +146,7 @@ class LlamaAttention(nn.Module):
         self.k = QDense(c.width, shared, quant=c.quant, use_bias=c.qkv_bias, dtype=c.dtype)
         self.v = QDense(c.width, shared, quant=c.quant, use_bias=c.qkv_bias, dtype=c.dtype)
         residual = nn.initializers.normal(0.02 * (2 * c.layers) ** -0.5)
-        self.out = QDense(inner, c.width, quant=c.quant, dtype=c.dtype, kernel_init=residual)
+        self.out = QDense(inner, c.width, quant=c.quant, use_bias=c.out_bias, dtype=c.dtype, kernel_init=residual)
         if c.qk_norm:
             self.q_norm, self.k_norm = rms_norm(c), rms_norm(c)
 
@@ -166,19 +172,21 @@ class LlamaAttention(nn.Module):
             k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), at)
             v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), at)
             kv = (k, v)
-        if c.attention == "softmax" or (kv is not None and t == 1):
-            mixed = _attend(q, k, v, None if mask is None else mask[:, None])
+        if c.attention == "softmax" or c.attention_cap or (kv is not None and t == 1):
+            mixed = _attend(q, k, v, None if mask is None else mask[:, None], c.attention_cap)
         else:
             mixed = flash(whole, k, v, mask, c.attention).reshape(q.shape)
         if beside is not None:
-            more = beside(lambda keys, values: _attend(q, keys.astype(k.dtype), values.astype(v.dtype), None))
+            more = beside(
+                lambda keys, values: _attend(q, keys.astype(k.dtype), values.astype(v.dtype), None, c.attention_cap)
+            )
             mixed = mixed if more is None else mixed + more
         return self.out(mixed.reshape(b, t, c.heads * c.head_width)), kv
 
 
-def _attend(q, k, v, mask):
-    """Softmax attention of q [b t kv g e] over k, v [b s kv e]; mask [b 1 1 t s] or None."""
-    logits = jnp.einsum("btkge,bske->bkgts", q, k, preferred_element_type=jnp.float32)
+def _attend(q, k, v, mask, cap):
+    """Softmax attention of q [b t kv g e] over k, v [b s kv e]; mask [b 1 1 t s] or None; `cap` 0 leaves the scores."""
+    logits = soft_cap(jnp.einsum("btkge,bske->bkgts", q, k, preferred_element_type=jnp.float32), cap)
     if mask is not None:  # finite, so that a row that may see nothing gives no NaN
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)

@@ -4,6 +4,7 @@ A family's own file (llama_family.py, mistral.py, qwen.py, ...) says in which fi
 what transformers' configuration class takes for a field that a file leaves out.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ FIELDS = {
     "tie_word_embeddings": "tied",
 }
 # Values that a config.json may not change, in any of the families.
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+FIXED = {"hidden_act": "silu", "mlp_bias": False}
+UNBIASED = {**FIXED, "attention_bias": False}  # of families whose attention has no biases, whatever the file says
 LAYER_TYPES = ("full_attention", "sliding_attention")
 _LINEAR = {"factor": "factor"}
 _LLAMA3 = {"low_freq_factor": "low", "high_freq_factor": "high", "original_max_position_embeddings": "original"}
@@ -66,8 +68,18 @@ def llama_like(
         ignored=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",  # computed, not trained
         quantised=r"lm/blocks.*/kernel",
         takes_adapters=True,
-        **more,
+        **{"stated": with_attention_bias, **more},
     )
+
+
+def with_attention_bias(c: LlamaConfig) -> LlamaConfig:
+    """Returns the shape with all biases that config.json's `attention_bias` means, where it has some (`stated`)."""
+    return dataclasses.replace(c, out_bias=True) if c.qkv_bias else c
+
+
+def as_qwen2(c: LlamaConfig) -> LlamaConfig:
+    """Returns the shape as a Qwen2's where it has biases: the same decoder, whose files can state them (`stated`)."""
+    return dataclasses.replace(c, model_type="qwen2") if c.qkv_bias else c
 
 
 def read_shape(theirs: Mapping[str, Any], fixed: Mapping[str, Any] = FIXED, **ours: Any) -> LlamaConfig:
@@ -76,12 +88,16 @@ def read_shape(theirs: Mapping[str, Any], fixed: Mapping[str, Any] = FIXED, **ou
     Args:
       theirs: the file's content.
       fixed: values that it may not change.
-      **ours: fields of the shape that the family decides; `rope_theta` and `rope_scaling` are read here if not given.
+      **ours: fields of the shape that the family decides; `rope_theta` and `rope_scaling` are read here if not given,
+        and the biases (`attention_bias`) if neither `fixed` nor the family decides them.
 
     Raises:
       WeightsError: it states what cannot be done.
     """
     check_fixed(theirs, fixed)
+    if "attention_bias" not in fixed and "qkv_bias" not in ours:
+        biased = our_fields(theirs, {"attention_bias": "out_bias"}, LlamaConfig).get("out_bias", False)
+        ours |= {"qkv_bias": biased, "out_bias": biased}
     if "rope_theta" not in ours:
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}  # transformers 5, transformers 4
         ours["rope_theta"], ours["rope_scaling"] = read_rope(theirs, rope)
@@ -169,12 +185,13 @@ def write_shape(c: LlamaConfig, architecture: str, fixed: Mapping[str, Any] = FI
       c: the shape.
       architecture: transformers' class.
       fixed: as `read_shape`'s.
-      **more: the family's own fields.
+      **more: the family's own fields; `attention_bias` is written here where it is not among `fixed`.
     """
     rope = {"rope_type": "default"} if c.rope_scaling is None else c.rope_scaling.as_theirs()
     found = {
         **their_fields(c, FIELDS),
         "head_dim": c.head_width,
+        "attention_bias": c.out_bias,
         **fixed,
         "architectures": [architecture],
         "model_type": c.model_type,
@@ -203,7 +220,10 @@ def key_rows(c: LlamaConfig) -> tuple[Row, ...]:
             rows += dense_rows(f"lm/blocks_{{i}}/attn/{name}", f"model.layers.{{i}}.self_attn.{name}_proj")
         else:
             rows += [_kernel(f"attn/{name}", f"self_attn.{name}")]
-    rows += [_kernel("attn/out", "self_attn.o")]
+    if c.out_bias:
+        rows += dense_rows("lm/blocks_{i}/attn/out", "model.layers.{i}.self_attn.o_proj")
+    else:
+        rows += [_kernel("attn/out", "self_attn.o")]
     if c.qk_norm:
         rows += [_scale(f"attn/{name}", f"self_attn.{name}") for name in ("q_norm", "k_norm")]
     if c.post_norms:

@@ -57,6 +57,7 @@ QWEN2_FAMILY = llama_like(
     "Qwen2",
     read=lambda theirs: _read(theirs, "qwen2", _FIXED, qkv_bias=True),
     write=lambda c: _write(c, "Qwen2ForCausalLM", _FIXED),
+    stated=lambda c: c,  # its own biases are those of a folded adapter
 )
 QWEN3_FAMILY = llama_like(
     "qwen3",

@@ -14,6 +14,7 @@ from eim_jax.models.adapters.prompts import DeepPrompts
 from eim_jax.models.layers import BlockConfig, causal_mask, layer_norm
 from eim_jax.models.stacks import first_tokens, make_blocks, run_blocks
 from eim_jax.models.vision.features import FEATURES, select
+from eim_jax.models.vision.patches import flat_patches
 from eim_jax.utils.images import CLIP_MEAN, CLIP_STD
 
 EVERY = 4  # features="blocks": the [CLS] row after every fourth block
@@ -25,7 +26,7 @@ class CLIPVisionConfig:
 
     Attributes:
       joint: width of the joint space, the output projection's result.
-      activation: "quick_gelu" (OpenAI's weights) or "gelu" (most OpenCLIP weights).
+      activation: "quick_gelu" (OpenAI's weights), "gelu" (most OpenCLIP weights) or "gelu_new" (its tanh form).
       prompts: deep prompt tokens at every block's input; 0 for none.
       prompt_hidden: width of the prompts' re-parametrising MLPs; 0 for plain prompt tokens.
       adapter: an adapter's object (models/adapters) on every block's attention input, which sees each image alone.
@@ -43,7 +44,7 @@ class CLIPVisionConfig:
     heads: int = 12
     mlp: int = 3072
     joint: int = 512
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    activation: Literal["quick_gelu", "gelu", "gelu_new"] = "quick_gelu"
     eps: float = 1e-5
     prompts: int = 0
     prompt_hidden: int = 0
@@ -83,13 +84,14 @@ class CLIPTextConfig:
     heads: int = 8
     mlp: int = 2048
     joint: int = 512
-    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+    activation: Literal["quick_gelu", "gelu", "gelu_new"] = "quick_gelu"
     eps: float = 1e-5
     eos_id: int | None = 49407
     scan: bool = False
     remat: str = "none"
     attention: str = "softmax"
     dtype: DTypeLike = jnp.float32
+    model_type: str = dataclasses.field(default="clip", repr=False)
 
 
 def _block_config(c: CLIPVisionConfig | CLIPTextConfig) -> BlockConfig:
@@ -179,13 +181,8 @@ class CLIPVision(nn.Module):
     def _embed(self, pixels):
         """The first block's input [b n v]."""
         c = self.config
-        if pixels.shape[1:3] != (c.image_size, c.image_size):
-            raise ValueError(f"images are {pixels.shape[1:3]}, this CLIP sees {c.image_size} x {c.image_size}")
-        b, p, side = pixels.shape[0], c.patch_size, c.image_size // c.patch_size
-        # A convolution whose stride is its kernel size is one matmul over the patches.
-        patches = pixels[:, : side * p, : side * p].reshape(b, side, p, side, p, 3).transpose(0, 1, 3, 2, 4, 5)
-        patches = self.patch_embedding(patches.reshape(b, side * side, p, p, 3).astype(c.dtype))
-        cls = jnp.broadcast_to(self.class_embedding.astype(c.dtype), (b, 1, c.width))
+        patches = self.patch_embedding(flat_patches(pixels, c.image_size, c.patch_size, "CLIP").astype(c.dtype))
+        cls = jnp.broadcast_to(self.class_embedding.astype(c.dtype), (pixels.shape[0], 1, c.width))
         x = jnp.concatenate([cls, patches], axis=1) + self.position_embedding.astype(c.dtype)[None]
         return self.pre_ln(x)
 

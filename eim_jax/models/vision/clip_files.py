@@ -28,6 +28,7 @@ TOWER_FIELDS = {
     "hidden_act": "activation",
     "layer_norm_eps": "eps",
 }
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_new"}  # hidden_act -> ours
 VISION_FIELDS = {**TOWER_FIELDS, "image_size": "image_size", "patch_size": "patch_size"}
 LARGEST_ID = 2  # the eos_token_id of OpenAI's configs, for which transformers pools at the largest id of a text
 TEXT_FIELDS = {**TOWER_FIELDS, "vocab_size": "vocab", "max_position_embeddings": "context", "eos_token_id": "eos_id"}
@@ -43,13 +44,8 @@ def read_config(theirs: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> t
     Raises:
       WeightsError: it states what this CLIP cannot do.
     """
-    vision, text = _tower(theirs, "vision_config"), _tower(theirs, "text_config")
+    vision, text = (read_tower(theirs, part, "quick_gelu") for part in ("vision_config", "text_config"))
     joint = our_fields(theirs, {"projection_dim": "joint"}, CLIPVisionConfig).get("joint", 512)
-    for name, tower in (("vision_config", vision), ("text_config", text)):
-        if tower.get("num_channels", 3) != 3:
-            raise WeightsError(f"{name}.num_channels {tower['num_channels']!r} is not supported, only 3")
-        if tower.get("hidden_act", "quick_gelu") not in ("quick_gelu", "gelu"):
-            raise WeightsError(f"{name}.hidden_act {tower['hidden_act']!r} is neither 'quick_gelu' nor 'gelu'")
     t = CLIPTextConfig(**our_fields(text, TEXT_FIELDS, CLIPTextConfig, "text_config."), joint=joint)
     if t.eos_id == LARGEST_ID:
         t = dataclasses.replace(t, eos_id=None)
@@ -59,21 +55,48 @@ def read_config(theirs: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> t
     fields = our_fields(vision, VISION_FIELDS, CLIPVisionConfig, "vision_config.")
     fields |= {name: tuple(values) for name, values in statistics.items()}
     v = CLIPVisionConfig(**fields, joint=joint)
+    check_heads(v, t)
+    return v, t
+
+
+def check_heads(v: Any, t: Any) -> None:
+    """Raises WeightsError where a tower's heads do not divide its width."""
     for name, tower in (("vision_config", v), ("text_config", t)):
         if tower.width % tower.heads:
             raise WeightsError(
                 f"{name}.hidden_size {tower.width} is not a multiple of num_attention_heads {tower.heads}"
             )
-    return v, t
 
 
-def _tower(theirs: Mapping[str, Any], field: str) -> Mapping[str, Any]:
-    """A tower's part of config.json. An older file's `..._dict` beside it wins as a whole, as in transformers."""
+def read_tower(theirs: Mapping[str, Any], field: str, activation: str) -> dict[str, Any]:
+    """Returns a tower's part of config.json, its `hidden_act` by our name.
+
+    An older file's `..._dict` beside it wins as a whole, as in transformers.
+
+    Args:
+      theirs: config.json's content.
+      field: "vision_config" or "text_config".
+      activation: the `hidden_act` of a part that states none.
+
+    Raises:
+      WeightsError: it is no object, or states what none of these towers can do.
+    """
     older = theirs.get(f"{field}_dict")
     part = (theirs.get(field) or {}) if older is None else older
     if not isinstance(part, Mapping):
         raise WeightsError(f"{field}{'' if older is None else '_dict'} is {part!r:.60}, not an object")
-    return part
+    if part.get("num_channels", 3) != 3:
+        raise WeightsError(f"{field}.num_channels {part['num_channels']!r} is not supported, only 3")
+    stated = part.get("hidden_act", activation)
+    if not isinstance(stated, str) or stated not in ACTIVATIONS:
+        raise WeightsError(f"{field}.hidden_act {stated!r} is not one of {', '.join(ACTIVATIONS)}")
+    return {**part, "hidden_act": ACTIVATIONS[stated]}
+
+
+def tower_fields(ours: Any, fields: Mapping[str, str]) -> dict[str, Any]:
+    """Returns a tower's part of config.json, its activation by the name there; `fields` as in `our_fields`."""
+    names = {our: their for their, our in ACTIVATIONS.items()}
+    return {**their_fields(ours, fields), "hidden_act": names[ours.activation]}
 
 
 def write_config(v: CLIPVisionConfig, t: CLIPTextConfig, logit_scale: float) -> dict[str, Any]:
@@ -93,13 +116,13 @@ def write_config(v: CLIPVisionConfig, t: CLIPTextConfig, logit_scale: float) -> 
         "projection_dim": v.joint,
         "logit_scale_init_value": logit_scale,
         "vision_config": {
-            **their_fields(v, VISION_FIELDS),
+            **tower_fields(v, VISION_FIELDS),
             "model_type": "clip_vision_model",
             "num_channels": 3,
             "projection_dim": v.joint,
         },
         "text_config": {
-            **their_fields(t, TEXT_FIELDS),
+            **tower_fields(t, TEXT_FIELDS),
             **special,
             "model_type": "clip_text_model",
             "projection_dim": t.joint,
@@ -120,7 +143,8 @@ def write_preprocessor(v: CLIPVisionConfig) -> dict[str, Any]:
     }
 
 
-def _blocks(tower: str, model: str) -> list[Row]:
+def encoder_rows(tower: str, model: str) -> list[Row]:
+    """Returns the rows of all blocks of a tower that transformers writes as CLIP's."""
     ours, theirs = f"{tower}/blocks_{{i}}", f"{model}.encoder.layers.{{i}}"
     qkv = [f"{theirs}.self_attn.{x}_proj" for x in "qkv"]
     return [
@@ -139,12 +163,12 @@ ROWS = (
     Row("visual/patch_embedding/kernel", ("vision_model.embeddings.patch_embedding.weight",), PATCHES),
     Row("visual/position_embedding", ("vision_model.embeddings.position_embedding.weight",)),
     *norm_rows("visual/pre_ln", "vision_model.pre_layrnorm"),  # spelt so in every checkpoint
-    *_blocks("visual", "vision_model"),
+    *encoder_rows("visual", "vision_model"),
     *norm_rows("visual/post_ln", "vision_model.post_layernorm"),
     Row("visual/projection/kernel", ("visual_projection.weight",), TRANSPOSE),
     Row("text/token_embedding/embedding", ("text_model.embeddings.token_embedding.weight",)),
     Row("text/position_embedding", ("text_model.embeddings.position_embedding.weight",)),
-    *_blocks("text", "text_model"),
+    *encoder_rows("text", "text_model"),
     *norm_rows("text/final_ln", "text_model.final_layer_norm"),
     Row("text/projection/kernel", ("text_projection.weight",), TRANSPOSE),
 )
@@ -163,6 +187,7 @@ CLIP_FAMILY = VisionFamily(
     rows=ROWS,
     eos="eos_id",
     ignored=r"(vision|text)_model\.embeddings\.position_ids",  # 0, 1, 2, ...
+    in_llava=True,
     published={
         "openai/clip-vit-base-patch32": (CLIPVisionConfig(), CLIPTextConfig()),
         "openai/clip-vit-base-patch16": (CLIPVisionConfig(patch_size=16), CLIPTextConfig()),
