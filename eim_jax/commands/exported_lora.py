@@ -13,7 +13,7 @@ from eim_jax.training import partition
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
 
-FOLDER, VISION_FOLDER = "lora", "clip"
+TERMS_FOLDER, VISION_FOLDER = "lora", "clip"
 
 
 def tuned_towers(vlm: VLM) -> dict[str, Tuned]:
@@ -40,7 +40,7 @@ def write_terms(inputs: Inputs, tuned: Mapping[str, Tuned], params: Flat, traine
         own = trained & {path for path in inputs.towers if path.startswith("lm/")}
         changed = name == "lm" and own  # then the terms' base is no longer the folder that was loaded
         base = None if changed else towers.lm if name == "lm" else towers.clip
-        peft.write(out / FOLDER / name, params, name, part.config, part.lora, base)
+        peft.write(out / TERMS_FOLDER / name, params, name, part.config, part.lora, base)
 
 
 def with_merged_vision(vlm: VLM, params: Flat) -> Flat:

@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from eim_jax.commands.exported_lms import LLAVA_FOLDER, LM_FOLDER, TEXT_ONLY, WITH_IMAGE
+from eim_jax.commands.exported_lora import TERMS_FOLDER, VISION_FOLDER
 from eim_jax.commands.trained_arms import read_record
 from eim_jax.config import Data, Stage, patterns
 from eim_jax.data.datasets import data_set
@@ -20,6 +21,9 @@ FOLDERS = {
     LM_FOLDER: f"the language model as it was tuned: {_LM}",
     WITH_IMAGE: f"the language model with its adapters folded in, for what follows a picture's tokens: {_LM}",
     TEXT_ONLY: f"the same for text alone: {_LM}",
+    TERMS_FOLDER: "the low-rank terms of each tower, as PEFT reads them: "
+    '`peft.PeftModel.from_pretrained(base, "lora/lm")`',
+    VISION_FOLDER: "the vision tower, its low-rank terms inside its weights",
     LLAVA_FOLDER: "the whole model, with its processor and chat template: "
     '`transformers.LlavaForConditionalGeneration.from_pretrained("llava")`',
 }
