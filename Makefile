@@ -42,8 +42,9 @@ test: .venv/test$(EXTRAS)
 	XLA_FLAGS="$(QUICK)" $(TESTS) -m "not topology and not exhaustive"
 
 # More cases of what `make test` claims as well: every mesh of every stage, and the like.
+CASES ?= exhaustive
 exhaustive: .venv/test$(EXTRAS)
-	XLA_FLAGS="$(QUICK)" $(TESTS) -m exhaustive
+	XLA_FLAGS="$(QUICK)" $(TESTS) -m "$(CASES)"
 
 # What is compared in numbers, as processors with other vector instructions compute it (tests/close.py).
 ISA ?= AVX2
