@@ -61,7 +61,8 @@ def test_the_integration_rate_reads_every_block(scan):
         lm = GPT2(dataclasses.replace(vlm.lm.config, scan=False, layers=len(kept)))
         expected = dataclasses.replace(vlm, lm=lm).run_lm({**params, "lm": {**rest, **kept}}, read)
         both = np.concatenate([visual, text], axis=1).astype(np.float64)
-        both = (both - both.mean(-1, keepdims=True)) / np.sqrt(both.var(-1, keepdims=True) + 1e-5)  # ln_f as it begins
+        both = (both - both.mean(-1, keepdims=True)) / np.sqrt(both.var(-1, keepdims=True) + 1e-5)
+        both = both * np.asarray(rest["ln_f"]["scale"]) + np.asarray(rest["ln_f"]["bias"])
         assert_close(both, expected, 2e-5)
     assert np.isfinite(integration.integration_rate(vlm, params, batch))
 
