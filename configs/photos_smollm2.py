@@ -5,7 +5,8 @@ python -m eim_jax.main --config=configs/photos_smollm2.py --workdir=runs/photos 
 
 The language model keeps its own weights; connector and low-rank terms are trained, so that a few hundred photos do
 not undo what it knows. A tenth of the photos is held out and scored while the last stage trains; the best step is
-kept. With a few dozen photos train the connector alone: --config.arm.eim.lora="()" --config.stages.ie.train="('st/.*',)"
+kept. With a few dozen photos train the connector alone:
+--config.arm.eim.lora="()" --config.stages.ie.train="('st/.*',)"
 """
 
 import ml_collections
