@@ -52,7 +52,7 @@ def test_planned_arguments_are_those_that_training_passes_to_its_step(name, sequ
     caught = []
 
     class Step:
-        def lower(self, *arguments):
+        def trace(self, *arguments):
             caught.extend(arguments)
             raise Stopped
 

@@ -57,6 +57,7 @@ def command(towers, config, workdir, fields):
         "towers.remat": "none",
         "towers.quant": "none",
         "data.max_tokens": 128,
+        "data.max_tokens_text_only": 128,
         "decode.max_tokens": 8,
         "decode.batch": 6,
         "log_every": 1,

@@ -36,7 +36,7 @@ class HeldOut:
 
         >>> side = HeldOut(0.25, seed=0, taken=True)
         >>> sum(side.draws(str(number)) for number in range(1000))
-        256
+        250
         """
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < self.share * 2**64

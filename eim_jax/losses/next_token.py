@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from eim_jax.models.layers import soft_cap
+from eim_jax.models.soft_cap import soft_cap
 from eim_jax.parallel.sharding import ROWS, parts_of
 
 P = PartitionSpec

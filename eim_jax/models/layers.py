@@ -85,11 +85,6 @@ def layer_norm(eps: float, dtype: DTypeLike) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False)
 
 
-def soft_cap(x: Float[Array, "*n"], cap: float) -> Float[Array, "*n"]:
-    """Returns cap tanh(x / cap), which lies between -cap and cap; x itself where `cap` is 0."""
-    return cap * jnp.tanh(x / cap) if cap else x
-
-
 def check_attention(name: str) -> None:
     """Raises ValueError for a name that is not in ATTENTIONS."""
     if name not in ATTENTIONS:

@@ -93,7 +93,7 @@ class VLM:
 
     @property
     def logit_cap(self) -> float:
-        """What caps the head's products to logits (`layers.soft_cap`); 0.0 where nothing does."""
+        """What caps the head's products to logits (`soft_cap`); 0.0 where nothing does."""
         return getattr(self.lm.config, "logit_cap", 0.0)
 
     def for_stage(self, trained: Iterable[str]) -> "VLM":

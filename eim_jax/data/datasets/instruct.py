@@ -282,7 +282,10 @@ def _mixed(own: InstructFields, split: Split) -> Split:
 
 
 def _prepared(own: InstructFields, name: str, index: Mapping[str, Any], images: ImageSource) -> Split:
-    return _mixed(own, plain_split(own, name, index, images))
+    split = plain_split(own, name, index, images)
+    # Shards hold the answer that is learned, not what else people said.
+    references = {sample.id: (sample.response,) for sample in split.samples}
+    return _mixed(own, dataclasses.replace(split, references=references))
 
 
 def _first(own: InstructFields) -> str:

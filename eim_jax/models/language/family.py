@@ -19,7 +19,7 @@ class DecoderConfig(Protocol):
 
     `model_type` names the family in `FAMILIES`. `scan`, `remat`, `attention` and `dtype` say how it is computed
     (`stacks.Form`); `dropout` is its rate in training, 0.0 where the family has none; `adapter` is None in a family
-    that takes none. A family whose logits are capped has a field `logit_cap` (`layers.soft_cap`).
+    that takes none. A family whose logits are capped has a field `logit_cap` (`soft_cap`).
     """
 
     @property

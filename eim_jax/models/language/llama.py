@@ -16,8 +16,9 @@ from eim_jax.models.adapters.adapter import LayerLeaves, Steering
 from eim_jax.models.kv_cache import Cache, narrowed, visible
 from eim_jax.models.language.llama_block import LlamaBlock, LlamaConfig, make_blocks, rms_norm
 from eim_jax.models.language.rope import rotation
-from eim_jax.models.layers import NORMAL, soft_cap
+from eim_jax.models.layers import NORMAL
 from eim_jax.models.quant import QDense
+from eim_jax.models.soft_cap import soft_cap
 
 
 class Llama(nn.Module):

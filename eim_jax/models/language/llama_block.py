@@ -14,8 +14,9 @@ from jaxtyping import Array, Float
 
 from eim_jax.models.adapters.adapter import Adapter
 from eim_jax.models.language.rope import RopeScaling, rotate
-from eim_jax.models.layers import ACTIVATIONS, check_attention, flash, soft_cap
+from eim_jax.models.layers import ACTIVATIONS, check_attention, flash
 from eim_jax.models.quant import QDense
+from eim_jax.models.soft_cap import soft_cap
 from eim_jax.models.stacks import stack
 
 
