@@ -43,8 +43,9 @@ test: .venv/test$(EXTRAS)
 
 # More cases of what `make test` claims as well: every mesh of every stage, and the like.
 CASES ?= exhaustive
+FILES ?=
 exhaustive: .venv/test$(EXTRAS)
-	XLA_FLAGS="$(QUICK)" $(TESTS) -m "$(CASES)"
+	XLA_FLAGS="$(QUICK)" $(TESTS) -m "$(CASES)" $(FILES)
 
 # What is compared in numbers, as processors with other vector instructions compute it (tests/close.py).
 ISA ?= AVX2

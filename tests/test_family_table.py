@@ -1,7 +1,7 @@
 """Every family of language models in every recipe: docs/guides/towers.md's table, each of whose words is tried here.
 
-A quick test tries one cell, an exhaustive one all of them: each compiles a step and a decoding of its own. CI tries
-each family in one recipe; the other cells have a mark of their own.
+A quick test tries one cell, an exhaustive one all of them: each compiles a step and a decoding of its own. The cells
+off the diagonal have a mark of their own, so that each family can be tried in one recipe.
 """
 
 import dataclasses
