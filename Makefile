@@ -16,7 +16,7 @@ DEMO := $(BIN)/python -m eim_jax.main --config=configs/miniature.py --workdir=ru
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # Containers often forbid Python to keep what it compiled: each of the many processes here would compile all it imports
-# again, which takes longer than the imports. It is kept in .venv and beside the sources, as Python does by itself.
+# again, which takes as long as the rest of their import. It is kept in .venv and beside the sources, as Python does by itself.
 unexport PYTHONDONTWRITEBYTECODE
 
 comma := ,

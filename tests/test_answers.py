@@ -11,7 +11,7 @@ from configs import miniature_lavin, miniature_llama_adapter
 from eim_jax.config import from_config_dict
 from eim_jax.data import tokenize
 from eim_jax.data.datasets import load_split
-from eim_jax.evaluation.tasks import options, questions
+from eim_jax.evaluation.tasks import choosing, options, questions
 from eim_jax.generation import batched_inference as inference
 from eim_jax.generation import visual_tokens
 from eim_jax.generation.sampler import DecodeConfig, continue_text
@@ -80,7 +80,8 @@ def test_each_answer_is_the_one_its_question_gets_alone(world):
 
 def test_the_most_likely_option_is_the_largest_of_sums_of_log_probabilities(world):
     loaded, vlm, params, split = world
-    chosen = options.likeliest_options(loaded, vlm, params, split, looked(world))
+    responses = options.OPTIONS.responses(split)
+    chosen = choosing.likeliest(loaded, vlm, params, split, responses, looked(world), end=options.OPTIONS.ended)
     assert list(chosen) == [sample.id for sample in split.samples]
     for sample in split.samples[:2]:
         values = []

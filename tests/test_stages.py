@@ -101,11 +101,18 @@ def test_accumulated_micro_batches_are_the_big_batch(world):
     weights = {"base": 1.0, "ie": 1.0, "st": 1.0, "lm": 1.0}
     whole, _ = run_step(vlm, params, stage(**weights), batch)
     parts, _ = run_step(vlm, params, stage(accumulate=4, **weights), batch)
-    for path, leaf in whole[0].items():  # one Adam step turns rounding of a near-zero gradient into a fraction of lr
-        found = parts[0][path]
-        if path.endswith("qkv/bias"):  # softmax ignores what a keys' bias adds: its gradient is rounding alone
-            leaf, found = (np.delete(x, 1, axis=-2) for x in (leaf, found))
-        assert_close(found, leaf, 5e-2, size=1e-2, rtol=1e-4, err_msg=path)
+    gradients = {
+        path: np.abs(leaf)
+        for _, moments in optax.tree_utils.tree_get_all_with_path(whole[1], "mu")
+        for path, leaf in moments.items()
+        if isinstance(leaf, jax.Array)
+    }
+    assert gradients.keys() == whole[0].keys()
+    for path, leaf in whole[0].items():
+        # One Adam step turns the rounding of a gradient near zero (a keys' bias has no other) into a fraction of lr.
+        sure = gradients[path] > 1e-3 * gradients[path].max()
+        found, expected = np.asarray(parts[0][path])[sure], np.asarray(leaf)[sure]
+        assert_close(found, expected, 2e-3, size=1e-2, rtol=1e-4, err_msg=path)
     for moment in ("mu", "nu"):
         found, expected = (
             [x for _, x in optax.tree_utils.tree_get_all_with_path(s[1], moment)] for s in (parts, whole)

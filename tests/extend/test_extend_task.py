@@ -29,12 +29,12 @@ class Counting(Questions):
     name = "counting"
 
 
-def exact_match(outputs, references):
+def same_words(outputs, references):
     """Whether each text is one of its references: rows (right, 1)."""
     return [[int(text.strip().lower() in references[key]), 1] for key, text in outputs.items()]
 
 
-EXACT = Metric("exact_match", "exact match", 100, 1, +1, "points", tasks=("counting",), measure=exact_match)
+SAME = Metric("same_words", "same words", 100, 1, +1, "points", tasks=("counting",), measure=same_words)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def world(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DATASETS, "counting", DataSet("counting", Pictures, load))
         patch.setitem(TASKS, "counting", Counting())
-        patch.setitem(METRICS, "exact_match", EXACT)
+        patch.setitem(METRICS, "same_words", SAME)
         config = scored_runs.few_steps(**{"data.kind": "counting", "data.max_tokens": 40, "data.eval_limit": 10})
         split = load_split(config, "test", workdir)
         patch.setattr("eim_jax.evaluation.scoring.generate_text", answers_of(split))
@@ -85,14 +85,14 @@ def test_a_split_names_its_task_and_an_unknown_one_is_refused(world):
     split = world[2]
     assert task_of(split) is TASKS["counting"]
     lost = Split("test", split.samples, split.images, task="cuonting")
-    with pytest.raises(ValueError, match=r"'cuonting', which is none of captions, .*, counting"):
+    with pytest.raises(ValueError, match=r"'cuonting', which is none of captions, scenes, options, .*, counting"):
         task_of(lost)
 
 
 def test_the_scores_file_holds_the_metric_and_the_likelihoods(world):
     found = scored_runs.scores_of(world[1])
-    assert found["baseline"]["greedy"]["exact_match"] == 0.3 and found["eim"]["greedy"]["exact_match"] == 0.5
-    assert found["eim"]["greedy"].keys() == {"nll", "nll_image", "nll_image_shuffled", "exact_match", "notes"}
+    assert found["baseline"]["greedy"]["same_words"] == 0.3 and found["eim"]["greedy"]["same_words"] == 0.5
+    assert found["eim"]["greedy"].keys() == {"nll", "nll_image", "nll_image_shuffled", "same_words", "notes"}
     assert re.search(r"at most 6 tokens; 10 questions [0-9a-f]{8}$", found["eim"]["greedy"]["notes"]["decoding"])
 
 
@@ -101,14 +101,14 @@ def test_the_predictions_hold_the_texts_and_the_items_their_rows(world):
     assert said["outputs"]["count-9"] == "many" and said["decoding"]["methods"] == ["greedy"]
     items = json.loads((world[1] / "baseline" / "items_test.json").read_text())["greedy"]
     assert items["ids"] == [f"count-{i}" for i in range(10)]
-    assert items["exact_match"] == [[1.0, 1.0]] * 3 + [[0.0, 1.0]] * 7
+    assert items["same_words"] == [[1.0, 1.0]] * 3 + [[0.0, 1.0]] * 7
 
 
 def test_the_terminal_the_page_and_its_verdict_show_it(world):
     workdir = world[1]
-    assert scored_runs.terminal(workdir)["exact match"] == "0.300"
-    assert scored_runs.columns_of(workdir)["exact match"] == ("30.0", "points")
-    assert {"exact match", "test NLL"} <= set(scored_runs.judged(workdir))
+    assert scored_runs.terminal(workdir)["same words"] == "0.300"
+    assert scored_runs.columns_of(workdir)["same words"] == ("30.0", "points")
+    assert scored_runs.judged(workdir)[:1] == ["test NLL"] and "same words" in scored_runs.judged(workdir)
     page = (workdir / "report.html").read_text()
     assert "Answers given to 10 test questions." in page and "30.0" in page and "+20.0" in page
     assert page.count("How many shapes are in this picture?") == 10
@@ -117,17 +117,17 @@ def test_the_terminal_the_page_and_its_verdict_show_it(world):
 
 
 def test_the_table_over_seeds_shows_it(world):
-    assert "| exact match | 30.0 | 50.0 | +20.0 |" in scored_runs.over_seeds(world[1])
+    assert "| same words | 30.0 | 50.0 | +20.0 |" in scored_runs.over_seeds(world[1])
 
 
 def test_the_experiments_show_it_with_an_interval_from_its_rows(world, tmp_path):
     config, workdir, _ = world
-    found, page = scored_runs.experiment(config, workdir, tmp_path, ("exact_match", "nll", "nll_image_gap"))
-    assert "exact match" in page and "50.0 ± 0.0" in page and "+20.0 [" in page
-    spread = score(found["extend-baseline"], "exact_match")
+    found, page = scored_runs.experiment(config, workdir, tmp_path, ("same_words", "nll", "nll_image_gap"))
+    assert "same words" in page and "50.0 ± 0.0" in page and "+20.0 [" in page
+    spread = score(found["extend-baseline"], "same_words")
     # The middle 95 % of a binomial share of 10 items with p = 0.3, by its own quantiles; whole items apart.
     assert spread.mean == 0.3 and np.allclose(spread.interval, (0.0, 0.6), atol=0.1)
-    change = difference(found["extend-baseline"], found["extend-eim"], "exact_match")
+    change = difference(found["extend-baseline"], found["extend-eim"], "same_words")
     np.testing.assert_allclose(change.mean, 0.2)
     assert 0.0 <= change.interval[0] < 0.2 < change.interval[1] <= 0.5
 

@@ -83,12 +83,7 @@ class Captions(Task):
         method: str,
     ) -> Scored:
         """Compares the captions with the references, by the reference scorers."""
-        references = self.references(asked)
-        with progress(f"scores of {method}", 1) as advance:
-            found = caption_scores.score(outputs, references, java=inputs.config.decode.java)
-            rows = caption_rows(outputs, references)
-            advance(1)
-        return Scored({**predicted.scores, **found}, {**rows, **predicted.rows})
+        return compared(inputs, predicted, outputs, self.references(asked), method)
 
     def references(self, asked: Asked) -> dict[str, Sequence[str]]:
         """Returns the captions by people of each image."""
@@ -107,6 +102,29 @@ class Captions(Task):
             if identifier(said.get("image_id")) is None or not isinstance(said.get("caption"), str):
                 raise ValueError(f'{path} [{place}]: needs an "image_id" and a text "caption", not {row!a:.60}')
         return Predictions({identifier(row["image_id"]) or "": row["caption"] for row in found})
+
+
+def compared(
+    inputs: Inputs,
+    predicted: Predicted,
+    outputs: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    method: str,
+) -> Scored:
+    """Returns the likelihoods of `predicted`, and what the reference scorers give for texts and people's texts.
+
+    Args:
+      inputs: the run's.
+      predicted: before a text was generated.
+      outputs: id -> text.
+      references: id -> texts by people.
+      method: of decoding, for the progress line.
+    """
+    with progress(f"scores of {method}", 1) as advance:
+        found = caption_scores.score(outputs, references, java=inputs.config.decode.java)
+        rows = caption_rows(outputs, references)
+        advance(1)
+    return Scored({**predicted.scores, **found}, {**rows, **predicted.rows})
 
 
 def _coco_id(image_id: str) -> int | str:

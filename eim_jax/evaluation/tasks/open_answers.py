@@ -6,23 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from eim_jax.data import tokenize
 from eim_jax.data.datasets.instruct_choices import LETTERS
-from eim_jax.data.rows import row_options
-from eim_jax.data.samples import Sample, Split
-from eim_jax.evaluation.metrics import caption_scores, vqa
-from eim_jax.evaluation.metrics.caption_overlap import caption_rows
+from eim_jax.data.samples import Split
+from eim_jax.evaluation.metrics import vqa
 from eim_jax.evaluation.metrics.open_answers import choice_rows, same
+from eim_jax.evaluation.tasks.captions import compared
+from eim_jax.evaluation.tasks.choosing import Choosing
 from eim_jax.evaluation.tasks.questions import Questions
 from eim_jax.evaluation.tasks.task import Asked, Item, Option, Predicted, Predictions, Reading, Scored
-from eim_jax.generation.batched_inference import likelihoods
-from eim_jax.generation.visual_tokens import VisualTokens
-from eim_jax.models.vlm import VLM
-from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
-from eim_jax.utils.console import progress
 
 
 class Answers(Questions):
@@ -46,7 +38,7 @@ class Vqa(Answers):
         return vqa.accuracy(answer, references) >= 0.5
 
 
-class Choices(Answers):
+class Choices(Choosing, Answers):
     """One of several choices ("choice_accuracy", and "unparsed", the share of answers that name none).
 
     With config.decode.answers="likelihood" the choice is the one whose text is the most probable after the question.
@@ -59,19 +51,20 @@ class Choices(Answers):
         """Returns how a choice is made."""
         return f"{super().settings(inputs)}, answers {inputs.config.decode.answers}"
 
-    def predict(self, inputs: Inputs, vlm: VLM, params: Flat, asked: Asked) -> Predicted:
-        """Returns the likelihoods of the right choices, and where they are asked for the most likely ones."""
-        found = super().predict(inputs, vlm, params, asked)
-        if inputs.config.decode.answers != "likelihood":
-            return found
-        return found._replace(choice=likeliest(inputs, vlm, params, asked, found.visual))
+    def responses(self, split: Split) -> Mapping[str, Sequence[str]]:
+        """Returns the choices themselves."""
+        return _choices(split)
+
+    def named(self, split: Split, key: str, text: str) -> int | None:
+        """Returns the choice that an answer names by its text or its letter."""
+        return read_choice(text, _choices(split)[key])
 
     def record(
         self, inputs: Inputs, asked: Asked, predicted: Predicted, outputs: Mapping[str, str], method: str
     ) -> dict[str, Any]:
         """Returns {"prompt", "decoding", "results" (the choice's place, -1: none was named), "outputs"}."""
         record = super().record(inputs, asked, predicted, outputs, method)
-        chosen = _chosen(asked, predicted, outputs)
+        chosen = self.chosen(asked, predicted, outputs)
         return {**record, "results": {key: -1 if place is None else place for key, place in chosen.items()}}
 
     def score(
@@ -84,7 +77,7 @@ class Choices(Answers):
         method: str,
     ) -> Scored:
         """Scores the choices."""
-        found = score_choices(asked, _chosen(asked, predicted, outputs))
+        found = score_choices(asked, self.chosen(asked, predicted, outputs))
         return Scored({**found.scores, **predicted.scores}, {**found.rows, **predicted.rows})
 
     def items(self, split: Split, limit: int = 0) -> list[Item] | None:
@@ -122,12 +115,7 @@ class Descriptions(Answers):
         method: str,
     ) -> Scored:
         """Compares the texts with the references, by the reference scorers."""
-        references = self.references(asked)
-        with progress(f"scores of {method}", 1) as advance:
-            found = caption_scores.score(outputs, references, java=inputs.config.decode.java)
-            rows = caption_rows(outputs, references)
-            advance(1)
-        return Scored({**predicted.scores, **found}, {**rows, **predicted.rows})
+        return compared(inputs, predicted, outputs, self.references(asked), method)
 
 
 def read_choice(text: str, choices: Sequence[str]) -> int | None:
@@ -157,40 +145,6 @@ def score_choices(asked: Asked, chosen: Mapping[str, int | None]) -> Scored:
     unread = sum(place is None for place in chosen.values()) / len(chosen)
     accuracy = sum(right for right, _ in rows["choice_accuracy"]) / len(chosen)
     return Scored({"choice_accuracy": accuracy, "unparsed": unread}, rows)
-
-
-def likeliest(inputs: Inputs, vlm: VLM, params: Flat, asked: Asked, visual: VisualTokens) -> dict[str, int]:
-    """Returns the place of each question's choice whose text is the most probable, the first of equals.
-
-    Args:
-      inputs: the run's.
-      vlm: the model.
-      params: its parameters.
-      asked: the questions.
-      visual: of their images.
-    """
-    choices = _choices(asked.split)
-    samples = [
-        Sample(f"{sample.id}/{place}", sample.image, sample.instruction, text)
-        for sample in asked.split.samples
-        for place, text in enumerate(choices[sample.id])
-    ]
-    data = inputs.config.data
-    how = {**row_options(data), "cut": "balanced"}  # a long question must not cost a choice what tells it apart
-    every = Split(asked.split.name, tuple(samples), asked.split.images)
-    encoded = tokenize.encode_split(every, inputs.lm_tokenizer, data.max_tokens, data.eos, **how)
-    images = [sample.image for sample in samples]
-    found, _ = likelihoods(inputs, vlm, params, visual, images, encoded, "likelihood of the choices")
-    ends = np.cumsum([len(choices[sample.id]) for sample in asked.split.samples])
-    parts = np.split(found, ends[:-1])
-    return {sample.id: int(np.argmax(part)) for sample, part in zip(asked.split.samples, parts, strict=True)}
-
-
-def _chosen(asked: Asked, predicted: Predicted, outputs: Mapping[str, str]) -> dict[str, int | None]:
-    if predicted.choice is not None:
-        return dict(predicted.choice)
-    choices = _choices(asked.split)
-    return {key: read_choice(text, choices[key]) for key, text in outputs.items()}
 
 
 def _choices(split: Split) -> Mapping[str, tuple[str, ...]]:

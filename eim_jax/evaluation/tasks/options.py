@@ -5,25 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from eim_jax.data import tokenize
 from eim_jax.data.datasets.scienceqa import QASplit
 from eim_jax.data.datasets.scienceqa_prompt import answer_sentence
-from eim_jax.data.rows import row_options
-from eim_jax.data.samples import Sample, Split
+from eim_jax.data.samples import Split
 from eim_jax.evaluation.metrics import scienceqa
 from eim_jax.evaluation.metrics.accuracy import option_rows
-from eim_jax.evaluation.tasks.questions import Questions, picture_of
+from eim_jax.evaluation.tasks.choosing import Choosing
+from eim_jax.evaluation.tasks.questions import picture_of
 from eim_jax.evaluation.tasks.task import Asked, Item, Option, Predicted, Predictions, Reading, Scored
-from eim_jax.generation.batched_inference import likelihoods
-from eim_jax.generation.visual_tokens import VisualTokens
-from eim_jax.models.vlm import VLM
-from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
 
 
-class Options(Questions):
+class Options(Choosing):
     """Choices among a `QASplit`'s options.
 
     Yields "accuracy/<category>" (fractions) and "unparsed" (share of answers that name no option). With
@@ -33,17 +26,22 @@ class Options(Questions):
 
     name = "options"
     unread = "names no option"
+    ended = False
 
     def settings(self, inputs: Inputs) -> str:
         """Returns how an option is chosen, and what an answer without one counts as."""
         return f", answers {inputs.config.decode.answers}, unparsed {inputs.config.decode.unparsed}"
 
-    def predict(self, inputs: Inputs, vlm: VLM, params: Flat, asked: Asked) -> Predicted:
-        """Returns the likelihoods of the right responses, and where they are asked for the most likely options."""
-        found = super().predict(inputs, vlm, params, asked)
-        if inputs.config.decode.answers != "likelihood":
-            return found
-        return found._replace(choice=likeliest_options(inputs, vlm, params, asked.split, found.visual))
+    def responses(self, split: QASplit) -> dict[str, list[str]]:
+        """Returns "The answer is X." for every option."""
+        return {
+            sample.id: [answer_sentence(k) for k in range(len(split.problems[sample.id].choices))]
+            for sample in split.samples
+        }
+
+    def named(self, split: QASplit, key: str, text: str) -> int | None:
+        """Returns the option that an answer names by the benchmark's rule."""
+        return scienceqa.read_answer(text, len(split.problems[key].choices))
 
     def record(
         self, inputs: Inputs, asked: Asked, predicted: Predicted, outputs: Mapping[str, str], method: str
@@ -51,7 +49,7 @@ class Options(Questions):
         """Returns {"prompt", "decoding", "results" (option's index, -1: none was named), "outputs"}."""
         record = super().record(inputs, asked, predicted, outputs, method)
         prompt = {**record["prompt"], "form": asked.split.form}
-        chosen = self._chosen(asked, predicted, outputs)
+        chosen = self.chosen(asked, predicted, outputs)
         results = {key: -1 if option is None else option for key, option in chosen.items()}
         return {"prompt": prompt, "decoding": record["decoding"], "results": results, "outputs": record["outputs"]}
 
@@ -65,16 +63,10 @@ class Options(Questions):
         method: str,
     ) -> Scored:
         """Scores the chosen options."""
-        problems, chosen = _problems(asked), self._chosen(asked, predicted, outputs)
+        problems, chosen = _problems(asked), self.chosen(asked, predicted, outputs)
         found = scienceqa.score(chosen, problems, unparsed=inputs.config.decode.unparsed, seed=inputs.config.seed)
         scores = {**scienceqa.as_fractions(found), **predicted.scores}
         return Scored(scores, {**option_rows(chosen, problems), **predicted.rows})
-
-    def _chosen(self, asked: Asked, predicted: Predicted, outputs: Mapping[str, str]) -> dict[str, int | None]:
-        if predicted.choice is not None:
-            return dict(predicted.choice)
-        problems = _problems(asked)
-        return {key: scienceqa.read_answer(text, len(problems[key].choices)) for key, text in outputs.items()}
 
     def items(self, split: Split, limit: int = 0) -> list[Item] | None:
         """Returns the questions with their options."""
@@ -131,33 +123,6 @@ def question(id: str, image, words: str, context: str, options: tuple[str, ...],
     names = options if yes_no else [f"({chr(ord('A') + i)})" for i in range(len(options))]
     shown = (Option(name, text, i == answer) for i, (name, text) in enumerate(zip(names, options, strict=True)))
     return Item(id, image, words, context, tuple(shown), truth=options[answer] if yes_no else "")
-
-
-def likeliest_options(inputs: Inputs, vlm: VLM, params: Flat, split: QASplit, visual: VisualTokens) -> dict[str, int]:
-    """Returns each question's option whose answer sentence, "The answer is X.", is the most probable.
-
-    Args:
-      inputs: the run's.
-      vlm: the model.
-      params: its parameters.
-      split: the questions.
-      visual: of their images.
-    """
-    samples, owners = [], []
-    for sample in split.samples:
-        for k in range(len(split.problems[sample.id].choices)):
-            samples.append(Sample(f"{sample.id}/{k}", sample.image, sample.instruction, answer_sentence(k)))
-            owners.append((sample.id, k))
-    options = Split(split.name, tuple(samples), split.images)
-    data = inputs.config.data
-    how = {**row_options(data), "cut": "balanced"}  # a long question must not cost an option what tells it apart
-    encoded = tokenize.encode_split(options, inputs.lm_tokenizer, data.max_tokens, False, **how)
-    images = [sample.image for sample in samples]
-    found, _ = likelihoods(inputs, vlm, params, visual, images, encoded, "likelihood of the options")
-    best: dict[str, tuple[float, int]] = {}
-    for (key, k), value in zip(owners, found, strict=True):
-        best[key] = max(best.get(key, (-np.inf, 0)), (float(value), -k))
-    return {key: -k for key, (_, k) in best.items()}
 
 
 def _problems(asked: Asked) -> dict[str, Any]:
