@@ -134,11 +134,11 @@ class Meter:
         self._spent.clear()
         return ordered
 
-    def pace(self) -> float:
-        """Seconds a step took in this process so far, compilation and scores apart; waits for the pending steps."""
+    def so_far(self) -> tuple[float, int]:
+        """Seconds and steps of this process so far, compilation and scores apart; waits for the pending steps."""
         self.check()
         seconds, steps = self._here
-        return (seconds + time.monotonic() - self._start) / max(steps + len(self._pending) - self._restored, 1)
+        return seconds + time.monotonic() - self._start, steps + len(self._pending) - self._restored
 
     def shares(self) -> dict[str, float]:
         """The shares of the stage up to the last read: of its time, and of padding among its text tokens."""

@@ -84,7 +84,7 @@ def run_stage(
     return {**params, **trained}, summary
 
 
-MEASURED = 5  # steps of which a stage says how long it will take
+WARM, MEASURED = 2, 5  # steps that are slower than those to come, and steps by which a stage says how long it will take
 
 
 class Program(NamedTuple):
@@ -131,6 +131,7 @@ class _StageRun:
         self.key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), index)
         self.done, self.seconds = 0, 0.0
         self.programs: dict[int, Program] = {}  # one for each width of texts
+        self.warm = (0.0, 0)  # seconds and steps up to where the pace is measured
         self.meter = Meter(info, inputs.samples, _peak_rate(inputs))
 
     @property
@@ -165,8 +166,7 @@ class _StageRun:
                 metrics, flops = self._update(number)
                 profile.after(number, metrics)
                 self.meter.add(metrics, flops)
-                if number - self.done == MEASURED - 1 and number + 1 < steps:
-                    self._estimate(steps - number - 1)
+                self._estimate(number + 1 - self.done, steps - number - 1)
                 reached, last = number + 1, number + 1 == steps
                 due = self.scorer is not None and is_due(config.eval, reached, steps, self._per_epoch)
                 scores = self._score(reached) if due else {}
@@ -242,9 +242,14 @@ class _StageRun:
             )
         return found
 
-    def _estimate(self, left: int) -> None:
-        """Says how long the rest takes at the pace of the steps so far, as soon as there is one."""
-        pace = self.meter.pace()
+    def _estimate(self, here: int, left: int) -> None:
+        """After `here` steps of this process says how long the rest takes at their pace, as soon as there is one."""
+        if here == WARM:
+            self.warm = self.meter.so_far()
+        if here != WARM + MEASURED or not left:
+            return
+        (begun, before), (now, done) = self.warm, self.meter.so_far()
+        pace = (now - begun) / (done - before)
         told = f"{self.info.name}: {pace:.2g} s a step, about {duration(pace * left)} to this stage's end"
         if self.ahead:
             told += f", {duration(pace * (left + self.ahead / self.stage.batch))} to the run's, if an example takes as "
