@@ -11,15 +11,15 @@ kept. With a few dozen photos train the connector alone:
 
 import ml_collections
 
-from eim_jax.config import Arm
-from eim_jax.configs import photos, vqa
+from eim_jax.config import Arm, Checkpoint, Config, Data, Eval, LossWeights, Stage, Towers
+from eim_jax.training.kinds import to_config_dict
+
+ST, LOW_RANK = "st/.*", "lm/.*/lora/.*"
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = photos.get_config()
-    config.towers.lm = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    config.towers.dropout = 0.0
-    arm = Arm(
+    recipe = {"batch": 40, "lr": 5e-4, "warmup_steps": 20, "eps": 1e-8}
+    eim = Arm(
         description="EIM: CLIP tokens -> MLP -> SmolLM2 with LoRA, trained in stages ST -> IE",
         st="ffn",
         st_hidden=576,
@@ -28,12 +28,17 @@ def get_config() -> ml_collections.ConfigDict:
         lora_rank=8,
         sequence=("st", "ie"),
     )
-    with config.unlocked():
-        config.arm.eim = vars(arm)
-    config.stages.ie.train = (vqa.ST, vqa.LOW_RANK)
-    config.stages.ie.epochs = 20
-    config.data.eval_share = 0.1
-    config.eval.every_epochs = 2.0
-    config.eval.method = "none"
-    config.checkpoint.keep, config.checkpoint.metric = "best", "eval/nll"
-    return config
+    config = Config(
+        towers=Towers(clip="openai/clip-vit-base-patch32", lm="HuggingFaceTB/SmolLM2-135M-Instruct", dropout=0.0),
+        data=Data(annotations="captions.json", images="photos", eval_share=0.1),
+        arms=("eim",),
+        arm={"eim": eim},
+        stages={
+            "st": Stage(train=(ST,), losses=LossWeights(st=1.0), epochs=60, **recipe),
+            "ie": Stage(train=(ST, LOW_RANK), losses=LossWeights(base=1.0, ie=1.0), epochs=20, **recipe),
+        },
+        eval=Eval(every_epochs=2.0, method="none"),
+        log_every=20,
+        checkpoint=Checkpoint(every_steps=200, keep="best", metric="eval/nll"),
+    )
+    return to_config_dict(config)
