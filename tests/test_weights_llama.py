@@ -18,7 +18,7 @@ from eim_jax.models.adapters.lavin import Router
 from eim_jax.models.language.llama import Llama, LlamaConfig
 from eim_jax.models.quant import dequantise, quantise
 from eim_jax.parallel import sharding
-from eim_jax.pretrained import LM, WeightsError, export_lm, fingerprint, lm_config, lm_shapes, load_lm
+from eim_jax.pretrained import LM, WeightsError, export_lm, fingerprint, lm_config, lm_shapes, load_lm, with_quant
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 TINY = LlamaConfig(vocab=61, context=24, width=64, layers=2, heads=4, kv_heads=2, mlp=128, eps=1e-5, rope_theta=500.0)
@@ -78,6 +78,8 @@ def test_the_language_model_is_found_by_its_model_type(written, tmp_path):
     for door in (load_lm, lm_config):
         with pytest.raises(WeightsError, match=r"quant 'nf4'.*GPT-2"):
             door(tmp_path / "gpt2", quant="nf4")
+    with pytest.raises(WeightsError, match=r"narrow: .*multiple of 64, not 96; set config.towers.quant to 'none'"):
+        with_quant(dataclasses.replace(TINY, mlp=96), "nf4", "narrow")
 
 
 @pytest.mark.parametrize(

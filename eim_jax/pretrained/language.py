@@ -65,11 +65,18 @@ def with_quant(config: Any, quant: str, name: str) -> Any:
     """Returns a language model's shape with its linear layers held as `quant` says.
 
     Raises:
-      WeightsError: its family has none that could be; `name` is the checkpoint's, for the message.
+      WeightsError: its family has none that could be, or their width is no multiple of a block; `name` is the
+        checkpoint's, for the message.
     """
     family = family_of(config)
     if family.quantised:
-        return dataclasses.replace(config, quant=quant)
+        held = dataclasses.replace(config, quant=quant)
+        if quant != "none":
+            try:
+                lm_shapes(held)
+            except ValueError as error:
+                raise WeightsError(f"{name}: {error}; set config.towers.quant to 'none'") from error
+        return held
     if quant != "none":
         able = ", ".join(f.title for f in FAMILIES.values() if f.quantised)
         raise WeightsError(f"{name}: quant {quant!r} is for the linear layers of {able}, this is a {family.title}")
