@@ -207,7 +207,14 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_with_the_state_sa
     assert all("the same command continues" in stopped.said(i) for i in range(4))
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(1, 8), (2, 2), (1, 1)], ids=["1x8", "2x2", "1x1"])
+@pytest.mark.parametrize(
+    ("processes", "devices"),
+    [
+        pytest.param(2, 2, id="2x2"),
+        pytest.param(1, 8, id="1x8", marks=pytest.mark.exhaustive),
+        pytest.param(1, 1, id="1x1", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_checkpoint_of_four_processes_continues_on_other_numbers_of_processes(
     runs, alone, stopped, processes, devices
 ):
