@@ -13,7 +13,7 @@ import pytest
 from close import assert_close
 from jax.sharding import PartitionSpec
 
-from eim_jax.losses import queues
+from eim_jax.losses import queue_steps, queues
 from eim_jax.losses.queues import BadRow, Queue, StaleQueue
 from eim_jax.parallel.sharding import make_mesh
 
@@ -82,7 +82,8 @@ def test_encode_is_traced_twice_for_shape_and_program_however_many_batches():
     assert traces == [(4, T)] * 2
 
 
-def test_building_moves_no_key_between_devices():
+@pytest.mark.parametrize("by_length", [False, True])
+def test_building_moves_no_key_between_devices(by_length):
     """Each device encodes its own rows: with replicated weights the compiled step has no gather."""
     tokens, valid, groups, table = samples()
     mesh = mesh_of((1, 8, 1))
@@ -100,7 +101,9 @@ def test_building_moves_no_key_between_devices():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", recording_jit)
-        Queue.build(mean_embedding, table, (tokens, valid), groups, batch=16, mesh=mesh)
+        patch.setattr(queue_steps, "_LEAST", 0)
+        lengths = valid.sum(1) if by_length else None
+        Queue.build(mean_embedding, table, (tokens, valid), groups, batch=16, mesh=mesh, lengths=lengths)
     assert programs
     for text in programs:
         assert "all-gather" not in text and "all-to-all" not in text and "collective-permute" not in text

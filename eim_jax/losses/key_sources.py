@@ -30,11 +30,19 @@ def _described(inputs: Any) -> str:
     return f"{inputs.fingerprints['clip_tokenizer']}, {length} {text.context} tokens"
 
 
+def _clip_lengths(inputs: Any, tokens: np.ndarray) -> np.ndarray | None:
+    """Up to [EOS], behind which a causal tower looks at nothing; a tower that reads its padding reads whole rows."""
+    if text_family(inputs.clip.vision, inputs.clip.text).pads:
+        return None
+    return (tokens == inputs.clip_tokenizer.eos_token_id).argmax(axis=1) + 1
+
+
 CLIP_TEXTS = KeySource(
     tower="text",
     fields=_clip_texts,
     row=lambda inputs: jax.ShapeDtypeStruct((1, inputs.clip.text.context), jnp.int32),
     described=_described,
+    lengths=_clip_lengths,
 )  # the caption (where there is none, the response) as the text tower's tokens [N s]
 
 LM_TEXTS = KeySource(
@@ -44,6 +52,7 @@ LM_TEXTS = KeySource(
         jax.ShapeDtypeStruct((1, rows.widest(inputs.config.data)), dtype) for dtype in (jnp.int32, jnp.bool_)
     ),
     described=lambda inputs: f"{inputs.fingerprints['lm_tokenizer']}, {rows.described(inputs.config.data)}",
+    lengths=lambda inputs, texts: texts[1].sum(axis=1),
 )  # instruction, response and EOS as the LM's tokens [N t], and which of them are no padding, bool [N t]
 
 

@@ -34,12 +34,15 @@ class KeySource:
       fields: (a run's inputs) -> arrays [N ...] in a dict or tuple, which `QueueKind.encode` reads in batches.
       row: (a run's inputs) -> one row of the same as `jax.ShapeDtypeStruct`, at its longest; reads no data.
       described: (a run's inputs) -> the words by which a queue on disk says what was read: tokeniser and longest text.
+      lengths: (a run's inputs, its fields [N t ...]) -> how many of each row's t slots decide its key, [N]: texts are
+        then encoded by length, see `Queue.build`. None: rows are encoded whole.
     """
 
     tower: str
     fields: Callable[[Any], Any]
     row: Callable[[Any], Any]
     described: Callable[[Any], str]
+    lengths: Callable[[Any, Any], Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Float
 
+from eim_jax.losses.queue_steps import plan_steps
 from eim_jax.parallel.sharding import parts_of, queue_sharding
 
 
@@ -21,7 +22,7 @@ def compress(keys: Float[Array, "*rows D"], dtype: Any) -> tuple[Array, Float[Ar
     return jnp.round(keys / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8), scale
 
 
-def encode_all(encode, params, fields, count, batch, dtype, similarity, mesh, parts):
+def encode_all(encode, params, fields, count, batch, dtype, similarity, mesh, parts, lengths=None):
     """Encodes a queue's keys step by step; the arguments are those of `Queue.build`, `count` samples.
 
     Yields:
@@ -29,39 +30,48 @@ def encode_all(encode, params, fields, count, batch, dtype, similarity, mesh, pa
       ...] as far as they are filled, the first bad row, samples encoded since, steps done; 0 where these are no rows to
       keep: the last step also encodes some of the step before).
     """
-    shards = parts_of(mesh)
-    held = -(-count // shards)  # rows a device holds
-    rows = min(max(1, batch // shards), held)  # rows a device encodes at a time
-    by_row = rows_sharding(mesh)
+    shards, by_row = parts_of(mesh), rows_sharding(mesh)
+    plan = plan_steps(count, shards, batch, lengths, 0 if lengths is None else longest_of(fields))
 
     def encode_rows(params, fields, row):
         fields = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), fields)
         keys, bad = as_keys(encode(params, fields).astype(jnp.float32), row.reshape(-1), count, similarity)
         return compress(keys.reshape(shards, -1, keys.shape[-1]), dtype), bad
 
-    def step(keys, params, fields, row, start):
+    def put(keys, key, place):
+        """Each device's new keys at their rows; those of no row are dropped."""
+        return jax.tree.map(
+            lambda old, new: jax.vmap(lambda o, n, at: o.at[at].set(n, mode="drop"))(old, new, place), keys, key
+        )
+
+    if mesh is not None:  # no device needs another's rows, which XLA would not see from the places
+        put = jax.shard_map(put, mesh=mesh, in_specs=queue_sharding(mesh).spec, out_specs=queue_sharding(mesh).spec)
+
+    def step(keys, params, fields, row, place):
         key, bad = encode_rows(params, fields, row)
-        put = functools.partial(lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-        return jax.tree.map(put, keys, key), bad
+        return put(keys, key, place), bad
 
     step = jax.jit(step, donate_argnums=0, out_shardings=None if mesh is None else (by_row, whole(mesh)))
     zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=by_row)
     keys = None
-    starts = [min(i * rows, held - rows) for i in range(-(-held // rows))]  # the last step overlaps the one before
-    before = 0 if parts is None else parts.open(shards, held, rows, by_row)
+    before = 0 if parts is None else parts.open(plan, by_row)
     if parts is not None and before:
         keys = parts.restore(by_row)
-        yield keys, None, min(count, before * rows * shards), 0
-    for done, start in list(enumerate(starts, 1))[before:]:
-        row = np.arange(shards, dtype=np.int32)[:, None] * held + np.arange(start, start + rows, dtype=np.int32)
-        source = np.minimum(row, count - 1)  # padding rows encode some real sample, and are then set to zero
-        inputs = (jax.tree.map(functools.partial(_take, rows=source, sharding=by_row), fields), _put(row, by_row))
+        yield keys, None, min(count, plan.stop(before) * shards), 0
+    for done, now in list(enumerate(plan.steps, 1))[before:]:
+        place = plan.places(now)
+        # A place beyond a device's rows, and a row that fills up the last device, encode some sample and keep no key.
+        row = np.where(
+            place < plan.held, np.arange(shards, dtype=np.int32)[:, None] * plan.held + place, shards * plan.held
+        )
+        take = functools.partial(_take, rows=np.minimum(row, count - 1), width=now.width, sharding=by_row)
+        inputs = (jax.tree.map(take, fields), _put(row, by_row))
         if keys is None:
             made = jax.eval_shape(encode_rows, params, *inputs)[0]
-            keys = jax.tree.map(lambda leaf: zeros((shards, held, *leaf.shape[2:]), leaf.dtype), made)
-        keys, bad = step(keys, params, *inputs, start)
-        more = min(count, done * rows * shards) - min(count, (done - 1) * rows * shards)
-        yield keys, bad, more, done if done < len(starts) else 0
+            keys = jax.tree.map(lambda leaf: zeros((shards, plan.held, *leaf.shape[2:]), leaf.dtype), made)
+        keys, bad = step(keys, params, *inputs, _put(place, by_row))
+        more = min(count, plan.stop(done) * shards) - min(count, plan.stop(done - 1) * shards)
+        yield keys, bad, more, done if done < len(plan.steps) else 0
 
 
 def as_keys(vectors: jax.Array, row: jax.Array, count: int, similarity: str) -> tuple[jax.Array, jax.Array]:
@@ -73,14 +83,28 @@ def as_keys(vectors: jax.Array, row: jax.Array, count: int, similarity: str) -> 
     return jnp.where((row < count)[:, None], vectors, 0), jnp.min(jnp.where(good, count, row))
 
 
-def _take(field: Any, rows: np.ndarray, sharding: Sharding) -> jax.Array:
-    """The field's rows [devices, rows a device, ...]; each process asks for those of its own devices."""
-    shape = (*rows.shape, *field.shape[1:])
+def longest_of(fields: Any) -> int:
+    """Returns the slots of a row: the length of the second axis, which all fields share.
+
+    Raises:
+      ValueError: they do not.
+    """
+    found = {leaf.shape[1] if len(leaf.shape) > 1 else None for leaf in jax.tree.leaves(fields)}
+    longest = found.pop()
+    if found or longest is None:
+        raise ValueError("`lengths` is for fields [N t ...] that are all of one length t")
+    return longest
+
+
+def _take(field: Any, rows: np.ndarray, width: int | None, sharding: Sharding) -> jax.Array:
+    """The field's rows [devices, rows a device, ...], cut to `width`; a process asks for those of its own devices."""
+    rest = field.shape[1:] if width is None else (width, *field.shape[2:])
 
     def part(index: Any) -> np.ndarray:
-        return np.asarray(field[rows[index[:2]]])
+        found = np.asarray(field[rows[index[:2]]])
+        return found if width is None else found[:, :, :width]
 
-    return jax.make_array_from_callback(shape, sharding, part)
+    return jax.make_array_from_callback((*rows.shape, *rest), sharding, part)
 
 
 def _put(array: np.ndarray, sharding: Sharding) -> jax.Array:

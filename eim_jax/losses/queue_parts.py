@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from eim_jax.losses.queue_files import stored_dtype
+from eim_jax.losses.queue_steps import Steps
 from eim_jax.parallel.processes import barrier, is_first
 from eim_jax.utils.files import Damaged, check_sums, flush, read_json, read_rows, room_in, sha256, write_text
 
@@ -41,23 +42,23 @@ class QueueParts:
         self._facts: dict[str, Any] = {}
         self._parts: list[dict[str, Any]] = []  # in order: {"stop": rows of a device, "steps", "sha256": {file: sum}}
         self._shards: list[int] = []
+        self._plan: Steps
         self._saved = time.monotonic()
 
-    def open(self, shards: int, held: int, rows: int, sharding: Sharding) -> int:
+    def open(self, plan: Steps, sharding: Sharding) -> int:
         """Looks for the parts of an interrupted build; all processes call it.
 
         Args:
-          shards: devices that share the queue.
-          held: rows of one device.
-          rows: rows that a device encodes in one step.
+          plan: the steps of the build.
           sharding: of arrays [shards, held, ...].
 
         Returns:
           How many steps are done already.
         """
-        places = sharding.addressable_devices_indices_map((shards, held)).values()
+        self._plan, shards = plan, plan.shards
+        places = sharding.addressable_devices_indices_map((shards, plan.held)).values()
         self._shards = sorted({place[0].indices(shards)[0] for place in places if place is not None})
-        layout = {"shards": shards, "held": held, "rows": rows, "own": self._shards, "processes": jax.process_count()}
+        layout = {**plan.described(), "own": self._shards, "processes": jax.process_count()}
         self._facts = json.loads(json.dumps({**self._content, **layout}))
         self._parts = self._found()
         done = self._parts[-1]["steps"] if self._parts else 0
@@ -69,7 +70,7 @@ class QueueParts:
             shutil.rmtree(self._folder, ignore_errors=True)
         else:
             count, name = self._content["count"], self._content["kind"]
-            ready = min(count, done * rows * shards)
+            ready = min(count, plan.stop(done) * shards)
             self._say(f"queue {name}: continuing after {ready:,} of {count:,} keys")
         self._saved = time.monotonic()
         return done
@@ -99,17 +100,22 @@ class QueueParts:
     def _restored(self, name: str, sharding: Sharding) -> jax.Array:
         stored = [read_rows(self._folder / f"{name}-{number:06d}.npy") for number in range(len(self._parts))]
         dtype = np.dtype(jax.numpy.dtype(self._content["dtype"])) if name == "keys" else stored[0].dtype
-        shape = (self._facts["shards"], self._facts["held"], *stored[0].shape[2:])
+        shape = (self._plan.shards, self._plan.held, *stored[0].shape[2:])
 
         def block(index: Any) -> np.ndarray:
             (own,) = range(*index[0].indices(shape[0]))  # each device holds one
             out, start = np.zeros((1, *shape[1:]), dtype), 0
             for part in stored:
-                out[0, start : start + part.shape[1]] = part[self._shards.index(own)].view(dtype)
+                rows = self._rows(own, start, start + part.shape[1])
+                out[0, rows] = part[self._shards.index(own)].view(dtype)
                 start += part.shape[1]
             return out
 
         return jax.make_array_from_callback(shape, sharding, block)
+
+    def _rows(self, own: int, start: int, stop: int) -> Any:
+        """The rows of one device that are encoded at these places of its order."""
+        return slice(start, stop) if self._plan.order is None else self._plan.order[own, start:stop]
 
     def due(self, steps: int) -> bool:
         """Whether it is time for another part, after so many steps of the build."""
@@ -128,7 +134,7 @@ class QueueParts:
           DiskFull: naming the folder.
         """
         start = self._parts[-1]["stop"] if self._parts else 0
-        stop, sums = steps * self._facts["rows"], {}
+        stop, sums = self._plan.stop(steps), {}
         with room_in(self._directory):
             self._folder.mkdir(parents=True, exist_ok=True)
             for name, array in zip(_NAMES, arrays, strict=True):
@@ -136,7 +142,7 @@ class QueueParts:
                     continue
                 file = self._folder / f"{name}-{len(self._parts):06d}.npy"
                 blocks = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
-                cut = [jax.lax.dynamic_slice_in_dim(blocks[own], start, stop - start, axis=1) for own in self._shards]
+                cut = [blocks[own][:, self._rows(own, start, stop)] for own in self._shards]
                 np.save(file, np.concatenate([np.asarray(rows) for rows in cut]).view(stored_dtype(array.dtype)))
                 flush(file)
                 sums[file.name] = sha256(file)

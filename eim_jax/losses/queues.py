@@ -120,18 +120,19 @@ class Queue:
         name: str = "",
         progress: bool = False,
         parts: QueueParts | None = None,
+        lengths: Any = None,
     ) -> "Queue":
         """Encodes N samples, `batch` at a time, into a queue whose row i is sample i.
 
         Each device encodes the rows that it will hold, so no key ever moves and the host holds none.
 
         Args:
-          encode: (params, fields of a batch) -> [b D]; compiled once.
+          encode: (params, fields of a batch) -> [b D]; compiled once, with `lengths` once for each of a few lengths.
           params: what it computes with.
           fields: a dict or tuple (or one) of arrays [N ...]: tokens, images, features. NumPy's, whole on every process,
             or anything with `shape`, `dtype` and `[row numbers]`: only rows that are encoded here are asked for.
           groups: [N] whole numbers; None: every sample is a group of its own.
-          batch: samples at a time, over all devices.
+          batch: samples at a time, over all devices; with `lengths` as many more of short texts as take no more slots.
           dtype: in which keys are held: float32 (best on CPU), bfloat16, int8 (a scale a row).
           similarity: "cosine" normalises the keys, in float32; "dot" leaves them.
           mesh: over whose ("data", "fsdp") axes the rows are split; rows of zeros fill the last device.
@@ -140,10 +141,13 @@ class Queue:
           progress: show how far it is (needs rich).
           parts: keeps what is encoded on disk every few seconds, and gives what an interrupted build left there;
             `parts.remove()` when the queue is saved.
+          lengths: [N] whole numbers, where all fields are [N t ...] and `encode` gives the same key whatever follows
+            a row's first so many of the t slots, or nothing: then texts are encoded in order of their length, cut to
+            the longest of their batch. The keys are the same but for rounding.
 
         Raises:
           BadRow: naming the sample whose key is not finite, or under the cosine is zero.
-          ValueError: fields, groups or ids of unequal length.
+          ValueError: fields, groups, ids or lengths of unequal length.
 
         Example:
           >>> import numpy as np
@@ -155,7 +159,8 @@ class Queue:
         """
         label = f"queue {name!r}" if name else "the queue"
         count = _common_length(label, fields, groups, ids)
-        encoded = encode_all(encode, params, fields, count, batch, dtype, similarity, mesh, parts)
+        _check_lengths(label, count, {"lengths": lengths})
+        encoded = encode_all(encode, params, fields, count, batch, dtype, similarity, mesh, parts, lengths)
         pending = keys = None
         with _progress(f"queue {name}".strip(), count) if progress else nullcontext(lambda _: None) as advance:
             for block in encoded:

@@ -7,6 +7,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,7 @@ class _State:
     def __init__(self):
         self.arrived = self.stepping = self.handled = False
         self.doing, self.then = "starting", "the same command continues"
+        self.since, self.spent = time.monotonic(), []  # of what is done, and (activity, seconds) before it
 
     def message(self) -> str:
         return f"stopped while {self.doing}: {self.then}"
@@ -78,12 +80,24 @@ def handled(then: str = "the same command continues") -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(writer)  # which ends the thread
-        _state.handled, _state.doing = False, "starting"
+        _state.handled = False
+        doing("starting")
 
 
 def doing(what: str) -> None:
-    """Notes what the process is about, for the message of a signal that stops it there."""
-    _state.doing = what
+    """Notes what the process is about, for the message of a signal that stops it there and for `spent`."""
+    now = time.monotonic()
+    if what != _state.doing:
+        _state.spent.append((_state.doing, now - _state.since))
+        _state.doing, _state.since = what, now
+
+
+def spent() -> list[tuple[str, float]]:
+    """Returns the activities since the last call, in order, each with its seconds; counts anew."""
+    now = time.monotonic()
+    found = [*_state.spent, (_state.doing, now - _state.since)]
+    _state.spent, _state.since = [], now
+    return found
 
 
 def activity() -> str:

@@ -107,6 +107,7 @@ class Inputs:
             count=len(self.samples),
         )
         folder = self.workdir / "queues" / kind.name
+        doing(f"reading the queue {kind.name}")
         say = functools.partial(console.print, soft_wrap=True)
         parts = queues.QueueParts(folder.with_name(f"{kind.name}.parts"), manifest, say)
         if processes.agreed((folder / "manifest.json").exists()):
@@ -116,6 +117,7 @@ class Inputs:
             if processes.agreed((folder / "manifest.json").exists()):
                 return Queue.load(folder, manifest, self.mesh)
             queue = self._build_queue(vlm, kind, manifest, parts)
+            doing(f"writing the queue {kind.name}")
             queue.save(folder, manifest)
             parts.remove()
             return queue
@@ -123,10 +125,11 @@ class Inputs:
     def _build_queue(self, vlm: VLM, kind: QueueKind, manifest: dict[str, Any], parts: queues.QueueParts) -> Queue:
         ids = [sample.id for sample in self.samples.samples]
         doing(f"building the queue {kind.name}")
+        fields = kind.source.fields(self)
         queue = Queue.build(
             functools.partial(kind.keys, vlm),
             partition.unflatten(self.towers),
-            kind.source.fields(self),
+            fields,
             self.samples.groups,
             batch=256,
             dtype=jnp.dtype(manifest["dtype"]),
@@ -136,6 +139,7 @@ class Inputs:
             name=kind.name,
             progress=True,
             parts=parts,
+            lengths=None if kind.source.lengths is None else kind.source.lengths(self, fields),
         )
         for line in queue_health.report(queue, kind.name, ids, self.mesh):
             console.print(line, soft_wrap=True)

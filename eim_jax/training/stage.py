@@ -22,7 +22,7 @@ from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
 from eim_jax.parallel.chips import chip_of
 from eim_jax.parallel.sharding import batch_sharding
-from eim_jax.parallel.signals import Interrupted, Signals, doing
+from eim_jax.parallel.signals import Interrupted, Signals, doing, spent
 from eim_jax.training import partition
 from eim_jax.training.assembly import assemble
 from eim_jax.training.checkpoint import StageCheckpoints
@@ -34,6 +34,7 @@ from eim_jax.training.scorer import Best, Scorer, is_due
 from eim_jax.training.setup import Inputs, stage_features
 from eim_jax.utils.console import console, duration
 from eim_jax.utils.flops import work
+from eim_jax.utils.this_machine import seconds_alive
 
 
 def run_stage(
@@ -112,6 +113,7 @@ class _StageRun:
         ahead: int,
     ):
         self._prepared = time.monotonic()
+        doing(f"preparing {info.name}")
         self.vlm, self.scorer, self.ahead, settings = vlm, scorer, ahead, inputs.config.checkpoint
         self.best = None
         if scorer is not None and choose and settings.keep == "best":
@@ -126,11 +128,13 @@ class _StageRun:
         self.iterator = _batches(inputs, vlm, stage, index, info, params)
         queue_of = functools.partial(inputs.queue, vlm)
         made = assemble(vlm, stage, config.losses, params, info.steps, queue_of, inputs.mesh)
+        doing(f"preparing {info.name}")
         self.trained, self.opt_state = made.trained, made.init_state()
         self.made = made._replace(trained={})  # a resumed stage would hold them beside those that it restores
         self.key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), index)
         self.done, self.seconds = 0, 0.0
         self.programs: dict[int, Program] = {}  # one for each width of texts
+        self.told = False  # what the time before the first step went to
         self.warm = (0.0, 0)  # seconds and steps up to where the pace is measured
         self.meter = Meter(info, inputs.samples, _peak_rate(inputs))
 
@@ -190,6 +194,7 @@ class _StageRun:
     def finish(self) -> tuple[Flat, dict]:
         """The trained leaves and the summary; refuses numbers that are not finite and frozen leaves that changed."""
         info = self.info
+        spent()  # what the steps took is no part of the next stage's start
         self.meter.check()
         check_finite(self.trained, info.name, info.steps)
         if partition.digest(self.made.frozen) != self._proof:
@@ -272,7 +277,19 @@ class _StageRun:
                 )
         with self.meter.stepping(), jax.profiler.StepTraceAnnotation("train", step_num=number):
             self.trained, self.opt_state, metrics = self.programs[width].compiled(*arguments)
+        if not self.told:
+            jax.block_until_ready(metrics)
+            self._tell_start()
         return metrics, self.programs[width].flops
+
+    def _tell_start(self) -> None:
+        """Says what the time before the first step went to, since the process began or since the stage before."""
+        self.told, parts = True, spent()
+        total = sum(seconds for _, seconds in parts)
+        if parts[0][0] == "starting":  # the process is older than what counts
+            parts[0], total = ("starting", parts[0][1] + max(0.0, seconds_alive() - total)), max(total, seconds_alive())
+        said = ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts if seconds >= 0.05)
+        console.print(f"{self.info.name}: first step after {duration(total)}: {said}", soft_wrap=True)
 
     def _write(self, number: int, scores: dict[str, float]) -> None:
         """Writes the means since the last record, each group's learning rate, and scores where there are any."""
@@ -347,8 +364,10 @@ def _compile(stage: str, step: Any, arguments: tuple, width: int, before: int, m
     texts = f" for texts of {width} tokens" if width and most > 1 else ""
     console.print(f"compiling {stage}{texts}", soft_wrap=True)
     doing(f"compiling {stage}")
+    begun = time.monotonic()
     traced = step.trace(*arguments)
     program = Program(traced.lower().compile(), work(traced.jaxpr).flops)
+    console.print(f"compiled {stage}{texts} in {duration(time.monotonic() - begun)}", soft_wrap=True)
     doing(f"training {stage}")
     return program
 

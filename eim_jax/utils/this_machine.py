@@ -2,6 +2,7 @@
 
 import os
 import platform
+import time
 from importlib import metadata
 
 import jax
@@ -26,3 +27,8 @@ def machine() -> dict[str, str | int]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def seconds_alive() -> float:
+    """How long ago this process began, the loading of its packages included."""
+    return time.time() - psutil.Process().create_time()
