@@ -4,8 +4,9 @@ python benchmarks/startup.py --photos=FOLDER --captions=FILE[,FILE] --clip_token
     [--stage=st] [--pictures=113287] [--texts=566747] [--starts=2] [--config...]
 Makes in --out what is not there: a set of that size, whose pictures are hard links to copies of the photos and whose
 captions are those given, then again with a word of another caption in them, and small random towers
-(scripts/make_towers.py), so that encoding itself is little. Then starts `python -m eim_jax.main` so often over one cache,
-one step of one of EIM's stages in each: the first start finds nothing cached. What follows the flags is handed on.
+(scripts/make_towers.py), so that encoding itself is little. Then starts `python -m eim_jax.main` so often over one
+cache, one step of one of EIM's stages in each: the first start finds nothing cached. What follows the flags is handed
+on.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def varied(given: list[str], number: int) -> str:
 def start(out: Path, number: int, stage: str, more: list[str]) -> None:
     """One start to the first step, and its table."""
     command = [
-        *(sys.executable, "-m", "eim_jax.main", "--config=configs/photos.py", f"--workdir={out / f'run{number}'}"),
+        *(sys.executable, "-m", "eim_jax.main", "--config=configs/photos.py", f"--workdir={out / f'{stage}{number}'}"),
         *(f"--config.data.annotations={out / 'captions.json'}", f"--config.data.images={out / 'images'}"),
         *(f"--config.towers.clip={out / 'towers/clip'}", f"--config.towers.lm={out / 'towers/lm'}"),
         *(
@@ -100,7 +101,7 @@ def start(out: Path, number: int, stage: str, more: list[str]) -> None:
         *("--config.decode.methods=('greedy',)", "--config.data.eval_limit=2", "--config.decode.max_tokens=4", *more),
     ]
     if number:  # the queue is the work directory's: what the first start built is read
-        shutil.copytree(out / "run0/queues", out / f"run{number}/queues", dirs_exist_ok=True)
+        shutil.copytree(out / f"{stage}0/queues", out / f"{stage}{number}/queues", dirs_exist_ok=True)
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     found: list[tuple[float, int, float]] = []
     watch = threading.Thread(target=sample, args=(psutil.Process(child.pid), found))

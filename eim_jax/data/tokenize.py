@@ -1,5 +1,6 @@
 """From texts to token arrays: the LM's rows as data/rows.py makes them, and CLIP's text input for the queue K_t."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -13,7 +14,10 @@ from eim_jax.data import rows
 from eim_jax.data.conversation import TOKENIZER
 from eim_jax.data.samples import Split
 from eim_jax.pretrained.tokenizer import load_tokenizer as load_tokenizer
-from eim_jax.utils.console import console
+from eim_jax.utils.console import console, progress
+
+_LONG = 50_000  # texts from which on a progress bar is worth its lines
+_CHUNK = 16_384  # samples that are lists of numbers at once
 
 
 class Encoded(NamedTuple):
@@ -23,6 +27,19 @@ class Encoded(NamedTuple):
     valid: Bool[np.ndarray, "N t"]  # a real token, not padding
     supervised: Bool[np.ndarray, "N t"]  # what lies behind the instruction: response (+ EOS)
     truncated: int = 0  # samples that were longer than max_tokens
+
+    @classmethod
+    def of(cls, ids: np.ndarray, lengths: np.ndarray, start: np.ndarray, stop: np.ndarray, truncated: int) -> "Encoded":
+        """Returns rows whose ids stand one after the other in `ids`; those of [start, stop) in a row are supervised."""
+        tokens, valid = _padded(ids, lengths, 0)
+        columns = np.arange(tokens.shape[1], dtype=np.int32)[None]
+        return cls(tokens, valid, (columns >= start[:, None]) & (columns < stop[:, None]), truncated)
+
+    def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Returns (ids, lengths, start, stop), which `of` takes; a row without a supervised token has 0, 0."""
+        start = self.supervised.argmax(axis=1).astype(np.int32) if self.tokens.size else np.zeros(0, np.int32)
+        stop = start + self.supervised.sum(axis=1, dtype=np.int32)
+        return self.tokens[self.valid], self.valid.sum(axis=1, dtype=np.int32), start, stop
 
 
 def encode_split(
@@ -57,32 +74,56 @@ def encode_split(
         raise ValueError(f"max_tokens is {max_tokens}: needs room for a response token and EOS")
     if tokenizer.eos_token_id is None:
         raise ValueError("this tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
-    samples = split.samples
-    prompts, answers = [sample.instruction for sample in samples], [sample.response for sample in samples]
-    try:
-        whole = rows.whole_rows(prompts, answers, tokenizer, seam, f"tokenising {split.name}")
-    except rows.RowError as error:
-        raise ValueError(f"split {split.name!r}: sample {samples[error.row].id}: {error}") from error
-    _check_responses(split, whole)
-    longest = [max(max_tokens, text_only) if sample.image is None else max_tokens for sample in samples]
-    end = rows.end_of(tokenizer, seam)
-    found = [rows.fit(row, most, end, eos=eos, seam=seam, cut=cut) for row, most in zip(whole, longest, strict=True)]
-    truncated, bare = sum(row.cut for row in found), sum(row.start == row.stop for row in found)
+    samples, end = split.samples, rows.end_of(tokenizer, seam)
+    parts, empty = [], []
+    with _progress(f"tokenising {split.name}", len(samples)) as advance:
+        # A part at a time: lists of numbers take ten times the memory of arrays.
+        for first in range(0, max(len(samples), 1), _CHUNK):
+            some = samples[first : first + _CHUNK]
+            prompts, answers = [sample.instruction for sample in some], [sample.response for sample in some]
+            try:
+                whole = rows.whole_rows(prompts, answers, tokenizer, seam, f"tokenising {split.name}")
+            except rows.RowError as error:
+                raise ValueError(f"split {split.name!r}: sample {some[error.row].id}: {error}") from error
+            empty += [sample.id for sample, row in zip(some, whole, strict=True) if row.start == len(row.ids)]
+            longest = [max(max_tokens, text_only) if sample.image is None else max_tokens for sample in some]
+            found = [
+                rows.fit(row, most, end, eos=eos, seam=seam, cut=cut) for row, most in zip(whole, longest, strict=True)
+            ]
+            ids = np.array([token for row in found for token in row.ids], np.int32)
+            numbers = np.array([(len(row.ids), row.start, row.stop, row.cut) for row in found], np.int32)
+            parts.append((ids, numbers.reshape(-1, 4)))
+            advance(len(some))
+    _check_responses(split, empty)
+    ids, numbers = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    lengths, start, stop, truncated = numbers.T
+    encoded = Encoded.of(ids, lengths, start, stop, int(truncated.sum()))
+    note_cut(split, encoded, max_tokens)
+    return encoded
+
+
+def note_cut(split: Split, encoded: Encoded, max_tokens: int) -> None:
+    """Says how many samples were cut, and how many of them to nothing that teaches.
+
+    Raises:
+      ValueError: all of them.
+    """
+    truncated, total = encoded.truncated, len(encoded.tokens)
+    bare = total - int(encoded.supervised.any(axis=1).sum())
     if truncated:
-        console.print(f"{split.name}: {truncated:,} of {len(found):,} samples cut to {max_tokens} tokens")
+        console.print(f"{split.name}: {truncated:,} of {total:,} samples cut to {max_tokens} tokens")
     if bare:
-        said = f"{split.name}: cut at their end, {bare:,} of {len(found):,} samples keep no token of their response"
-        if bare == len(found):
+        said = f"{split.name}: cut at their end, {bare:,} of {total:,} samples keep no token of their response"
+        if bare == total:
             raise ValueError(f"{said}: raise config.data.max_tokens, or set config.data.cut='balanced'")
         console.print(f"{said}: they teach nothing", soft_wrap=True)
-    tokens, valid = _pad([row.ids for row in found], 0)
-    columns = np.arange(tokens.shape[1], dtype=np.int32)[None]
-    start, stop = (np.array([getattr(row, name) for row in found], np.int32)[:, None] for name in ("start", "stop"))
-    return Encoded(tokens, valid, (columns >= start) & (columns < stop), truncated)
 
 
-def _check_responses(split: Split, whole: Sequence[rows.Row]) -> None:
-    empty = [sample.id for sample, row in zip(split.samples, whole, strict=True) if row.start == len(row.ids)]
+def _progress(label: str, count: int) -> Any:
+    return progress(label, count, "texts") if count >= _LONG else contextlib.nullcontext(lambda _: None)
+
+
+def _check_responses(split: Split, empty: Sequence[str]) -> None:
     if empty:
         ids = ", ".join(empty[:20]) + (", ..." if len(empty) > 20 else "")
         raise ValueError(
@@ -190,7 +231,15 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, seam: str = "") -> str:
 def _pad(lists: Sequence[Sequence[int]], fill: int) -> tuple[Int[np.ndarray, "N t"], Bool[np.ndarray, "N t"]]:
     """Returns rows of unequal length as one array, padded on the right, and which entries are real."""
     lengths = np.fromiter((len(row) for row in lists), np.int32, len(lists))
+    ids = np.fromiter((token for row in lists for token in row), np.int32, int(lengths.sum()))
+    return _padded(ids, lengths, fill)
+
+
+def _padded(
+    ids: Int[np.ndarray, "total"], lengths: Int[np.ndarray, "N"], fill: int
+) -> tuple[Int[np.ndarray, "N t"], Bool[np.ndarray, "N t"]]:
+    """The same of rows that stand one after the other."""
     valid = np.arange(lengths.max(initial=0), dtype=np.int32)[None] < lengths[:, None]
     tokens = np.full(valid.shape, fill, np.int32)
-    tokens[valid] = np.fromiter((token for row in lists for token in row), np.int32, int(lengths.sum()))
+    tokens[valid] = ids
     return tokens, valid

@@ -18,6 +18,7 @@ from eim_jax.data.conversation import TOKENIZER
 from eim_jax.data.datasets import load_split
 from eim_jax.data.feature_cache import cached_features
 from eim_jax.data.samples import Split
+from eim_jax.data.token_cache import cached_split
 from eim_jax.losses import queue_health, queues
 from eim_jax.losses.contrastive import Similarity
 from eim_jax.losses.kinds import QueueKind
@@ -77,8 +78,8 @@ class Inputs:
 
     @property
     def cache(self) -> Path:
-        """Where features and validation verdicts are kept."""
-        return user_path(self.config.data.cache) if self.config.data.cache else self.workdir / "cache"
+        """Where features, tokens and validation verdicts are kept."""
+        return _cache_of(self.config, self.workdir)
 
     @property
     def samples(self) -> Split:
@@ -146,6 +147,10 @@ class Inputs:
         return queue
 
 
+def _cache_of(config: Config, workdir: Path) -> Path:
+    return user_path(config.data.cache) if config.data.cache else workdir / "cache"
+
+
 def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     """Loads what the config names, without `data` the towers alone; an error says which field or file is wrong."""
     doing("reading the weights")
@@ -187,7 +192,8 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
         assert train is not None, "every data set has training samples"
         doing("tokenising")
         options = rows.row_options(config.data)
-        encoded = tokenize.encode_split(train, lm_tokenizer, config.data.max_tokens, config.data.eos, **options)
+        cache = _cache_of(config, workdir)
+        encoded = cached_split(cache, train, lm_tokenizer, config.data.max_tokens, config.data.eos, **options)
         encoded = _without_ignored(encoded, config.data.ignore_token, lm.config.vocab)
         console.print(f"{len(train):,} training samples ({len(train.images):,} images)", soft_wrap=True)
     towers = partition.flatten({**clip.params, "lm": lm.params})
