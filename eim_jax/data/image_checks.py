@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import PIL
 
 from eim_jax.data.bad_items import name_problem, outside
-from eim_jax.data.picture_stamps import Stamp, remember, stamp_of
+from eim_jax.data.picture_stamps import Stamp, remember, stamp_of, statuses
 from eim_jax.data.samples import FileImages, file_in
 from eim_jax.utils.console import console, progress
 from eim_jax.utils.files import Damaged, read_json, write_text
@@ -59,7 +59,7 @@ def check_images(
     """
     verdicts = _Verdicts(images.folder, cache)
     problems: dict[int, str] = {}
-    unknown = []
+    named = []
     for row, name in enumerate(images.names):
         if problem := name_problem(name):
             problems[row] = problem
@@ -68,9 +68,12 @@ def check_images(
                 f"leads out of the image folder {images.folder}: give a name within it, or a link "
                 "there; or set config.data.outside_images=True"
             )
-        elif not verdicts.known_good(name):
-            unknown.append(row)
-    _note_shared(images, problems)
+        else:
+            named.append(row)
+    found = statuses([os.fspath(file_in(images.folder, images.names[row])) for row in named])
+    there = {row: status for row, status in zip(named, found, strict=True) if status is not None}
+    unknown = [row for row in named if row not in there or not verdicts.known_good(images.names[row], there[row])]
+    _note_shared(images, there)
     verdicts.note_replaced()
     if not unknown:
         return problems
@@ -92,16 +95,11 @@ def check_images(
     return problems
 
 
-def _note_shared(images: FileImages, problems: Mapping[int, str]) -> None:
+def _note_shared(images: FileImages, there: Mapping[int, os.stat_result]) -> None:
     """Says how many pictures go by more than one id: as the same name, or as links to one file."""
     rows_of = defaultdict(list)
-    for row in range(len(images)):
-        if row not in problems:
-            try:
-                status = os.stat(images.path(row))
-            except OSError:
-                continue  # the check names it
-            rows_of[status.st_dev, status.st_ino].append(row)
+    for row, status in there.items():  # the check names the others
+        rows_of[status.st_dev, status.st_ino].append(row)
     shared = [rows for rows in rows_of.values() if len(rows) > 1]
     if shared:
         ids = ", ".join(images.ids[row] for row in shared[0][:5])
@@ -135,7 +133,7 @@ class _Verdicts:
         except (Damaged, TypeError):
             console.print(f"{self._file} is damaged: checking the images again")
 
-    def known_good(self, name: str) -> bool:
+    def known_good(self, name: str, status: os.stat_result) -> bool:
         """Whether the file is the one that was good; only one that was touched since is read for that."""
         known = self._good.get(name)
         if known is None:
@@ -143,7 +141,7 @@ class _Verdicts:
         path = file_in(self._folder, name)
         remember(path, known)
         try:
-            found = stamp_of(path)
+            found = stamp_of(path, status)
         except OSError:
             return False
         if found.ends != known.ends:

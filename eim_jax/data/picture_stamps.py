@@ -3,11 +3,15 @@
 A picture is replaced by another one of the same size more often than by one of the same first and last kilobytes.
 """
 
+import concurrent.futures
 import hashlib
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _END = 16 * 1024  # bytes of each end
+_THREADS = 16  # that ask for files' sizes and times: on a disk of the network each answer takes its time
+_CHUNK = 512  # files that a thread asks for at once
 
 
 class Stamp(NamedTuple):
@@ -22,13 +26,37 @@ class Stamp(NamedTuple):
 _known: dict[str, Stamp] = {}  # by path; one whose times have moved is read again
 
 
-def stamp_of(path: str | os.PathLike[str]) -> Stamp:
+def statuses(paths: Sequence[str]) -> list[os.stat_result | None]:
+    """Returns what `os.stat` says of each file, asked in threads; None where there is none, or it may not be asked."""
+
+    def ask(some: Sequence[str]) -> list[os.stat_result | None]:
+        return [_status(path) for path in some]
+
+    if len(paths) <= _CHUNK:
+        return ask(paths)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        parts = pool.map(ask, [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)])
+        return [status for part in parts for status in part]
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
+
+
+def stamp_of(path: str | os.PathLike[str], status: os.stat_result | None = None) -> Stamp:
     """Returns a file's stamp, reading 32 KiB of it unless that was done before and nothing has touched it since.
+
+    Args:
+      path: of the file.
+      status: what `os.stat` says of it now, where that is known.
 
     Raises:
       OSError: it cannot be read.
     """
-    name, status = os.fspath(path), os.stat(path)
+    name, status = os.fspath(path), status or os.stat(path)
     state = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     found = _known.get(name)
     if found is None or found[:3] != state:

@@ -1,7 +1,6 @@
 """Samples, the images they point to, and the split of both: what every data set becomes first."""
 
 import abc
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -9,14 +8,14 @@ import json
 import os
 import pathlib
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
 from eim_jax.data.mixture import Mixture
-from eim_jax.data.picture_stamps import Stamp, stamp_of
+from eim_jax.data.picture_stamps import Stamp, stamp_of, statuses
 from eim_jax.utils.images import load_rgb, to_rgb
 
 
@@ -123,8 +122,10 @@ class FileImages(ImageSource):
 
     def identity(self, row: int) -> str:
         """Returns the name and the size in bytes: cheap for 113k files, and independent of where the folder lies."""
-        with self._readable(row):
+        try:
             return f"{self.names[row]}:{self.path(row).stat().st_size}"
+        except OSError as error:
+            raise self._unreadable(row, error) from error
 
     def contents(self) -> str:
         """Returns the sha256 over each picture's id and its file's two ends; independent of where the folder lies."""
@@ -135,19 +136,23 @@ class FileImages(ImageSource):
         return _sha256(stamp.modified for stamp in self._stamps)
 
     @functools.cached_property
+    def _digest(self) -> str:
+        sizes = [stamp.size for stamp in self._stamps]  # each file is looked at once for all three
+        return _sha256([id_, f"{name}:{size}"] for id_, name, size in zip(self.ids, self.names, sizes, strict=True))
+
+    @functools.cached_property
     def _stamps(self) -> list[Stamp]:
+        paths = [os.fspath(self.path(row)) for row in range(len(self))]
         stamps = []
-        for row in range(len(self)):
-            with self._readable(row):
-                stamps.append(stamp_of(self.path(row)))
+        for row, (path, status) in enumerate(zip(paths, statuses(paths), strict=True)):
+            try:
+                stamps.append(stamp_of(path, status))
+            except OSError as error:
+                raise self._unreadable(row, error) from error
         return stamps
 
-    @contextlib.contextmanager
-    def _readable(self, row: int) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise ValueError(f"image id {self.ids[row]}: cannot read {self.path(row)}: {error}") from error
+    def _unreadable(self, row: int, error: OSError) -> ValueError:
+        return ValueError(f"image id {self.ids[row]}: cannot read {self.path(row)}: {error}")
 
 
 class DrawnImages(ImageSource):

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 from eim_jax.config import ConfigError, Data
 from eim_jax.data.bad_items import BadDataError, BadItem, check_on_bad, counted, listed
 from eim_jax.data.data_set import DataSet, Published, Shards, exists
-from eim_jax.data.datasets.coco_files import good_captions, karpathy_form, official_form, read_annotations
+from eim_jax.data.datasets.coco_files import Raw, good_captions, karpathy_form, official_form, read_annotations
 from eim_jax.data.held_out import HeldOut, check_share
 from eim_jax.data.image_checks import check_images
 from eim_jax.data.samples import FileImages, ImageSource, NoImages, Sample, Split
+from eim_jax.utils.collector import collector_paused
 from eim_jax.utils.console import console
 from eim_jax.utils.files import user_path
 
@@ -74,9 +75,9 @@ def load_coco(
     folder = None if images is None else user_path(images)
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"no image folder {folder}")
-    records, listed = read_annotations(path)
-    raw = karpathy_form(path, records, split, folder) if listed is None else official_form(path, records, listed)
-    captions = good_captions(raw, path, max_caption_chars, strip)
+    with collector_paused():
+        raw = _read(path, split, folder)
+        captions = good_captions(raw, path, max_caption_chars, strip)
 
     ids = list(raw.images)
     broken = set(raw.broken)
@@ -102,11 +103,18 @@ def load_coco(
     names = [raw.images[image_id] for image_id in ids]
     why = "this split was loaded as text only; give load_coco the image folder"
     source = NoImages(ids, names, why) if folder is None else FileImages(folder, ids, names)
-    result = caption_split(split or path.stem, kept, source)
+    with collector_paused():
+        result = caption_split(split or path.stem, kept, source)
     report = LoadReport(tuple(raw.bad), len(raw.images) - good[1], len(raw.captions) - good[0])
     if raw.bad:
         console.print(f"{path}: {report}", soft_wrap=True)
     return Loaded(result, report)
+
+
+def _read(path: pathlib.Path, split: str | None, folder: pathlib.Path | None) -> Raw:
+    """A captions file in either form; what the file itself holds, several times as large, is let go."""
+    records, listed = read_annotations(path)
+    return karpathy_form(path, records, split, folder) if listed is None else official_form(path, records, listed)
 
 
 def caption_split(name: str, captions: Sequence[tuple[str, str, str]], images: ImageSource) -> Split:
