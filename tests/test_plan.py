@@ -9,9 +9,12 @@ import pytest
 from tiny import config_of
 
 from eim_jax.config import ConfigError
+from eim_jax.losses import queue_build
+from eim_jax.losses.key_sources import LM_TEXTS
+from eim_jax.losses.table import queues_of
 from eim_jax.parallel.sharding import make_mesh
 from eim_jax.planning import plan, targets
-from eim_jax.planning.shapes import abstract_inputs
+from eim_jax.planning.shapes import abstract_inputs, queue_encoder
 from eim_jax.planning.table import sharding_table
 from eim_jax.training import assembly
 from eim_jax.training import setup as loading
@@ -58,13 +61,20 @@ def test_planned_arguments_are_those_that_training_passes_to_its_step(name, sequ
 
     assemble = assembly.assemble
     monkeypatch.setattr(one_stage, "assemble", lambda *args: assemble(*args)._replace(step=Step()))
+    built, encoder = [], queue_build.encoder
+
+    def recording(*args):
+        rows, step = encoder(*args)
+        return rows, lambda *arguments: built.append(jax.eval_shape(lambda *x: x, *arguments)) or step(*arguments)
+
+    monkeypatch.setattr(queue_build, "encoder", recording)
     inputs = loading.load(config, tmp_path)
     with pytest.raises(Stopped):
         run_arm(inputs, "eim")
     longest = caught[3].valid.shape[1]  # a plan is for texts of max_tokens, data may hold shorter ones alone
     assert longest <= config.data.max_tokens
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_tokens=longest))
-    _, program = program_of(config, "eim", jax.devices(), samples=len(inputs.train))
+    planned_inputs, program = program_of(config, "eim", jax.devices(), samples=len(inputs.train))
     real, planned = caught[:5], program.arguments[:5]
     assert jax.tree.structure(planned) == jax.tree.structure(tuple(real))
     for one, other in zip(jax.tree.leaves(planned), jax.tree.leaves(real), strict=True):
@@ -74,9 +84,15 @@ def test_planned_arguments_are_those_that_training_passes_to_its_step(name, sequ
     arrays = jax.tree.leaves(real)
     placed = sum(s.data.nbytes for x in arrays for s in x.addressable_shards if s.device == here)
     assert plan.local_bytes(planned) == placed
+    for kind, real in zip(queues_of(config.stages[sequence[0]]), built, strict=True):
+        vlm = loading.model(planned_inputs, config.arm["eim"])
+        _, planned = queue_encoder(planned_inputs, vlm, kind, plan.placed(planned_inputs.towers, planned_inputs.mesh))
+        assert kind.source is not LM_TEXTS or planned[2][0].shape[2] == longest
+        planned = (planned[0], planned[1], real[2], *planned[3:])  # the texts of CLIP are shorter than its context
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), planned) == jax.tree.map(lambda x: (x.shape, x.dtype), real)
 
 
-def test_a_plan_on_eight_cpu_devices_adds_up():
+def test_a_plan_on_eight_cpu_devices_adds_up(monkeypatch):
     """One stage of the miniature, compiled: parameters, Adam and queue by hand; the peak is the sum of the parts."""
     changes = {"data.scenes": 24, "arms": ("eim",), "arm.eim.sequence": ("st",), "arm.eim.prompts": 0}
     config = config_of("miniature", **changes, **{"stages.st.batch": 8, "stages.st.warmup_steps": 5})
@@ -91,12 +107,20 @@ def test_a_plan_on_eight_cpu_devices_adds_up():
     width = inputs.lm.config.width
     assert found.memory.queue == (width * 4 + 4) * 104 // 8  # 100 rows filled up to 8 x 13, float32, and their groups
     assert found.memory.peak == sum(found.memory) and found.memory.temporaries > 0
+    (build,) = found.builds
+    assert (build.queue, build.rows, build.fits) == ("K_e", 13, True)
+    texts = 13 * (config.data.max_tokens * width) * 4  # embeddings of a step's texts, of which XLA may keep a part
+    assert build.peak - build.temporaries == sum(found.memory[:2]) + found.memory.queue + found.memory.kept
+    assert 0 < build.temporaries < 10 * texts
     assert found.fits and found.knob == ""
     assert found.steps_per_epoch == 100 // 8
     assert found.epoch_seconds == found.step_seconds * 12 == max(found.seconds.values()) * 12
     small = dataclasses.replace(targets.target("cpu:8").chip, memory=found.memory.peak)
     (tight,), _ = plan.plan(config, targets.target("cpu:8")._replace(chip=small), samples=100)
     assert not tight.fits and tight.knob
+    monkeypatch.setattr(plan, "_encoder_temporaries", lambda *_: (2**50, True))  # as of a huge text tower
+    (short,), _ = plan.plan(config, targets.target("cpu:8"), samples=100)
+    assert not short.fits and short.knob and "building K_e, 13 rows at a time" in short.notes[-1]
 
 
 def test_frozen_leaves_are_on_the_devices_once(tmp_path):

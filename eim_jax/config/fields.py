@@ -56,7 +56,7 @@ class Data:
     ignore_token: int = -1  # loss_base does not score tokens of this id (ClipCap: 0, GPT-2's "!"); -1: scores all
     eos: bool = True  # supervise an end-of-text token (ClipCap itself does not: it needs decode.stop_at_period)
     cache_features: bool = True  # keep a frozen CLIP's features on disk instead of recomputing them every epoch
-    cache: str = ""  # folder for features, validation verdicts, compiled programs; "" = <workdir>/cache
+    cache: str = ""  # folder for features, tokens, validation verdicts, compiled programs; "" = <workdir>/cache
     threads: int = 4  # that decode images
     scored: str = "test"  # the split that is scored: test | val (to choose settings on) | train (what it remembers)
     eval_limit: int = 0  # score at most so many test images; 0 = all

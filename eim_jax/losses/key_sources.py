@@ -43,6 +43,7 @@ CLIP_TEXTS = KeySource(
     row=lambda inputs: jax.ShapeDtypeStruct((1, inputs.clip.text.context), jnp.int32),
     described=_described,
     lengths=_clip_lengths,
+    size=lambda inputs: inputs.clip.text.context * inputs.clip.text.width,
 )  # the caption (where there is none, the response) as the text tower's tokens [N s]
 
 LM_TEXTS = KeySource(
@@ -53,6 +54,7 @@ LM_TEXTS = KeySource(
     ),
     described=lambda inputs: f"{inputs.fingerprints['lm_tokenizer']}, {rows.described(inputs.config.data)}",
     lengths=lambda inputs, texts: texts[1].sum(axis=1),
+    size=lambda inputs: rows.widest(inputs.config.data) * inputs.lm.config.width,
 )  # instruction, response and EOS as the LM's tokens [N t], and which of them are no padding, bool [N t]
 
 
@@ -92,4 +94,5 @@ IMAGES = KeySource(
     fields=Crops,
     row=lambda inputs: jax.ShapeDtypeStruct((1, *_image(inputs)), jnp.uint8),
     described=lambda inputs: f"images, {inputs.fit}, {inputs.clip.vision.image_size} pixels",
+    size=lambda inputs: inputs.clip.vision.tokens * inputs.clip.vision.width,
 )  # the sample's image as CLIP's crop, uint8 [N h w 3]

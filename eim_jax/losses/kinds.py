@@ -36,6 +36,8 @@ class KeySource:
       described: (a run's inputs) -> the words by which a queue on disk says what was read: tokeniser and longest text.
       lengths: (a run's inputs, its fields [N t ...]) -> how many of each row's t slots decide its key, [N]: texts are
         then encoded by length, see `Queue.build`. None: rows are encoded whole.
+      size: (a run's inputs) -> slots x width of the tower at the longest row; decides how many rows are encoded at a
+        time. None: 256.
     """
 
     tower: str
@@ -43,6 +45,7 @@ class KeySource:
     row: Callable[[Any], Any]
     described: Callable[[Any], str]
     lengths: Callable[[Any, Any], Any] | None = None
+    size: Callable[[Any], int] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """How a queue's keys are made: samples encoded a batch at a time, each device filling its own rows."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,16 +23,38 @@ def compress(keys: Float[Array, "*rows D"], dtype: Any) -> tuple[Array, Float[Ar
     return jnp.round(keys / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8), scale
 
 
-def encode_all(encode, params, fields, count, batch, dtype, similarity, mesh, parts, lengths=None):
-    """Encodes a queue's keys step by step; the arguments are those of `Queue.build`, `count` samples.
+_NUMBERS = 2**26  # of a tower's residual stream that a device holds at once: slots x width of all its rows
+_ROWS = 256  # at most; more bring no speed
+_UNKNOWN = 2**18  # numbers of a row of a source that does not say: 256 rows
 
-    Yields:
-      After each step, and first of all after those whose rows `parts` holds: (keys and scale [devices, rows a device,
-      ...] as far as they are filled, the first bad row, samples encoded since, steps done; 0 where these are no rows to
-      keep: the last step also encodes some of the step before).
+
+def rows_at_once(size: int | None) -> int:
+    """Returns how many rows a device encodes at a time, where one of them takes `size` numbers at its longest.
+
+    A layer's scores, activations and copies are some tens of times as much: LLaMA-7B at 512 slots gets 32 rows, whose
+    scores are 1 GiB, and CLIP's text tower 256.
+
+    >>> rows_at_once(512 * 4096), rows_at_once(77 * 512)
+    (32, 256)
     """
-    shards, by_row = parts_of(mesh), rows_sharding(mesh)
-    plan = plan_steps(count, shards, batch, lengths, 0 if lengths is None else longest_of(fields))
+    return max(1, min(_ROWS, _NUMBERS // (size or _UNKNOWN)))
+
+
+def encoder(encode, count: int, dtype, similarity: str, mesh: Mesh | None) -> tuple[Callable, Callable]:
+    """Returns a batch's keys as a function, and the jitted step that puts them at their rows.
+
+    Args:
+      encode: (params, fields [b ...]) -> [b D].
+      count: samples; rows from there on are padding.
+      dtype: of the keys.
+      similarity: "cosine" normalises them.
+      mesh: over which rows are split.
+
+    Returns:
+      (params, fields [devices, rows, ...], row [devices, rows]) -> ((keys, scale), first bad row), and the same
+      behind the keys so far, which it takes and gives, and followed by the place of each row on its device.
+    """
+    shards = parts_of(mesh)
 
     def encode_rows(params, fields, row):
         fields = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), fields)
@@ -51,7 +74,21 @@ def encode_all(encode, params, fields, count, batch, dtype, similarity, mesh, pa
         key, bad = encode_rows(params, fields, row)
         return put(keys, key, place), bad
 
-    step = jax.jit(step, donate_argnums=0, out_shardings=None if mesh is None else (by_row, whole(mesh)))
+    where = None if mesh is None else (rows_sharding(mesh), whole(mesh))
+    return encode_rows, jax.jit(step, donate_argnums=0, out_shardings=where)
+
+
+def encode_all(encode, params, fields, count, batch, dtype, similarity, mesh, parts, lengths=None):
+    """Encodes a queue's keys step by step; the arguments are those of `Queue.build`, `count` samples.
+
+    Yields:
+      After each step, and first of all after those whose rows `parts` holds: (keys and scale [devices, rows a device,
+      ...] as far as they are filled, the first bad row, samples encoded since, steps done; 0 where these are no rows to
+      keep: the last step also encodes some of the step before).
+    """
+    shards, by_row = parts_of(mesh), rows_sharding(mesh)
+    plan = plan_steps(count, shards, batch, lengths, 0 if lengths is None else longest_of(fields))
+    encode_rows, step = encoder(encode, count, dtype, similarity, mesh)
     zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=by_row)
     keys = None
     before = 0 if parts is None else parts.open(plan, by_row)

@@ -17,11 +17,12 @@ import jax.numpy as jnp
 
 from eim_jax.config import Config, ConfigError, Stage
 from eim_jax.data import loader
+from eim_jax.losses.table import queues_of
 from eim_jax.models.language import family_of
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel.sharding import make_mesh, param_shardings, parts_of
 from eim_jax.planning.collectives import KINDS, moved
-from eim_jax.planning.shapes import abstract_inputs, batch_shapes, queue_shapes, replicated
+from eim_jax.planning.shapes import abstract_inputs, batch_shapes, queue_encoder, queue_shapes, replicated
 from eim_jax.planning.targets import Target
 from eim_jax.training import partition
 from eim_jax.training.arm import plan_arm, resolved
@@ -55,6 +56,19 @@ class Memory(NamedTuple):
         return sum(self)
 
 
+class Build(NamedTuple):
+    """What building one of a stage's queues takes, on each device: its encoder at the longest texts.
+
+    `peak` is all that is there then: the towers, the stage's leaves and queues, and the encoder's temporaries.
+    """
+
+    queue: str
+    rows: int  # that a device encodes at a time
+    temporaries: int
+    peak: int
+    fits: bool
+
+
 class StagePlan(NamedTuple):
     """One stage's costs; `sent` is bytes a device sends a step, by kind of collective. Seconds are lower bounds."""
 
@@ -70,6 +84,7 @@ class StagePlan(NamedTuple):
     steps_per_epoch: int
     steps: int
     notes: tuple[str, ...]
+    builds: tuple[Build, ...] = ()
 
     @property
     def step_seconds(self) -> float:
@@ -100,7 +115,7 @@ def plan(config: Config, target: Target, *, samples: int = 0, arms=(), only=()) 
     known = {stage for name in arms or config.arms for stage in config.arm[name].sequence}
     if unknown := [stage for stage in only if stage not in known]:
         raise ConfigError(f"--stages={','.join(unknown)}: the planned arms have {', '.join(sorted(known))}")
-    plans = []
+    plans, encoders = [], {}
     for name in arms or config.arms:
         arm = config.arm[name]
         vlm = model(inputs, arm)
@@ -110,7 +125,8 @@ def plan(config: Config, target: Target, *, samples: int = 0, arms=(), only=()) 
             stage = resolved(config.stages[info.name], inputs)
             if not only or info.name in only:
                 program = stage_program(inputs, vlm, stage, params, info.steps, before)
-                plans.append(_stage_plan(inputs, target, name, info.name, stage, program, info.steps))
+                found = _stage_plan(inputs, target, name, info.name, stage, program, info.steps)
+                plans.append(_with_builds(found, inputs, vlm, stage, target, encoders))
             before |= {path for group in partition.groups(stage, params) for path in group.paths}
     return plans, notes
 
@@ -193,6 +209,43 @@ def _stage_plan(
         steps,
         tuple(notes),
     )
+
+
+def _with_builds(
+    plan: StagePlan, inputs: Inputs, vlm: VLM, stage: Stage, target: Target, encoders: dict[str, tuple[int, int, bool]]
+) -> StagePlan:
+    """The stage's plan with what building its queues takes; `encoders` keeps those that are compiled."""
+    builds, notes = [], [*plan.notes]
+    towers = placed(inputs.towers, inputs.mesh)
+    # The optimizer's state and the first batch come after the queues.
+    beside = plan.memory.peak - plan.memory.temporaries - plan.memory.optimizer - plan.memory.batch
+    for kind in queues_of(stage):
+        if kind.name not in encoders:
+            console.print(f"compiling the encoder of {kind.symbol} for {target.name}", soft_wrap=True)
+            step, arguments = queue_encoder(inputs, vlm, kind, towers)
+            encoders[kind.name] = (arguments[3].shape[1], *_encoder_temporaries(step, arguments))
+        rows, temporaries, known = encoders[kind.name]
+        peak = beside + temporaries
+        builds.append(Build(kind.symbol, rows, temporaries, peak, known and peak <= plan.capacity))
+        if not builds[-1].fits:
+            notes.append(f"building {kind.symbol}, {rows} rows at a time on each device, takes {peak / 2**30:.2f} GiB")
+    fits = plan.fits and all(build.fits for build in builds)
+    advice = plan.knob or (
+        "" if fits else "more devices, a smaller --config.data.max_tokens, or chips with more memory"
+    )
+    return plan._replace(builds=tuple(builds), notes=tuple(notes), fits=fits, knob=advice)
+
+
+def _encoder_temporaries(step, arguments: tuple) -> tuple[int, bool]:
+    """What encoding takes besides the towers, keys and texts, and whether the compiler takes it at all."""
+    held = local_bytes(arguments)
+    try:
+        return _temporaries(step.lower(*arguments).compile(), held), True
+    except Exception as error:  # as of a stage's step
+        used = out_of_memory(str(error))
+        if used is None:
+            raise
+        return max(0, used - held), False
 
 
 def _compile(lowered, target: Target):

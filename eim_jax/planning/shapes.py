@@ -1,6 +1,8 @@
 """The inputs of a run without any of its files: towers as shapes, a split of which only the numbers are known."""
 
+import functools
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from eim_jax.data.rows import widest
 from eim_jax.data.samples import Split
 from eim_jax.losses import objective
 from eim_jax.losses.kinds import QueueKind
+from eim_jax.losses.queue_build import encoder, rows_at_once
 from eim_jax.losses.queues import Queue, compress
 from eim_jax.models.batch import Batch
 from eim_jax.models.language import FAMILIES, family_of
@@ -200,6 +203,28 @@ def queue_shapes(inputs: Inputs, vlm: VLM, kind: QueueKind) -> Queue:
 
     row = jax.eval_shape(one_row, partition.unflatten(inputs.towers), kind.source.row(inputs))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=held), row)
+
+
+def queue_encoder(inputs: Inputs, vlm: VLM, kind: QueueKind, towers: Flat) -> tuple[Callable, tuple]:
+    """The program that encodes a queue's rows, and its arguments' shapes: a run's number of rows, at their longest.
+
+    `towers` are the untouched ones' shapes with their shardings.
+    """
+    mesh, count, losses = inputs.mesh, len(inputs.samples), inputs.config.losses
+    shards, by_row, dtype = parts_of(mesh), queue_sharding(mesh), jnp.dtype(losses.queue_dtype)
+    held = -(-count // shards)
+    rows = min(rows_at_once(kind.source.size and kind.source.size(inputs)), held)
+    encode_rows, step = encoder(functools.partial(kind.keys, vlm), count, dtype, losses.similarity, mesh)
+
+    def by_device(leaf, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((shards, *shape), leaf.dtype, sharding=by_row)
+
+    fields = jax.tree.map(lambda leaf: by_device(leaf, rows, *leaf.shape[1:]), kind.source.row(inputs))
+    row = by_device(jax.ShapeDtypeStruct((), jnp.int32), rows)
+    params = partition.unflatten(towers)
+    (made, _) = jax.eval_shape(encode_rows, params, fields, row)
+    keys = jax.tree.map(lambda leaf: by_device(leaf, held, *leaf.shape[2:]), made)
+    return step, (keys, params, fields, row, row)
 
 
 def replicated(leaf, mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -32,6 +32,15 @@ def print_plan(target: Target, mesh: tuple, plans: list[StagePlan], notes: list[
         for p in plans
     ]
     _print_markdown(("arm", "stage", *fields, "verdict"), rows)
+    builds = [[p.arm, p.stage, b.queue, b.rows, b.temporaries, b.peak, b.fits] for p in plans for b in p.builds]
+    if builds:
+        _say("\nBuilding the queues, once, before the stage's first step: rows at a time, GiB on each device:\n")
+        good, bad = "fits", "does not fit" if target.exact else "may not fit"
+        rows = [
+            [*names, str(number), f"{more / GIB:.2f}", f"{peak / GIB:.2f}", good if fits else bad]
+            for *names, number, more, peak, fits in builds
+        ]
+        _print_markdown(("arm", "stage", "queue", "rows", "temporaries", "peak", "verdict"), rows)
     _say("\nA step of all devices in TFLOP; GB that each device sends; seconds at peak rates (a step: the largest):\n")
     rows = [
         [
@@ -89,6 +98,7 @@ def write(path: Path, command: str, target: Target, plans: list[StagePlan], note
         {
             **p._asdict(),
             "memory": {**p.memory._asdict(), "peak": p.memory.peak},
+            "builds": [build._asdict() for build in p.builds],
             "step_seconds": p.step_seconds,
             "epoch_seconds": p.epoch_seconds,
         }

@@ -22,6 +22,7 @@ from eim_jax.data.token_cache import cached_split
 from eim_jax.losses import queue_health, queues
 from eim_jax.losses.contrastive import Similarity
 from eim_jax.losses.kinds import QueueKind
+from eim_jax.losses.queue_build import rows_at_once
 from eim_jax.losses.queues import Queue
 from eim_jax.models.adapters import adapter_of
 from eim_jax.models.connector import ST_KINDS, STConfig, make_st
@@ -32,7 +33,7 @@ from eim_jax.models.vision import VISION_TOWERS, build_text
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
 from eim_jax.parallel.lock import held
-from eim_jax.parallel.sharding import make_mesh, param_shardings, shard_params
+from eim_jax.parallel.sharding import make_mesh, param_shardings, parts_of, shard_params
 from eim_jax.parallel.signals import doing
 from eim_jax.pretrained.tokenizer import bos_id
 from eim_jax.training import initial, joint_space, low_rank, partition
@@ -132,7 +133,7 @@ class Inputs:
             partition.unflatten(self.towers),
             fields,
             self.samples.groups,
-            batch=256,
+            batch=parts_of(self.mesh) * rows_at_once(kind.source.size and kind.source.size(self)),
             dtype=jnp.dtype(manifest["dtype"]),
             similarity=cast(Similarity, manifest["similarity"]),
             mesh=self.mesh,
