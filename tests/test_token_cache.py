@@ -1,11 +1,13 @@
 """Tokens that are kept: the same ones, read instead of made, and made anew where what decides them differs."""
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 
 from eim_jax.data import token_cache, tokenize
 from eim_jax.data.samples import DrawnImages, Sample, Split
-from eim_jax.data.token_cache import cached_split
 
 WORDS = ["a", "red", "ball", "lies", "on", "the", "blue", "box", "and", "is", "small"]
 
@@ -15,6 +17,11 @@ def split(count=60, seed=0, instruction=""):
     texts = [" ".join(rng.choice(WORDS, rng.integers(1, 12))) for _ in range(count)]
     samples = tuple(Sample(f"s{i}", None if i % 7 == 0 else 0, instruction, text) for i, text in enumerate(texts))
     return Split("train", samples, DrawnImages(["p"], lambda row: 1 / 0, ["p"]))
+
+
+def cached_split(place, texts, words, *settings, **options):
+    name = tokenize.fingerprint(words, options.get("seam", ""))
+    return token_cache.cached_split(place, texts, words, name, *settings, **options)
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +99,27 @@ def test_a_folder_that_may_not_be_written_is_no_reason_to_stop(tmp_path, tokeniz
     monkeypatch.setattr(token_cache, "new_folder", refuse)
     same(cached_split(tmp_path, split(), tokenizer, 9, True), tokenize.encode_split(split(), tokenizer, 9, True))
     assert "the tokens are not kept" in capsys.readouterr().out
+
+
+def test_a_fingerprint_is_the_sum_of_lines_of_json():
+    """As earlier versions wrote it into queues and run.json; ids and texts hold quotes, accents and emoji."""
+    texts = ['a "b"\\', "é \n\t\x7f", "\U0001f600", ""]
+    samples = tuple(Sample(f"s{i}", i % 2 or None, text, text[::-1], text * (i % 3)) for i, text in enumerate(texts))
+    own = Split("train", samples, DrawnImages(["p", "q"], lambda row: 1 / 0, ["1", "2"]))
+
+    def digest(lines):
+        return hashlib.sha256("".join(json.dumps(line) + "\n" for line in lines).encode()).hexdigest()
+
+    rows = [
+        [
+            s.id,
+            None if s.image is None else "pq"[s.image],
+            s.instruction,
+            s.response,
+            *([s.caption] if s.caption else []),
+        ]
+        for s in samples
+    ]
+    images = digest([["p", "1"], ["q", "2"]])
+    assert own.images.fingerprint() == images
+    assert own.fingerprint() == digest([digest(rows), images])

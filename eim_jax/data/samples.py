@@ -4,11 +4,13 @@ import abc
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from json.encoder import encode_basestring_ascii
 
 import numpy as np
 from jaxtyping import Int
@@ -17,6 +19,8 @@ from PIL import Image
 from eim_jax.data.mixture import Mixture
 from eim_jax.data.picture_stamps import Stamp, stamp_of, statuses
 from eim_jax.utils.images import load_rgb, to_rgb
+
+_LINES = 1024  # that a fingerprint takes in at once
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -261,10 +265,17 @@ def _sha256(*groups) -> str:
     """Returns the hex digest of lists of strings; JSON keeps ["ab", "c"] and ["a", "bc"] apart."""
     digest = hashlib.sha256()
     for group in groups:
-        for item in group:
-            digest.update(json.dumps(item).encode())
-            digest.update(b"\n")
+        lines = map(_line, group)
+        while some := list(itertools.islice(lines, _LINES)):
+            digest.update("".join(some).encode())
     return digest.hexdigest()
+
+
+def _line(item) -> str:
+    """An item as JSON, with a line's end; for lists of texts what `json.dumps` gives, in a third of its time."""
+    if isinstance(item, list) and all(isinstance(part, str) for part in item):
+        return f"[{', '.join(map(encode_basestring_ascii, item))}]\n"
+    return json.dumps(item) + "\n"
 
 
 def _no_duplicates(split: str, kind: str, ids) -> None:

@@ -24,7 +24,13 @@ _ARRAYS = ("ids", "lengths", "start", "stop")
 
 
 def cached_split(
-    cache: Path, split: Split, tokenizer: PreTrainedTokenizerBase, max_tokens: int, eos: bool, **options: Any
+    cache: Path,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    fingerprint: str,
+    max_tokens: int,
+    eos: bool,
+    **options: Any,
 ) -> Encoded:
     """Returns what `tokenize.encode_split` does, read from `cache`/tokens where an earlier start left it there.
 
@@ -35,6 +41,7 @@ def cached_split(
       cache: the folder that keeps what need not be found out twice.
       split: whose samples are encoded.
       tokenizer: the LM's.
+      fingerprint: of the tokenizer, as `tokenize.fingerprint` gives it with the seam.
       max_tokens: as `encode_split` takes it.
       eos: as `encode_split` takes it.
       **options: as `encode_split` takes them.
@@ -48,7 +55,7 @@ def cached_split(
     facts = {
         "version": _VERSION,
         "data": split.fingerprint(),
-        "tokenizer": tokenize.fingerprint(tokenizer, options.get("seam", "")),
+        "tokenizer": fingerprint,
         "tokenizers": [metadata.version(name) for name in ("tokenizers", "transformers")],
         "settings": {"max_tokens": max_tokens, "eos": eos, **options},
     }

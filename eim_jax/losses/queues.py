@@ -1,6 +1,7 @@
 """Queues: read-only arrays with one fixed key for each training sample, built once, kept on disk, sharded by row."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,6 +19,8 @@ from eim_jax.losses.queue_build import as_keys, compress, encode_all, rows_shard
 from eim_jax.losses.queue_files import StaleQueue, StoredRows, manifest, open_rows, write_rows
 from eim_jax.losses.queue_parts import QueueParts
 from eim_jax.parallel.sharding import parts_of
+
+_BLOCK = 65_536  # rows that are read at once
 
 __all__ = ["BadRow", "Queue", "QueueParts", "StaleQueue", "compress", "manifest"]
 
@@ -295,12 +298,23 @@ def _place_rows(rows: np.ndarray | StoredRows, total: int, mesh: Mesh | None, fi
 
     def part(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(total)
-        out = np.full((stop - start, *shape[1:]), fill, dtype)
-        real = rows[start : min(stop, len(rows))]
-        out[: len(real)] = real
+        out = _aligned((stop - start, *shape[1:]), dtype)
+        real = min(stop, len(rows)) - start
+        for begin in range(0, real, _BLOCK):  # rows of a file are copied on the way
+            end = min(begin + _BLOCK, real)
+            out[begin:end] = rows[start + begin : start + end]
+        out[max(real, 0) :] = fill
         return out
 
     return jax.make_array_from_callback(shape, rows_sharding(mesh), part)
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array that begins at a multiple of 64 bytes, which JAX takes over on CPU instead of copying it."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _common_length(label: str, fields: Any, groups: Any, ids: Any) -> int:

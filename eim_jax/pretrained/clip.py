@@ -7,6 +7,7 @@ Prompts, which Hugging Face's CLIP does not know, live in a file of their own, p
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -209,6 +210,11 @@ def _read_folder(
 
 def clip_shapes(vision: Any, text: Any) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns our paths ("visual/...", "text/...") -> shape and dtype, without allocating anything."""
+    return {**_shapes(vision, text)}
+
+
+@functools.lru_cache(maxsize=8)  # a start asks three times, and towers are traced for it
+def _shapes(vision: Any, text: Any) -> dict[str, jax.ShapeDtypeStruct]:
     family = VISION_TOWERS[vision.model_type]
     pixels = jax.ShapeDtypeStruct((1, vision.image_size, vision.image_size, 3), jnp.float32)
     made = {"visual": jax.eval_shape(family.build(vision).init, jax.random.key(0), pixels)["params"]}

@@ -185,6 +185,7 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     if config.data.seam == TOKENIZER:
         end = lm_tokenizer.decode([rows.end_of(lm_tokenizer, TOKENIZER)])
         console.print(f"asked in the tokenizer's chat template, whose answers end with {end}", markup=False)
+    words = tokenize.fingerprint(lm_tokenizer, config.data.seam)
     train = encoded = None
     if data:
         doing("checking the training data")
@@ -193,8 +194,8 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
         assert train is not None, "every data set has training samples"
         doing("tokenising")
         options = rows.row_options(config.data)
-        cache = _cache_of(config, workdir)
-        encoded = cached_split(cache, train, lm_tokenizer, config.data.max_tokens, config.data.eos, **options)
+        lengths = config.data.max_tokens, config.data.eos
+        encoded = cached_split(_cache_of(config, workdir), train, lm_tokenizer, words, *lengths, **options)
         encoded = _without_ignored(encoded, config.data.ignore_token, lm.config.vocab)
         console.print(f"{len(train):,} training samples ({len(train.images):,} images)", soft_wrap=True)
     towers = partition.flatten({**clip.params, "lm": lm.params})
@@ -212,7 +213,7 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
         "clip": pretrained.fingerprint(clip_dir),
         "lm": pretrained.fingerprint(lm_dir),
         **captions,
-        "lm_tokenizer": tokenize.fingerprint(lm_tokenizer, config.data.seam),
+        "lm_tokenizer": words,
         **given,
     }
     return Inputs(
