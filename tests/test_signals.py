@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import mains
 import pytest
 from test_resume import command
 
+from eim_jax.parallel import signals
 from eim_jax.parallel.signals import Interrupted, handled
 
 SCRIPT = """
@@ -118,3 +120,14 @@ def test_a_run_stopped_while_it_reads_compiles_and_scores_says_what_continues(tm
         assert "Traceback" not in process.said()
     process = mains.Main(command(workdir, *few), output)
     assert process.wait() == 0, process.said()[-2000:]
+
+
+def test_what_was_done_is_told_in_order_with_its_seconds_and_counted_anew(monkeypatch):
+    clock = iter([10.0, 12.0, 12.5, 13.0, 20.0, 21.0])
+    monkeypatch.setattr(signals, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(signals, "_state", signals._State())
+    signals.doing("reading")
+    signals.doing("reading")  # the same again is no other activity
+    signals.doing("training")
+    assert signals.spent() == [("starting", 2.0), ("reading", 1.0), ("training", 7.0)]
+    assert signals.spent() == [("training", 1.0)]

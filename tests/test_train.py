@@ -121,7 +121,12 @@ def test_texts_are_cut_to_the_configured_number_of_widths_and_steps_are_traced_b
     inputs = loading.load(cut, tmp_path)
     run_arm(inputs, "eim")
     said = capsys.readouterr().out
-    widths = {int(line.split("texts of ")[1].split()[0]) for line in said.splitlines() if "compiling lm" in line}
+    [told] = [line for line in said.splitlines() if "first step after" in line]  # of one stage, however many widths
+    assert told.startswith("lm: first step after ") and ", compiling lm " in told
+    assert said.count("compiled lm for texts of") == said.count("compiling lm for texts of")
+    widths = {
+        int(line.split("texts of ")[1].split()[0]) for line in said.splitlines() if line.startswith("compiling lm")
+    }
     assert len(widths) == 2 and max(widths) <= inputs.encoded.tokens.shape[1]
     lines = read_metrics(tmp_path / "eim" / "metrics.jsonl")
     (summary,) = json.loads((tmp_path / "eim" / "run.json").read_text())["stages"]
