@@ -20,7 +20,7 @@ from eim_jax.commands.help import MODES, fields, general, presets
 from eim_jax.parallel import processes, signals
 from eim_jax.utils.console import console, duration, shown
 from eim_jax.utils.files import Damaged, DiskFull, full_disk, user_path
-from eim_jax.utils.this_machine import machine, versions
+from eim_jax.utils.this_machine import machine, seconds_alive, versions
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes; plan and prepare need none.")
 _MODE = flags.DEFINE_enum("mode", "train", tuple(MODES), "What to do.")
@@ -354,6 +354,7 @@ def cli() -> None:
                 _fail(traceback.format_exc())
             raise
 
+    signals.began(seconds_alive())
     continues = _given(sys.argv, "mode") in (None, "train", "prepare")
     try:
         with signals.handled(f"the same command {'continues' if continues else 'starts again'}"):

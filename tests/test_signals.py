@@ -123,7 +123,7 @@ def test_a_run_stopped_while_it_reads_compiles_and_scores_says_what_continues(tm
 
 
 def test_what_was_done_is_told_in_order_with_its_seconds_and_counted_anew(monkeypatch):
-    clock = iter([10.0, 12.0, 12.5, 13.0, 20.0, 21.0])
+    clock = iter([10.0, 12.0, 12.5, 13.0, 20.0, 21.0, 30.0, 32.0])
     monkeypatch.setattr(signals, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(signals, "_state", signals._State())
     signals.doing("reading")
@@ -131,3 +131,5 @@ def test_what_was_done_is_told_in_order_with_its_seconds_and_counted_anew(monkey
     signals.doing("training")
     assert signals.spent() == [("starting", 2.0), ("reading", 1.0), ("training", 7.0)]
     assert signals.spent() == [("training", 1.0)]
+    signals.began(5.0)  # seconds before now
+    assert signals.spent() == [("training", 7.0)]

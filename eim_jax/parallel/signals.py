@@ -92,6 +92,11 @@ def doing(what: str) -> None:
         _state.doing, _state.since = what, now
 
 
+def began(seconds: float) -> None:
+    """Counts the time from so many seconds ago, when the process began: loading packages is a part of starting."""
+    _state.spent, _state.since = [], time.monotonic() - seconds
+
+
 def spent() -> list[tuple[str, float]]:
     """Returns the activities since the last call, in order, each with its seconds; counts anew."""
     now = time.monotonic()

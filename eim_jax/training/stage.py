@@ -34,7 +34,6 @@ from eim_jax.training.scorer import Best, Scorer, is_due
 from eim_jax.training.setup import Inputs, stage_features
 from eim_jax.utils.console import console, duration
 from eim_jax.utils.flops import work
-from eim_jax.utils.this_machine import seconds_alive
 
 
 def run_stage(
@@ -286,8 +285,6 @@ class _StageRun:
         """Says what the time before the first step went to, since the process began or since the stage before."""
         self.told, parts = True, spent()
         total = sum(seconds for _, seconds in parts)
-        if parts[0][0] == "starting":  # the process is older than what counts
-            parts[0], total = ("starting", parts[0][1] + max(0.0, seconds_alive() - total)), max(total, seconds_alive())
         said = ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts if seconds >= 0.05)
         console.print(f"{self.info.name}: first step after {duration(total)}: {said}", soft_wrap=True)
 
