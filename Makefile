@@ -88,7 +88,7 @@ clean:
 	@touch $@
 
 .venv/test$(EXTRAS): .venv/run$(EXTRAS)
-	$(INSTALL) '.[train,test$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	$(INSTALL) '.[train,serve,test$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	@touch $@
 
 .venv/docs: .venv/run$(EXTRAS)

@@ -2,10 +2,9 @@
 
 import jax
 import numpy as np
-import pytest
 from test_continuous import LONGEST, rows_of
 from test_continuous import world as world  # the fixture
-from test_decode import EOS, logit_size, tiny, visual
+from test_decode import EOS, logit_size, visual
 
 from eim_jax.generation.open_batch import OpenBatch, RowSettings
 from eim_jax.generation.sampler import DecodeConfig, continue_text
@@ -56,9 +55,3 @@ def test_a_place_whose_text_nobody_wants_is_free_at_once(world):
     batch.admit(rows_of(read, np.arange(2), LONGEST), [0, 1], both)
     said = batch.run(1, leaving=[1])
     assert said.done.tolist() == [False, True] and said.length.tolist() == [2, 1]
-
-
-def test_what_does_not_fit_the_context_is_refused():
-    lm, params = tiny()
-    with pytest.raises(ValueError, match="do not fit the LM's context"):
-        OpenBatch(lm, params, rows=2, prefix=lm.config.context, most=1, ends=())

@@ -129,7 +129,7 @@ def warm_up(engine: Engine, name: str) -> None:
     arm = engine.arms[name]
     data, decode, size = arm.inputs.config.data, arm.inputs.config.decode, arm.vlm.visual.config.image_size
     prompt = chat_prompt(data, "?") if arm.asks else ""
-    ids = prompt_tokens(data, prompt, True, arm.tokenizer)
+    ids = prompt_tokens(data, prompt, True, arm.tokenizer, arm.longest_prompt)
     answers: queue.SimpleQueue = queue.SimpleQueue()
     settings = Settings(decode.methods[0], 0.0, 1.0, arm.most, 0)
     engine.submit(Job(name, np.zeros((size, size, 3), np.uint8), ids, settings, (), False, answers.put))

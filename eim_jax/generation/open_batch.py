@@ -28,7 +28,7 @@ class RowSettings(NamedTuple):
     Attributes:
       temperature: 0 takes the most probable token, above 0 it divides the logits before sampling.
       top_p: nucleus mass, 0 to 1.
-      most: tokens at which the text ends, 1 to the batch's own limit.
+      most: tokens at which the text ends, 1 to the batch's own limit; with its prefix no more than the LM's context.
       seed: of the row's samples. A row is sampled as row 0 of `sampler.continue_text` with this seed.
     """
 
@@ -68,9 +68,6 @@ class OpenBatch:
       most: most tokens generated for a text.
       ends: tokens that end a text.
       mesh: over which the cache is laid out.
-
-    Raises:
-      ValueError: `prefix` and `most` do not fit the LM's context.
     """
 
     def __init__(
@@ -84,8 +81,6 @@ class OpenBatch:
         ends: Sequence[int],
         mesh: Mesh | None = None,
     ) -> None:
-        if prefix + most > lm.config.context:
-            raise ValueError(f"{prefix} tokens and {most} new ones do not fit the LM's context of {lm.config.context}")
         self.rows, self.most, self._prefix, self._params = rows, most, prefix, params
         self._how = (lm, tuple(ends), mesh)
         self._held: _Held | None = None

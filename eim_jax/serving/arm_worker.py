@@ -79,26 +79,25 @@ class ArmWorker:
             self._batch = self.arm.open_batch()
 
     def _search(self, jobs: list[Job]) -> None:
-        read = self.arm.read([job.crop for job in jobs], [job.prompt for job in jobs])
+        read = self.arm.read([job.crop for job in jobs], [job.prompt for job in jobs], room=self.arm.most)
         said, prompts = self.arm.beams(read), np.asarray(read.valid).sum(1)
         for row, job in enumerate(jobs):
             whole = said.tokens[row, : said.length[row]].tolist()
             tokens = whole[: job.settings.most]
-            ended = len(tokens) == len(whole) and len(whole) < self.arm.most
+            ended = len(tokens) == len(whole) and len(whole) < said.tokens.shape[1]
             self._end(job, TextStream(self.arm.tokenizer, job.stops), tokens, (), ended, int(prompts[row]))
 
     def _admit(self, jobs: list[Job], free: list[int]) -> None:
         read = self.arm.read([job.crop for job in jobs], [job.prompt for job in jobs])
-        size = len(read.valid)
-        of = [jobs[min(row, len(jobs) - 1)].settings for row in range(size)]
+        prompts = np.asarray(read.valid).sum(1)
+        of = [jobs[min(row, len(jobs) - 1)].settings for row in range(len(prompts))]
         settings = RowSettings(
             np.array([each.temperature for each in of], np.float32),
             np.array([each.top_p for each in of], np.float32),
-            np.array([each.most for each in of], np.int32),
+            np.minimum([each.most for each in of], self.arm.context - prompts).astype(np.int32),
             np.array([each.seed for each in of], np.int32),
         )
         self._batch.admit(read, free[: len(jobs)], settings)
-        prompts = np.asarray(read.valid).sum(1)
         for row, (place, job) in enumerate(zip(free, jobs, strict=False)):
             self._writing[place] = _Writing(job, TextStream(self.arm.tokenizer, job.stops), int(prompts[row]))
 

@@ -180,7 +180,7 @@ def _check_method(request: ChatRequest) -> None:
         raise RequestError("method='nucleus' with temperature=0, which is greedy: give one", param="temperature")
 
 
-def _number(given: Mapping[str, Any], name: str, low: float, high: float) -> float | None:
+def _number(given: Mapping[str, Any], name: str, low: int, high: int) -> float | None:
     value = given.get(name)
     if value is None:
         return None

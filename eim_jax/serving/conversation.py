@@ -70,7 +70,7 @@ def _prompt(data: Data, turns: Sequence[Turn]) -> str:
             spoken.append(turn)
         elif turn.text.strip():
             raise RequestError(
-                f"{turn.where}: this run's conversations have no system prompt: leave it out, or say it in the question",
+                f"{turn.where}: this run's conversations have no system prompt: leave it out, or ask it as a question",
                 param=turn.where,
             )
     for i, turn in enumerate(spoken):
@@ -91,7 +91,7 @@ def _prompt(data: Data, turns: Sequence[Turn]) -> str:
     return chat_prompt(data, question, list(zip(before[::2], before[1::2], strict=True)))
 
 
-def prompt_tokens(data: Data, prompt: str, pictured: bool, tokenizer) -> list[int]:
+def prompt_tokens(data: Data, prompt: str, pictured: bool, tokenizer, most: int) -> list[int]:
     """Returns a prompt's ids.
 
     Args:
@@ -99,15 +99,16 @@ def prompt_tokens(data: Data, prompt: str, pictured: bool, tokenizer) -> list[in
       prompt: as `asked` wrote it.
       pictured: whether a picture stands before it.
       tokenizer: the LM's.
+      most: tokens that the LM's context has room for.
 
     Raises:
-      RequestError: it is longer than the run's texts may be, or the tokenizer's chat template refuses it.
+      RequestError: it is longer than that, or than the run's texts may be, or the tokenizer's chat template refuses it.
     """
     try:
         ids = rows.prompt_ids([prompt], tokenizer, data.seam)[0]
     except ValueError as error:
         raise RequestError(f"messages: {error}", param="messages") from error
-    longest = rows.limit(data, pictured)
+    longest = min(rows.limit(data, pictured), most) if prompt else 0
     if len(ids) > longest:
         raise RequestError(
             f"the conversation has {len(ids):,} tokens, this run reads at most {longest:,} (config.data.max_tokens)",

@@ -65,7 +65,7 @@ class NearestKeys:
                     "queue": loss.queue.symbol,
                     "rows": queue.count,
                     "similarity": settings.similarity,
-                    "nearest": [self._sample(row, similar[row]) for row in _highest(similar, count)],
+                    "nearest": [self._sample(row, float(similar[row])) for row in _highest(similar, count)],
                 }
             )
         return found
@@ -75,7 +75,7 @@ class NearestKeys:
         sample = split.samples[row]
         text = " ".join(filter(None, (readable(sample.instruction), sample.caption or sample.response)))
         picture = None if sample.image is None else _thumbnail(split.images[sample.image])
-        return {"row": row, "id": sample.id, "similarity": float(similarity), "text": text, "picture": picture}
+        return {"row": row, "id": sample.id, "similarity": similarity, "text": text, "picture": picture}
 
 
 def _of_picture(loss: Any, settings: Any) -> bool:

@@ -39,7 +39,9 @@ class ServedArm:
       params: its parameters.
 
     Attributes:
-      most: most tokens of an answer.
+      most: most tokens of an answer; fewer where the LM's context ends.
+      longest_prompt: in tokens.
+      context: of the LM.
       eos: the token that ends an answer, None where the model was not taught one.
       rows: texts decoded at once.
 
@@ -54,19 +56,22 @@ class ServedArm:
         data, settings, self.tokenizer = inputs.config.data, inputs.config.decode, inputs.lm_tokenizer
         self.rows = rounded(settings.batch, inputs.mesh)
         self._sizes = _steps(1, self.rows, _SIZES, inputs.mesh)
-        # A run that captions has no prompts: their width is 0.
-        longest = max(rows.limit(data, pictured=True), rows.limit(data, pictured=False))
-        self._widths = [0, *_steps(_NARROWEST, longest, 2)]
         self.eos, self._period = rows.end_id(data, self.tokenizer), period_id(self.tokenizer)
         size = vlm.visual.config.image_size
         pixels, shown = np.zeros((1, size, size, 3), np.uint8), np.ones(1, bool)
         self._visual = jax.eval_shape(functools.partial(connect_images, vlm), self.tree, pixels, shown)
-        self.prefix = self._slots(longest if self.asks else 0)
-        self.decode = decoding(inputs, self._generating, "greedy", self.prefix)
-        self.most = self.decode.max_tokens
-        if self.decode.stop_at_period and self._period is None:
+        # A run that captions has no prompts: their width is 0.
+        least = int(self.asks)
+        before, self.context = self._slots(least) - least, vlm.lm.config.context
+        decode = decoding(inputs, self._generating, "greedy", before + least)
+        self.most = decode.max_tokens
+        longest = max(rows.limit(data, pictured=True), rows.limit(data, pictured=False))
+        self.longest_prompt = min(longest, self.context - before - 1) if self.asks else 0
+        self._before, self._widths = before, [0, *_steps(_NARROWEST, self.longest_prompt, 2)] if self.asks else [0]
+        self.prefix = self._slots(self.longest_prompt)
+        if decode.stop_at_period and self._period is None:
             raise ConfigError("config.decode.stop_at_period: the LM's vocabulary has no token '.'")
-        self.ends = stops(self.decode, self.eos, self._period)
+        self.ends = stops(decode, self.eos, self._period)
 
     @property
     def asks(self) -> bool:
@@ -99,18 +104,23 @@ class ServedArm:
             found[part] = np.asarray(fetch(seen))[: len(part)]
         return found
 
-    def read(self, crops: Sequence[UInt8[np.ndarray, "h w 3"] | None], prompts: Sequence[Sequence[int]]) -> LMInput:
+    def read(
+        self, crops: Sequence[UInt8[np.ndarray, "h w 3"] | None], prompts: Sequence[Sequence[int]], room: int = 0
+    ) -> LMInput:
         """Returns what the LM reads for a group of pictures and prompts, padded to a size and a width.
 
         Args:
           crops: pictures, None for none.
           prompts: their ids.
+          room: slots that padding must leave in the LM's context.
         """
-        return read_inputs(self._generating, self.tree, *self._placed(self.see(crops), crops, prompts))
+        width = self._width(longest := max(map(len, prompts)))
+        width = longest if self._before + width + room > self.context else width
+        return read_inputs(self._generating, self.tree, *self._placed(self.see(crops), crops, prompts, width))
 
     def beams(self, read: LMInput) -> Decoded:
         """Returns the run's beam search over a group, as NumPy arrays."""
-        config = decoding(self.inputs, self._generating, "beam", self.prefix)
+        config = decoding(self.inputs, self._generating, "beam", read.valid.shape[1])
         ends = {"eos_id": self.eos, "period_id": self._period}
         lm, params = self._generating.lm, self.tree["lm"]
         (index,) = place_rows(self.inputs.mesh, [np.arange(len(read.valid))])
@@ -158,9 +168,8 @@ class ServedArm:
         """Returns the size of group that holds so many rows."""
         return next(size for size in self._sizes if size >= count)
 
-    def _placed(self, visual, crops, prompts):
+    def _placed(self, visual, crops, prompts, width: int):
         size = self.padded(len(prompts))
-        width = self._width(max(map(len, prompts)))
         tokens, valid = np.zeros((size, width), np.int32), np.zeros((size, width), bool)
         for row, ids in enumerate(prompts):
             tokens[row, : len(ids)], valid[row, : len(ids)] = ids, True

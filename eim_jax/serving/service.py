@@ -78,7 +78,7 @@ class Service:
         settings = settings_of(request, self.config.decode, self.config.seed, arm.most)
         asked, crop = await self._read(arm, request.turns)
         pictured = crop is not None
-        ids = conversation.prompt_tokens(self.config.data, asked.prompt, pictured, arm.tokenizer)
+        ids = conversation.prompt_tokens(self.config.data, asked.prompt, pictured, arm.tokenizer, arm.longest_prompt)
         answer = Answer(self.engine)
         job = Job(arm.name, crop, ids, settings, request.stop, request.stream, answer.emit)
         answer.start(job)

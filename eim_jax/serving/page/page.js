@@ -148,7 +148,7 @@ async function likelihoods(answers) {
   const table = element("table", {}, element("caption", { textContent: "Negative log-likelihood, nats a token" }), head);
   for (const { arm, values } of rows) {
     const cells = values.map((value) =>
-      element("td", { textContent: value.toFixed(3), className: value === Math.min(...values) ? "best" : "" }));
+      element("td", { textContent: value.toFixed(3), className: values.length > 1 && value === Math.min(...values) ? "best" : "" }));
     table.append(element("tr", {}, element("th", { textContent: arm }), ...cells));
   }
   return element("div", { className: "scroll" }, table);
