@@ -7,17 +7,24 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
+import signal
 import threading
 import urllib.request
 
 import jax.numpy as jnp
+import mains
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import config_of
 
 from eim_jax import api
+from eim_jax import config as settings
 from eim_jax.data.datasets import load_split
-from eim_jax.training import setup
+from eim_jax.training import partition, setup
+from eim_jax.training.checkpoint import StageCheckpoints
+from eim_jax.utils.files import write_json
 
 openai = pytest.importorskip("openai", reason="the extra test brings OpenAI's client")
 pytest.importorskip("uvicorn", reason="--mode=serve needs the extra serve")
@@ -261,8 +268,13 @@ def test_likelihood_and_nearest_keys_are_what_the_model_s_own_functions_give(wor
     keys = np.asarray(world.nearest._queues["caption"].keys, np.float64)[: losses[0]["rows"]]
     similar = keys @ (query / np.linalg.norm(query))
     found = [(sample["row"], sample["similarity"]) for sample in losses[0]["nearest"]]
-    assert [row for row, _ in found] == np.argsort(-similar, kind="stable")[:4].tolist()
-    assert [value for _, value in found] == pytest.approx(np.sort(similar)[::-1][:4].tolist(), abs=1e-5)
+    # Of each training picture the nearest text.
+    best = {}
+    for row in np.argsort(-similar, kind="stable").tolist():
+        best.setdefault(world.inputs.train.samples[row].image, row)
+    wanted = list(best.values())[:4]
+    assert [row for row, _ in found] == wanted
+    assert [value for _, value in found] == pytest.approx(similar[wanted].tolist(), abs=1e-5)
     assert losses[0]["nearest"][0]["text"] == world.inputs.train.samples[found[0][0]].response
     assert post(address, "/api/likelihood", {"model": "eim", "messages": asked(picture), "text": " "})[0] == 400
     assert arm.most == 8
@@ -316,6 +328,29 @@ def test_a_run_that_follows_instructions_is_asked_in_its_own_form(tmp_path):
                 client.chat.completions.create(model="eim", messages=messages)
             assert caught.value.code == code
     world.engine.stop()
+
+
+def test_the_command_serves_a_finished_run_until_a_signal(tmp_path):
+    config = config_of("miniature", **{"data.scenes": 8, "decode.methods": ("greedy",), "decode.max_tokens": 4})
+    inputs = setup.load(config, tmp_path, data=False)
+    _, params = setup.start(inputs, config.arm["baseline"])
+    leaves, _ = partition.split(params, partition.groups(config.stages["base"], params))
+    with StageCheckpoints(tmp_path / "baseline" / "checkpoints" / "0-base") as store:
+        store.finish(leaves, {})
+    write_json(tmp_path / "run.json", {"config": settings.as_dict(config), "identity": inputs.identity()})
+    flags = ["--mode=serve", f"--workdir={tmp_path}", "--port=0", "--config.decode.batch=2"]
+    process = mains.Main(flags, tmp_path / "said.txt")
+    try:
+        process.until(lambda: "/v1" in process.said())
+        assert "not served: stage st of arm eim is not finished" in process.said()
+        with client_of(re.search(r"http://[\d.:]+", process.said())[0]) as client:
+            found = client.chat.completions.create(model="baseline", messages=asked(Image.new("RGB", (40, 30), "red")))
+            assert found.usage.completion_tokens
+        process.signal(signal.SIGTERM)
+        assert process.wait(60) == 0, process.said()
+        assert "stopped: all that was begun is answered" in process.said()
+    finally:
+        process.kill()
 
 
 def test_a_text_is_sent_once_it_can_be_meant(world):

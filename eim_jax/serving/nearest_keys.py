@@ -42,7 +42,7 @@ class NearestKeys:
                     self._queues[kind.name] = inputs.queue(arm.vlm, kind)
 
     def of(self, arm: ServedArm, crop: UInt8[np.ndarray, "h w 3"], count: int) -> list[dict[str, Any]]:
-        """Returns the nearest training samples of a picture, for each loss.
+        """Returns the nearest training samples of a picture, for each loss: of the texts about one picture the nearest.
 
         Args:
           arm: as it sees the picture.
@@ -65,10 +65,19 @@ class NearestKeys:
                     "queue": loss.queue.symbol,
                     "rows": queue.count,
                     "similarity": settings.similarity,
-                    "nearest": [self._sample(row, float(similar[row])) for row in _highest(similar, count)],
+                    "nearest": [self._sample(row, float(similar[row])) for row in self._highest(similar, count)],
                 }
             )
         return found
+
+    def _highest(self, similar: np.ndarray, count: int) -> list[int]:
+        groups = self._inputs.samples.groups
+        found: dict[int, int] = {}
+        for row in np.argsort(-similar, kind="stable").tolist():
+            found.setdefault(int(groups[row]), row)
+            if len(found) == count:
+                break
+        return list(found.values())
 
     def _sample(self, row: int, similarity: float) -> dict[str, Any]:
         split = self._inputs.samples
@@ -80,11 +89,6 @@ class NearestKeys:
 
 def _of_picture(loss: Any, settings: Any) -> bool:
     return loss.queue is not None and loss.fields(settings) <= _FIELDS
-
-
-def _highest(similar: np.ndarray, count: int) -> list[int]:
-    some = np.argpartition(-similar, min(count, len(similar) - 1))[:count]
-    return some[np.argsort(-similar[some], kind="stable")].tolist()
 
 
 def _thumbnail(picture: Any) -> str:
