@@ -239,6 +239,13 @@ def test_only_those_may_ask_who_should(world):
         # What a page of another origin could send: without leave to, or to a name of its own.
         assert post(address, path, body, **key, **{"Content-Type": "text/plain"})[0] == 415
         assert post(address, path, body, **key, Host="evil.example")[0] == 403
+        # The report is a link, which carries no header: whoever had the key is given a cookie for it alone.
+        with urllib.request.urlopen(urllib.request.Request(address + "/api/run", headers=key)) as found:
+            cookie = {"Cookie": found.headers["Set-Cookie"].partition(";")[0]}
+        for path, headers, status in (("/report", {}, 401), ("/report", cookie, 404), ("/v1/models", cookie, 401)):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(urllib.request.Request(address + path, headers=headers))
+            assert refused.value.code == status
         for page in ("/", "/page.js", "/page.css", "/health"):
             with urllib.request.urlopen(address + page) as found:
                 assert found.status == 200

@@ -17,7 +17,7 @@ from eim_jax.serving.chat_request import read_request
 from eim_jax.serving.completions import Completion
 from eim_jax.serving.conversation import captions, several_turns
 from eim_jax.serving.errors import RequestError, no_such_model
-from eim_jax.serving.gate import Gate, json_body, refusal
+from eim_jax.serving.gate import REPORT, TICKET, Gate, json_body, refusal, ticket
 from eim_jax.serving.job import Answered
 from eim_jax.serving.service import Answer, Service
 
@@ -27,6 +27,8 @@ _POLICY = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+# The report has its styles and pictures inside, and no scripts.
+_REPORT_POLICY = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:"}
 _KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 _GONE = Response(status_code=499)  # nobody reads it
 
@@ -48,7 +50,7 @@ def make_app(service: Service) -> Gate:
             Route("/page.js", _page("page.js")),
             Route("/page.css", _page("page.css")),
             Route("/favicon.ico", lambda request: Response(status_code=204)),
-            Route("/report", routes.report),
+            Route(REPORT, routes.report),
             Route("/api/run", routes.run),
             Route("/api/likelihood", _answering(routes.likelihood), methods=["POST"]),
             Route("/api/neighbours", _answering(routes.neighbours), methods=["POST"]),
@@ -111,14 +113,17 @@ class Routes:
             "neighbours": service.nearest is not None,
             "report": (service.workdir / "report.html").exists(),
         }
-        return JSONResponse(said)
+        answer = JSONResponse(said)
+        if key := service.options.api_key:
+            answer.set_cookie(TICKET, ticket(key), path=REPORT, httponly=True, samesite="strict")
+        return answer
 
     async def report(self, request: Request) -> Response:
         """GET /report: the run's report page, as it stands now."""
         path = self._service.workdir / "report.html"
         if not path.exists():
             raise RequestError("this run has no report.html yet", status=404)
-        return FileResponse(path, media_type="text/html", headers={"X-Content-Type-Options": "nosniff"})
+        return FileResponse(path, media_type="text/html", headers={**_POLICY, **_REPORT_POLICY})
 
     async def likelihood(self, request: Request) -> Response:
         """POST /api/likelihood {model, messages, text}: nats a token of a text as the answer."""

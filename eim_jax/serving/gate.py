@@ -12,6 +12,8 @@ from eim_jax.serving.errors import RequestError
 from eim_jax.serving.service import Options
 
 OPEN = ("/health", "/", "/page.js", "/page.css", "/favicon.ico")  # without a key: they hold nothing of the run
+REPORT = "/report"  # a link, which carries no header: the page has a cookie for it
+TICKET = "eim_jax_report"
 _RETRY = {429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}, 401: {"WWW-Authenticate": "Bearer"}}
 
 
@@ -55,11 +57,24 @@ class Gate:
             hosts = ", ".join(self._options.hosts)
             raise RequestError(f"this server answers as {hosts}, not as {name!r}; --host opens it", status=403)
         key = self._options.api_key
-        if key and request.url.path not in OPEN:
+        path = request.url.path
+        if key and path == REPORT and _same(request.cookies.get(TICKET, ""), ticket(key)):
+            return
+        if key and path not in OPEN:
             given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-            if not hmac.compare_digest(given.encode(), key.encode()):
+            if not _same(given, key):
                 message = "wrong or missing API key: send Authorization: Bearer KEY"
                 raise RequestError(message, status=401, code="invalid_api_key")
+
+
+def ticket(key: str) -> str:
+    """Returns the cookie's value that opens the report, and nothing else, to a page that had the key."""
+    return hmac.digest(key.encode(), REPORT.encode(), "sha256").hex()
+
+
+def _same(given: str, wanted: str) -> bool:
+    """Whether two texts are equal, in a time that does not tell where they differ."""
+    return hmac.compare_digest(given.encode(), wanted.encode())
 
 
 async def json_body(request: Request, limit: int) -> Any:

@@ -227,11 +227,6 @@ at("key").addEventListener("submit", (event) => {
   sessionStorage.setItem("key", state.key);
   open();
 });
-at("report").addEventListener("click", async (event) => {
-  if (!state.key) return; // a plain link
-  event.preventDefault();
-  window.open(URL.createObjectURL(await (await ask("report")).blob()), "_blank", "noopener");
-});
 at("method").addEventListener("change", () => { at("sampling").hidden = at("method").value !== "nucleus"; });
 at("file").addEventListener("change", () => show(at("file").files[0]));
 at("drop").addEventListener("dragover", (event) => { event.preventDefault(); at("drop").classList.add("over"); });
