@@ -5,11 +5,14 @@ import base64
 import concurrent.futures
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import re
 import signal
+import sys
 import threading
+import types
 import urllib.request
 
 import jax.numpy as jnp
@@ -25,6 +28,7 @@ from eim_jax.data.datasets import load_split
 from eim_jax.training import partition, setup
 from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.utils.files import write_json
+from eim_jax.utils.images import clip_preprocess
 
 openai = pytest.importorskip("openai", reason="the extra test brings OpenAI's client")
 pytest.importorskip("uvicorn", reason="--mode=serve needs the extra serve")
@@ -184,14 +188,14 @@ def test_samples_and_beams_are_the_library_s(world, client):
         found = client.chat.completions.create(model="eim", messages=asked(world.pictures[1]), **options)
         return found.choices[0].message.content
 
-    def library(**fields):
+    def library(seed=0, **fields):
         decode = dataclasses.replace(world.inputs.config.decode, **fields)
-        config = dataclasses.replace(world.inputs.config, decode=decode, seed=5)
+        config = dataclasses.replace(world.inputs.config, decode=decode, seed=seed)
         run = api.Run(dataclasses.replace(world.inputs, config=config), "eim")
         run.__dict__["_trained"] = world.runs["eim"]._trained
         return run.caption(world.pictures[1], method=decode.methods[0])[0]
 
-    assert say(temperature=0.7, top_p=0.9, seed=5) == library(methods=("nucleus",), temperature=0.7, top_p=0.9)
+    assert say(temperature=0.7, top_p=0.9, seed=5) == library(5, methods=("nucleus",), temperature=0.7, top_p=0.9)
     assert say(extra_body={"method": "beam"}) == library(methods=("beam",))
 
 
@@ -337,15 +341,54 @@ def test_a_run_that_follows_instructions_is_asked_in_its_own_form(tmp_path):
     world.engine.stop()
 
 
-def test_the_command_serves_a_finished_run_until_a_signal(tmp_path):
-    config = config_of("miniature", **{"data.scenes": 8, "decode.methods": ("greedy",), "decode.max_tokens": 4})
-    inputs = setup.load(config, tmp_path, data=False)
-    _, params = setup.start(inputs, config.arm["baseline"])
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """A work directory whose baseline ended as it began."""
+    workdir, config = tmp_path_factory.mktemp("finished"), world.inputs.config
+    params = world.runs["baseline"]._trained[1]
     leaves, _ = partition.split(params, partition.groups(config.stages["base"], params))
-    with StageCheckpoints(tmp_path / "baseline" / "checkpoints" / "0-base") as store:
+    with StageCheckpoints(workdir / "baseline" / "checkpoints" / "0-base") as store:
         store.finish(leaves, {})
-    write_json(tmp_path / "run.json", {"config": settings.as_dict(config), "identity": inputs.identity()})
-    flags = ["--mode=serve", f"--workdir={tmp_path}", "--port=0", "--config.decode.batch=2"]
+    write_json(workdir / "run.json", {"config": settings.as_dict(config), "identity": world.inputs.fingerprints})
+    return workdir
+
+
+def test_lmms_eval_is_answered_as_the_library_answers(world, finished, monkeypatch):
+    """With a stand-in for lmms-eval's base class where lmms-eval is not installed."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        base = types.ModuleType("lmms_eval.api.model")
+        base.lmms = type("lmms", (), {"cache_hook": types.SimpleNamespace(add_partial=lambda *_: None)})
+        for name in ("lmms_eval", "lmms_eval.api"):
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        monkeypatch.setitem(sys.modules, base.__name__, base)
+    from eim_jax.commands.lmms_eval_model import FinishedRun
+
+    model = FinishedRun(str(finished), arm="baseline", ignore_text="True", batch_size=1)
+    model.task_dict = {"own": {"test": [{"picture": picture, "words": "a red ring."} for picture in world.pictures]}}
+
+    def instances(second, count=4):
+        rest = [lambda row: [row["picture"]]]
+        return [types.SimpleNamespace(args=("Describe it.", second, *rest, i, "own", "test")) for i in range(count)]
+
+    greedy = {"max_new_tokens": 8, "temperature": 0, "do_sample": False, "until": ["\n\n"]}
+    assert model.generate_until(instances(greedy)) == world.runs["baseline"].caption(world.pictures)
+    [(likely, said)] = model.loglikelihood(instances(lambda row: row["words"], 1))
+    nll, count = world.engine.call("baseline", lambda arm: arm.likelihood(_crop(world, 0), "", "a red ring."))
+    assert likely == pytest.approx(-nll * count, abs=1e-4) and said is False
+    with pytest.raises(ValueError, match="task own, document 0: generation setting 'best_of'"):
+        model.generate_until(instances({"best_of": 2}))
+    model.task_dict["own"]["test"][0]["picture"] = np.zeros(3)
+    with pytest.raises(ValueError, match="document 0: ndarray: a run looks at one picture"):
+        model.generate_until(instances(greedy))
+    model._engine.stop()
+
+
+def _crop(world, row):
+    return clip_preprocess(world.pictures[row], world.inputs.clip.vision.image_size, world.inputs.fit)
+
+
+def test_the_command_serves_a_finished_run_until_a_signal(finished, tmp_path):
+    flags = ["--mode=serve", f"--workdir={finished}", "--port=0", "--config.decode.batch=2"]
     process = mains.Main(flags, tmp_path / "said.txt")
     try:
         process.until(lambda: "/v1" in process.said())
