@@ -58,7 +58,7 @@ def _check_caption(turns: Sequence[Turn], picture: Turn | None, ignore_text: boo
     if wordy is not None and not ignore_text:
         raise RequestError(
             f"{wordy.where}: this run captions pictures and reads no words: send the picture alone, or start the "
-            "server with --ignore_text",
+            "server with --ignore_text (lmms-eval: ignore_text=True)",
             param=wordy.where,
         )
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 
-class RequestError(Exception):
+class RequestError(ValueError):
     """A request that is not answered.
 
     Args:
