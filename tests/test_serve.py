@@ -5,6 +5,7 @@ import base64
 import concurrent.futures
 import contextlib
 import dataclasses
+import http.client
 import importlib.util
 import io
 import json
@@ -307,6 +308,28 @@ def test_what_is_under_way_is_answered_when_the_server_ends(world):
         release.set()
         said = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
         assert said == world.runs["eim"].caption(world.pictures[0])[0]
+
+
+def test_whoever_leaves_gives_up_its_place(world, client, address, monkeypatch):
+    jobs, submit = [], world.engine.submit
+    with monkeypatch.context() as watched, contextlib.ExitStack() as stack:
+        release = threading.Event()
+        stack.callback(release.set)
+        submit(Call("eim", lambda arm: release.wait(), lambda event: None))  # the model is busy
+        watched.setattr(world.engine, "submit", lambda job: (submit(job), jobs.append(job)))
+        body = {"model": "eim", "messages": asked(world.pictures[0])}
+        stream = client.chat.completions.create(**body, stream=True)
+        next(stream)
+        stream.close()
+        plain = http.client.HTTPConnection(address.removeprefix("http://"))
+        plain.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        while len(jobs) < 2:
+            pass
+        plain.close()
+        while not all(job.cancelled for job in jobs):
+            pass
+    assert client.chat.completions.create(**body).choices[0].message.content
+    assert not world.engine._workers["eim"].waiting
 
 
 def test_a_failure_of_the_model_is_told_to_those_who_wait_and_to_nobody_after_them(world, client, monkeypatch):
