@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 comma := ,
 INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e
 
-.PHONY: install demo test exhaustive isa parity topology lint docs clean
+.PHONY: install demo test exhaustive isa parity topology browser lint docs clean
 
 install: .venv/run$(EXTRAS)
 
@@ -63,6 +63,11 @@ topology: .venv/test$(EXTRAS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check libtpu==0.0.51
 	$(BIN)/python -m pytest -n 0 -m "$(FITS)"
 
+# The page of `--mode=serve` in a real browser: a Chromium must be installed (apt-get install chromium).
+browser: .venv/test$(EXTRAS)
+	$(INSTALL) '.[train,serve,test]' playwright
+	XLA_FLAGS="$(QUICK)" $(BIN)/python -m pytest -n 0 tests/test_serve_page.py
+
 lint: .venv/test$(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -88,7 +93,7 @@ clean:
 	@touch $@
 
 .venv/test$(EXTRAS): .venv/run$(EXTRAS)
-	$(INSTALL) '.[train,test$(if $(EXTRAS),$(comma)$(EXTRAS))]'
+	$(INSTALL) '.[train,serve,test$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	@touch $@
 
 .venv/docs: .venv/run$(EXTRAS)

@@ -32,7 +32,7 @@ _INIT = flags.DEFINE_string(
     "A checkpoint (ours, ClipCap's, LLaMA-Adapter's, LaVIN's): training starts from it, as by --config.init; the other "
     "modes use it as it is, in place of a finished run.",
 )
-_ARM = flags.DEFINE_string("arm", "", "Which arm: by default the last one, for plan all.")
+_ARM = flags.DEFINE_string("arm", "", "Which arm: by default the last one, for plan and serve all.")
 _OUT = flags.DEFINE_string(
     "out",
     "",
@@ -75,6 +75,20 @@ _SHARD = flags.DEFINE_string("shard", "5GB", "For export: the largest file of we
 _PUSH = flags.DEFINE_string(
     "push", "", "For export: USER/NAME on the Hugging Face hub, to which the folder with its model card is uploaded."
 )
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "For serve: where to listen; 0.0.0.0 opens it to the network.")
+_PORT = flags.DEFINE_integer("port", 8000, "For serve: 0 takes a free one.", lower_bound=0, upper_bound=65535)
+_API_KEY = flags.DEFINE_string(
+    "api_key",
+    "",
+    "For serve: requests must carry it; EIM_JAX_API_KEY in the environment does the same, unseen.",
+)
+_MAX_WAITING = flags.DEFINE_integer(
+    "max_waiting", 256, "For serve: requests that may wait for a place in the batch.", lower_bound=1
+)
+_MAX_BODY = flags.DEFINE_integer("max_body", 20, "For serve: the largest request, in MiB.", lower_bound=1)
+_IGNORE_TEXT = flags.DEFINE_boolean(
+    "ignore_text", False, "For serve: a run that captions passes over the words beside a picture, and refuses none."
+)
 _TRACEBACK = flags.DEFINE_boolean("traceback", False, "Show where an error arose.")
 
 
@@ -93,7 +107,11 @@ def main(argv: list[str]) -> None:
     workdir = user_path(_WORKDIR.value) if _WORKDIR.value else None
     config = _config(workdir, _MODE.value)
     processes.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value)
-    if _MODE.value in ("chat", "inspect", "export") and jax.distributed.is_initialized() and jax.process_count() > 1:
+    if (
+        _MODE.value in ("chat", "inspect", "export", "serve")
+        and jax.distributed.is_initialized()
+        and jax.process_count() > 1
+    ):
         raise settings.ConfigError(f"--mode={_MODE.value} is for one process: run it on one host alone")
     if jax.config.jax_compilation_cache_dir is None:  # JAX_COMPILATION_CACHE_DIR says otherwise
         # Compiled programs are kept: a resumed run starts in seconds.
@@ -103,6 +121,9 @@ def main(argv: list[str]) -> None:
     if _MODE.value in ("train", "eval", "inspect"):
         assert workdir is not None, "these modes write into it, and _config asked for it"
         _run_on_data(config, workdir)
+    elif _MODE.value == "serve":
+        assert workdir is not None, "it serves what a work directory holds, and _config asked for it"
+        _serve(config, workdir)
     else:
         _use(config, workdir, argv[1:])
 
@@ -148,6 +169,23 @@ def _use(config: settings.Config, workdir: Path | None, places: list[str]) -> No
             raise app.UsageError("--mode=chat is about one image: give one, or /image FILE in the conversation")
         image = "".join(places) or _IMAGE.value
         chat.chat(config, workdir, _arm(config), user_path(image) if image else None, init=init)
+
+
+def _serve(config: settings.Config, workdir: Path) -> None:
+    """The mode that answers requests until it is stopped."""
+    try:
+        from eim_jax.commands import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("starlette", "uvicorn", "anyio"):
+            raise
+        raise settings.ConfigError(
+            f"--mode=serve needs {error.name}, which is not installed: pip install 'eim_jax[train,serve]'"
+        ) from None
+    host = _HOST.value
+    options = serve.options_of(host, _API_KEY.value, _MAX_WAITING.value, _MAX_BODY.value, _IGNORE_TEXT.value)
+    serve.serve(
+        config, workdir, _arm(config) if _ARM.value else "", host, _PORT.value, options, neighbours=_NEIGHBOURS.value
+    )
 
 
 def _record(config: settings.Config) -> dict:

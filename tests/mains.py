@@ -15,7 +15,7 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-COMMANDS = ("train", "evaluate", "caption", "chat", "inspection", "exporting", "plan", "prepare")
+COMMANDS = ("train", "evaluate", "caption", "chat", "serve", "inspection", "exporting", "plan", "prepare")
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(

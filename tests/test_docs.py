@@ -8,6 +8,7 @@ from pathlib import Path
 
 import docs_text as docs
 import pytest
+import yaml
 from absl import flags
 from ml_collections import config_flags
 
@@ -128,8 +129,14 @@ def test_every_command_can_be_given():
                     assert word.partition("=")[2] in MODES, where
                 elif word.startswith("--"):
                     assert name[2:] in FLAGS | ASKED or f'"{name}"' in SCRIPTS, f"{where}: no flag {name}"
-        elif words[0] == "kubectl":
+        elif words[0] == "kubectl" or words[:2] == ["docker", "build"]:
             assert (ROOT / words[words.index("-f") + 1]).exists(), where
+        elif words[:2] == ["docker", "run"]:
+            check_run(words[words.index("eim_jax") + 1 :], where)
+        elif words[0] == "sky":
+            file = ROOT / next(word for word in words if word.endswith(".yaml"))
+            given = {words[i + 1].partition("=")[0] for i, word in enumerate(words) if word == "--env"}
+            assert given <= set(yaml.safe_load(file.read_text())["envs"]), where
         else:
             assert words[0] in (".", "pip", "export") or words[:3] == ["python", "-m", "pytest"], where
     assert seen["main"] > 15 and min(seen.values()) > 5, seen

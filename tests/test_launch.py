@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,29 @@ def test_shellcheck_accepts_the_script(script):
     checker = Path(sys.executable).with_name("shellcheck")
     found = subprocess.run([checker, "--severity=style", script], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
+
+
+def test_the_image_copies_what_is_there_and_ends_by_the_signal_that_saves():
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    kept = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
+    assert set(copied) == kept and all((ROOT / name).exists() for name in copied)
+    assert "STOPSIGNAL SIGTERM" in lines and 'ENTRYPOINT ["eim_jax"]' in lines
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = re.search(r'"\.\[([\w,]+)\$', "\n".join(lines))[1].split(",")
+    assert {*extras, "cuda", "tpu"} <= set(project["optional-dependencies"])
+
+
+def test_the_sky_file_gives_commands_that_main_takes():
+    task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+    assert set(task) == {"name", "resources", "envs", "workdir", "file_mounts", "setup", "run"}
+    (mounted,) = task["file_mounts"]
+    assert all(f'--workdir="{mounted}/$NAME"' in line for line in task["run"].splitlines() if "eim_jax" in line)
+    for part in (task["setup"], task["run"]):
+        checker = Path(sys.executable).with_name("shellcheck")
+        options = ["--shell=bash", "--severity=warning", "--exclude=SC2154", "-"]
+        found = subprocess.run([checker, *options], input=part, capture_output=True, text=True, check=False)
+        assert found.returncode == 0, found.stdout
 
 
 def run_with_stubs(tmp_path, script, arguments, stubs, **environment):

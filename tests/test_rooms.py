@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "eim_jax"
 ROOMS = (
     "utils", "config", "parallel", "models", "pretrained", "data", "losses", "training", "generation", "evaluation",
-    "planning", "reporting", "commands", "main",
+    "planning", "reporting", "serving", "commands", "main",
 )  # fmt: skip
 
 

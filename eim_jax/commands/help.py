@@ -26,6 +26,10 @@ MODES = {
         "writes a trained arm as plain files, and as models that transformers reads",
         ("init", "arm", "out", "dtype", "shard", "merge", "push"),
     ),
+    "serve": Mode(
+        "serves a finished run: a page in the browser, and OpenAI's chat completions",
+        ("host", "port", "arm", "neighbours", "api_key", "max_waiting", "max_body", "ignore_text"),
+    ),
     "prepare": Mode("packs a data set into shards for a bucket; needs no workdir", ("out",)),
     "plan": Mode(
         "says what each stage would cost, also on hardware that is not here; needs no workdir",

@@ -1,10 +1,7 @@
 """`--mode=inspect`: a few training samples as the losses see them, before or after training."""
 
-import functools
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from rich.text import Text
@@ -12,7 +9,8 @@ from rich.text import Text
 from eim_jax.commands.trained_arms import check_identity, trained
 from eim_jax.config import Config, ConfigError
 from eim_jax.data import loader
-from eim_jax.losses.kinds import ContrastiveLoss, Forward
+from eim_jax.losses.kinds import ContrastiveLoss
+from eim_jax.losses.neighbours import similarities
 from eim_jax.losses.table import losses_of
 from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
@@ -125,14 +123,6 @@ def _nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(similarity of each sample's query to every row [b N], the NEAREST rows in order [b 3])."""
     queue = inputs.queue(vlm, loss.queue)
-    similar = _similarity(vlm, inputs.config.losses, loss, partition.unflatten(params), batch, queue.keys)
+    similar = similarities(vlm, inputs.config.losses, loss, partition.unflatten(params), batch, queue)
     similar = np.asarray(similar)[:, : queue.count]
     return similar, np.argsort(-similar, axis=1)[:, :NEAREST]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _similarity(vlm, settings, loss, params, batch, keys):
-    query = loss.query(Forward(vlm, settings, params, batch)).astype(jnp.float32)
-    if settings.similarity == "cosine":
-        query = query / jnp.linalg.norm(query, axis=1, keepdims=True)
-    return query @ keys.T.astype(jnp.float32)

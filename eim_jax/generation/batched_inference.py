@@ -67,7 +67,7 @@ def generate_text(
 
     def read(rows: Int[np.ndarray, "b"], width: int) -> LMInput:
         visual = seen.of([images[row] for row in rows])
-        return _read(vlm, tree, *place_rows(inputs.mesh, [*visual, tokens[rows, :width], valid[rows, :width]]))
+        return read_inputs(vlm, tree, *place_rows(inputs.mesh, [*visual, tokens[rows, :width], valid[rows, :width]]))
 
     # Whole batches in place of continuous batching: for few rows; for beams, since those of an image take their steps
     # together; for several processes, each of which would have to fetch the state after every group.
@@ -75,9 +75,9 @@ def generate_text(
     size = batch if whole else rounded(-(-batch // GROUPS), inputs.mesh)
     groups = ((rows, real, read(rows, width)) for rows, real, width in _batches(valid.sum(1), size, batch))
     one = (*seen.of(images[:1]), tokens[:1], valid[:1])
-    longest = jax.eval_shape(functools.partial(_read, vlm), tree, *one).valid.shape[1]
+    longest = jax.eval_shape(functools.partial(read_inputs, vlm), tree, *one).valid.shape[1]
     config = decoding(inputs, vlm, method, longest)
-    ends = {"eos_id": end_id(data, tokenizer), "period_id": _period_id(tokenizer), "mesh": inputs.mesh}
+    ends = {"eos_id": end_id(data, tokenizer), "period_id": period_id(tokenizer), "mesh": inputs.mesh}
     if whole:
         decoded = _decode_whole(vlm.lm, tree["lm"], groups, config, **ends)
     else:
@@ -158,7 +158,7 @@ def likelihoods(
         for rows, real, width in _batches(encoded.valid.sum(1), batch, batch):
             words = (getattr(encoded, name)[rows, :width] for name in ("tokens", "valid", "supervised"))
             visual = seen.of([images[row] for row in rows])
-            pair = _likelihood(vlm, tree, *place_rows(inputs.mesh, [*visual, *words]))
+            pair = likelihood_of(vlm, tree, *place_rows(inputs.mesh, [*visual, *words]))
             found[:, rows[:real]] = np.asarray(fetch(pair), np.float64)[:, :real]
             advance(real)
     return found[0], found[1]
@@ -185,7 +185,7 @@ def _batches(lengths: Int[np.ndarray, "N"], size: int, batch: int) -> Iterator[t
             yield rows[at], min(size, len(rows) - begin), width
 
 
-def _period_id(tokenizer) -> int | None:
+def period_id(tokenizer) -> int | None:
     """Returns the id of the token "." (13 in GPT-2's vocabulary)."""
     found = tokenizer.convert_tokens_to_ids(".")
     return None if found == tokenizer.unk_token_id else found
@@ -193,14 +193,33 @@ def _period_id(tokenizer) -> int | None:
 
 # Parameters are arguments: closed over, they would be compiled into the program as constants.
 @functools.partial(jax.jit, static_argnums=0)
-def _read(vlm, params, visual, has_image, tokens, valid):
-    """Returns what the LM reads before the first new token."""
+def read_inputs(vlm, params, visual, has_image, tokens, valid):
+    """Returns what the LM reads before the first new token.
+
+    Args:
+      vlm: the model, as it generates text (`VLM.in_generation`).
+      params: the nested tree of its parameters.
+      visual: the ST's output [b m d].
+      has_image: which rows have one [b].
+      tokens: the prompts, padded on the right [b t].
+      valid: which of them are no padding.
+    """
     return vlm.lm_input(params, tokens, valid, visual=visual, has_image=has_image, generating=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _likelihood(vlm, params, visual, has_image, tokens, valid, supervised):
-    """Returns the log-likelihood of each row's supervised tokens, and their number."""
+def likelihood_of(vlm, params, visual, has_image, tokens, valid, supervised):
+    """Returns the log-likelihood of each row's supervised tokens in nats, and their number.
+
+    Args:
+      vlm: the model.
+      params: the nested tree of its parameters.
+      visual: the ST's output [b m d].
+      has_image: which rows have one [b].
+      tokens: prompts with their texts, padded on the right [b t].
+      valid: which of them are no padding.
+      supervised: which of them are the texts'.
+    """
     logits = vlm.token_logits(params, visual, tokens, valid, has_image=has_image)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
     return jnp.where(supervised, chosen, 0.0).sum(1), supervised.sum(1)

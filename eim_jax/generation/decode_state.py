@@ -204,21 +204,46 @@ def extend(
         fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
         keys = jax.vmap(jax.random.fold_in)(fold(jax.random.key(config.seed), index), state.length)
         token = jax.vmap(jax.random.categorical)(keys, nucleus(logits, config.top_p, config.temperature))
-    logprob = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    return append(ends, state, logits, token, config.max_tokens)
+
+
+def append(
+    ends: Sequence[int],
+    state: State,
+    logits: Float[Array, "r V"],
+    token: Int[Array, "r"],
+    most: int | Int[Array, "r"],
+) -> State:
+    """Adds a chosen token to each unfinished row.
+
+    Args:
+      ends: tokens that end a text.
+      state: of the rows.
+      logits: of the next token.
+      token: which one it is.
+      most: tokens at which a text ends, of all or of each row; no more than the state has room for.
+    """
     kept = jnp.where(state.done, 0, token).astype(jnp.int32)
-    here = (jnp.arange(config.max_tokens)[None] == state.length[:, None]) & ~state.done[:, None]
+    here = (jnp.arange(state.tokens.shape[1])[None] == state.length[:, None]) & ~state.done[:, None]
     length = state.length + ~state.done
     return state._replace(
         step=state.step + 1,
         last=kept,
         tokens=jnp.where(here, kept[:, None], state.tokens),
         length=length,
-        total=state.total + jnp.where(state.done, 0.0, logprob),
-        done=state.done | ended(token, ends) | (length == config.max_tokens),
+        total=state.total + jnp.where(state.done, 0.0, log_probability(logits, token)),
+        done=state.done | ended(token, ends) | (length == most),
     )
 
 
-def nucleus(logits: Float[Array, "b V"], top_p: float, temperature: float) -> Float[Array, "b V"]:
+def log_probability(logits: Float[Array, "r V"], token: Int[Array, "r"]) -> Float[Array, "r"]:
+    """Returns the log-probability of each row's token under the model: temperature 1, nothing cut."""
+    return jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+
+
+def nucleus(
+    logits: Float[Array, "b V"], top_p: float | Float[Array, "b 1"], temperature: float | Float[Array, "b 1"]
+) -> Float[Array, "b V"]:
     """Returns logits / temperature with -inf outside the fewest most probable tokens whose mass reaches top_p.
 
     Tokens exactly as probable as the last one of them stay too; the most probable one always does (Holtzman et al.
@@ -226,8 +251,8 @@ def nucleus(logits: Float[Array, "b V"], top_p: float, temperature: float) -> Fl
 
     Args:
       logits: of the next token.
-      top_p: the mass that is kept, 0 to 1.
-      temperature: above 1 flattens, below 1 sharpens.
+      top_p: the mass that is kept, 0 to 1, of all rows or of each.
+      temperature: above 1 flattens, below 1 sharpens; of all rows or of each.
     """
     logits = logits / temperature
     mass = jax.nn.softmax(logits, axis=-1)

@@ -62,7 +62,7 @@ def encode_images(
             real = min(batch, len(rows) - at * batch)
             pictured = np.zeros(len(pixels), bool)
             pictured[:real] = [row is not None for row in rows[at * batch :][:real]]
-            found.append(fetch(_connect(vlm, tree, *place_rows(inputs.mesh, [pixels, pictured])))[:real])
+            found.append(fetch(connect_images(vlm, tree, *place_rows(inputs.mesh, [pixels, pictured])))[:real])
             advance(real)
     return VisualTokens(np.concatenate(found), {row: place for place, row in enumerate(rows)})
 
@@ -84,5 +84,13 @@ def progress_or_quiet(quiet: bool, *words):
 
 # Parameters are arguments: closed over, they would be compiled into the program as constants.
 @functools.partial(jax.jit, static_argnums=0)
-def _connect(vlm, params, images, has_image):
+def connect_images(vlm, params, images, has_image):
+    """Returns the ST's output [b m d] for uint8 crops [b h w 3].
+
+    Args:
+      vlm: the model.
+      params: the nested tree of its parameters, of which "visual" and "st" are read.
+      images: the crops.
+      has_image: which rows are pictures [b].
+    """
     return vlm.connect(params, vlm.encode_image(params, images, has_image=has_image))

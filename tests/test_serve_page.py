@@ -1,0 +1,100 @@
+"""The page in a real browser, wide and narrow: a picture is captioned by both arms, and what a model says is text.
+
+Runs where Playwright and a Chromium are installed: `make browser`.
+"""
+
+import shutil
+
+import pytest
+
+pytest.importorskip("openai", reason="the extra test brings OpenAI's client")
+pytest.importorskip("uvicorn", reason="--mode=serve needs the extra serve")
+playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by Playwright: make browser")
+
+from test_serve import World  # noqa: E402
+from tiny import config_of  # noqa: E402
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    fields = {"data.scenes": 16, "decode.methods": ("greedy",), "decode.max_tokens": 8, "decode.batch": 8}
+    made = World(config_of("miniature", **fields), tmp_path_factory.mktemp("run"), neighbours=True)
+    yield made
+    made.engine.stop()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def answered(page):
+    page.click("#send")
+    page.wait_for_selector("#send:disabled")
+    page.wait_for_selector("#send:not(:disabled)", timeout=120_000)
+
+
+def test_a_picture_is_captioned_by_both_arms_wide_and_narrow(world, browser, tmp_path):
+    said = {arm: run.caption(world.pictures[0])[0] for arm, run in world.runs.items()}
+    world.pictures[0].save(tmp_path / "picture.png")
+    (world.inputs.workdir / "report.html").write_text("<title>the report</title>")
+    problems = []
+    with world.listening(api_key="secret") as (_, address):
+        for width, height in SIZES.values():
+            page = browser.new_page(viewport={"width": width, "height": height})
+            page.on("pageerror", lambda error: problems.append(error))
+            page.goto(address)
+            page.fill("#key input", "secret")
+            page.click("#key button")
+            page.wait_for_selector("#main:not([hidden])")
+            page.click("#send")
+            assert page.inner_text("#problem") == "Choose a picture first."
+            page.set_input_files("#file", tmp_path / "picture.png")
+            page.wait_for_selector("#picture:not([hidden])")
+            answered(page)
+            assert page.is_hidden("#problem"), page.inner_text("#problem")
+            texts = dict(
+                zip(page.locator(".answer h3").all_inner_texts(), page.locator(".answer p").all(), strict=True)
+            )
+            assert {arm: place.inner_text().strip() for arm, place in texts.items()} == said
+            assert page.locator("td").count() == 4  # each answer's likelihood under each arm
+            assert page.locator("#nearest figure").count() == 8  # four training samples of loss_IE and of loss_ST
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            with page.context.expect_page() as report:
+                page.click("#report")
+            report.value.wait_for_load_state()
+            assert report.value.title() == "the report"
+            page.close()
+    assert not problems
+
+
+def test_what_a_model_says_is_text(world, browser, tmp_path, monkeypatch):
+    world.pictures[0].save(tmp_path / "picture.png")
+    evil = "<img src=x onerror=\"document.title='owned'\">"
+    monkeypatch.setattr("eim_jax.serving.text_stream.TextStream.feed", lambda self, tokens, last=False: self._say(last))
+    monkeypatch.setattr("eim_jax.serving.text_stream.TextStream._say", _say(evil), raising=False)
+    with world.listening() as (_, address):
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector("#main:not([hidden])")
+        page.set_input_files("#file", tmp_path / "picture.png")
+        page.wait_for_selector("#picture:not([hidden])")
+        answered(page)
+        assert page.locator(".answer p").first.inner_text() == evil
+        assert page.locator(".answer img").count() == 0 and page.title() != "owned"
+        page.close()
+
+
+def _say(text):
+    def say(stream, last):
+        stream.text = text if last else ""
+        return stream.text
+
+    return say
