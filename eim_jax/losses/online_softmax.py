@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from eim_jax.parallel.sharding import ROWS
 
-Positives = Literal["self", "group", "mask", "alone"]
+Positives = Literal["self", "group", "mask", "others", "alone"]
 
 MASKED = -1e30  # finite: exp(MASKED - MASKED) stays a number, exp(MASKED - any real score) is 0
 TIE = 1e-6  # scores closer than this fraction of |u||k_y| tie: twice the rounding of an f32 dot product
@@ -115,18 +115,22 @@ def one_pass(how: Pass, u, keys, index, groups, scale):
             if how.positives == "mask":
                 scores = jnp.where(sibling, MASKED, scores)
             else:  # a second softmax, over the positives alone; most chunks hold none and skip it
+                if how.positives == "others":
+                    scores, same = jnp.where(same & ~sibling, MASKED, scores), sibling
                 inside = jnp.where(same, scores, MASKED)
                 positive = lax.cond(jnp.any(same), lambda p: p.add(inside, weigh), lambda p: p, positive)
         softmax = softmax.add(scores, weigh)
         return softmax, positive, rank + jnp.sum(rivals, axis=1, dtype=jnp.int32)
 
     empty = _Softmax(jnp.full(b, MASKED), jnp.zeros(b), jnp.zeros((b, width)), jnp.zeros(b))
-    start = (empty, empty if how.positives == "group" else None, jnp.zeros(b, jnp.int32))
+    start = (empty, empty if how.positives in ("group", "others") else None, jnp.zeros(b, jnp.int32))
     start = lax.pcast(start, axes, to="varying") if axes else start
     softmax, positive, rank = lax.fori_loop(0, -(-held // how.chunk), step, start)
     if axes:
         softmax, rank = softmax.merge(axes), lax.psum(rank, axes)
         positive = positive.merge(axes) if positive is not None else None
+    if how.positives == "others" and positive is not None:
+        softmax, positive = _with_the_lonely(own, softmax, positive)
     loss, gradient = _loss_and_gradient(how, u, own, softmax, positive)
     effective = softmax.total * softmax.total / softmax.square
     return jnp.maximum(loss, 0), gradient, rank.astype(jnp.float32), own.score, effective
@@ -144,6 +148,16 @@ def _own_keys(u, keys, index, groups, scale, first, axes) -> _Own:
     score = jnp.sum(u * key, axis=1)
     tie = score - TIE * jnp.sqrt(jnp.sum(u * u, axis=1) * jnp.sum(key * key, axis=1))
     return _Own(key, group, score, tie)
+
+
+def _with_the_lonely(own: _Own, softmax: _Softmax, positive: _Softmax) -> tuple[_Softmax, _Softmax]:
+    """Gives queries without a sibling their own key back: else their loss would be the distance to nothing."""
+    score = jnp.where(positive.top <= MASKED, own.score, MASKED)[:, None]  # MASKED adds nothing
+
+    def weigh(e):
+        return e * own.key
+
+    return softmax.add(score, weigh), positive.add(score, weigh)
 
 
 def _loss_and_gradient(how: Pass, u, own: _Own, softmax: _Softmax, positive: _Softmax | None):

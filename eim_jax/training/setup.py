@@ -22,6 +22,7 @@ from eim_jax.losses import queue_health, queues
 from eim_jax.losses.contrastive import Similarity
 from eim_jax.losses.kinds import QueueKind
 from eim_jax.losses.queues import Queue
+from eim_jax.losses.table import center_of
 from eim_jax.models.adapters import adapter_of
 from eim_jax.models.connector import ST_KINDS, STConfig, make_st
 from eim_jax.models.language import family_of
@@ -105,6 +106,7 @@ class Inputs:
             similarity=settings.similarity,
             dtype=dtype.name,
             count=len(self.samples),
+            center=center_of(kind, settings),
         )
         folder = self.workdir / "queues" / kind.name
         say = functools.partial(console.print, soft_wrap=True)
@@ -131,6 +133,7 @@ class Inputs:
             batch=256,
             dtype=jnp.dtype(manifest["dtype"]),
             similarity=cast(Similarity, manifest["similarity"]),
+            center=center_of(kind, self.config.losses),
             mesh=self.mesh,
             ids=ids,
             name=kind.name,
