@@ -12,12 +12,14 @@ from rich.text import Text
 from eim_jax.commands.trained_arms import check_identity, trained
 from eim_jax.config import Config, ConfigError
 from eim_jax.data import loader
+from eim_jax.losses.contrastive import as_queries
 from eim_jax.losses.kinds import ContrastiveLoss, Forward
 from eim_jax.losses.table import losses_of
 from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
 from eim_jax.training import low_rank, partition, setup
 from eim_jax.training.partition import Flat
+from eim_jax.training.queue_report import tell_queue
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.console import console, print_table, shown
 
@@ -125,14 +127,14 @@ def _nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(similarity of each sample's query to every row [b N], the NEAREST rows in order [b 3])."""
     queue = inputs.queue(vlm, loss.queue)
-    similar = _similarity(vlm, inputs.config.losses, loss, partition.unflatten(params), batch, queue.keys)
+    tell_queue(inputs, loss, queue)
+    similar = _similarity(vlm, inputs.config.losses, loss, partition.unflatten(params), batch, queue)
     similar = np.asarray(similar)[:, : queue.count]
     return similar, np.argsort(-similar, axis=1)[:, :NEAREST]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _similarity(vlm, settings, loss, params, batch, keys):
-    query = loss.query(Forward(vlm, settings, params, batch)).astype(jnp.float32)
-    if settings.similarity == "cosine":
-        query = query / jnp.linalg.norm(query, axis=1, keepdims=True)
-    return query @ keys.T.astype(jnp.float32)
+def _similarity(vlm, settings, loss, params, batch, queue):
+    query = as_queries(loss.query(Forward(vlm, settings, params, batch)), settings.similarity, queue.center)
+    similar = query @ queue.keys.T.astype(jnp.float32)
+    return similar if queue.scale is None else similar * queue.scale

@@ -136,15 +136,25 @@ def one_pass(how: Pass, u, keys, index, groups, scale):
     return jnp.maximum(loss, 0), gradient, rank.astype(jnp.float32), own.score, effective
 
 
-def _own_keys(u, keys, index, groups, scale, first, axes) -> _Own:
-    """Looks each query's own key up; the devices that do not hold it add zeros."""
-    held = keys.shape[0]
-    mine = (index >= first) & (index < first + held)
-    place = jnp.clip(index - first, 0, held - 1)
+def _place(index, first, held: int):
+    """Whether this device holds each row of the whole queue, and where."""
+    return (index >= first) & (index < first + held), jnp.clip(index - first, 0, held - 1)
+
+
+def keys_at(keys, scale, index, first, axes) -> Float[Array, "b D"]:
+    """The keys in these rows of the whole queue, in float32; the devices that do not hold one add zeros."""
+    mine, place = _place(index, first, keys.shape[0])
     key = keys[place].astype(jnp.float32) * (1 if scale is None else scale[place][:, None])
     key = jnp.where(mine[:, None], key, 0)
+    return lax.psum(key, axes) if axes else key
+
+
+def _own_keys(u, keys, index, groups, scale, first, axes) -> _Own:
+    """Looks each query's own key up; the devices that do not hold it add zeros."""
+    mine, place = _place(index, first, keys.shape[0])
+    key = keys_at(keys, scale, index, first, axes)
     group = jnp.where(mine, groups[place], 0) if groups is not None else None
-    key, group = lax.psum((key, group), axes) if axes else (key, group)
+    group = lax.psum(group, axes) if axes and group is not None else group
     score = jnp.sum(u * key, axis=1)
     tie = score - TIE * jnp.sqrt(jnp.sum(u * u, axis=1) * jnp.sum(key * key, axis=1))
     return _Own(key, group, score, tie)

@@ -140,8 +140,7 @@ class Inputs:
             progress=True,
             parts=parts,
         )
-        for line in queue_health.report(queue, kind.name, ids, self.mesh):
-            console.print(line, soft_wrap=True)
+        queue_health.refuse_equal(queue_health.measure(queue, self.mesh), kind.name, ids)
         return queue
 
 
