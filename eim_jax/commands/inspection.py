@@ -137,4 +137,4 @@ def _nearest(
 def _similarity(vlm, settings, loss, params, batch, queue):
     query = as_queries(loss.query(Forward(vlm, settings, params, batch)), settings.similarity, queue.center)
     similar = query @ queue.keys.T.astype(jnp.float32)
-    return similar if queue.scale is None else similar * queue.scale
+    return similar if queue.scale is None else similar * queue.scale[None]

@@ -54,7 +54,7 @@ def centred(
 
     def finish(keys, center):
         row = jnp.arange(keys.shape[0])
-        left = keys - center
+        left = keys - center[None]
         if similarity == "cosine":
             square = jnp.sum(left * left, axis=1)
             good = square > NOTHING**2

@@ -131,7 +131,8 @@ def as_queries(query: Float[Array, "b D"], similarity: str, center: Float[Array,
     query = _unit(query) if similarity == "cosine" else query
     if center is None:
         return query
-    return _unit(query - center) if similarity == "cosine" else query - center
+    left = query - center[None]
+    return _unit(left) if similarity == "cosine" else left
 
 
 def _check_arguments(keys, count, similarity, positives, groups, scale, center, shards) -> None:

@@ -242,8 +242,9 @@ class RunLog:
             for key, value in record.items()
             if isinstance(value, int | float) and key not in ("stage_index", "step")
         }
+        # Step 0 is what step 1 found; the number before it is the last step's of the stage before.
         for tracker in self._trackers:
-            tracker.write(scalars, self._cumulative(index, step))
+            tracker.write(scalars, self._cumulative(index, max(step, 1)))
         total, text = self._stages[index].steps, format_record(record)
         now = time.monotonic()
         since, first = self._pace = self._pace or (now, step)
