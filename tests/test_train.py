@@ -120,6 +120,7 @@ def test_texts_are_cut_to_the_configured_number_of_widths_and_steps_are_traced_b
         data=dataclasses.replace(config.data, buckets=2, length_window=2),
         arm={"eim": dataclasses.replace(config.arm["eim"], sequence=("lm",))},
         stages={"lm": dataclasses.replace(config.stages["lm"], steps=10)},
+        losses=settings.Losses(center="lm:mean", positives="lm:others", queue_dtype="int8"),
         profile="7:9",
         log_every=5,
     )
@@ -135,6 +136,9 @@ def test_texts_are_cut_to_the_configured_number_of_widths_and_steps_are_traced_b
         assert sum(shares) == pytest.approx(1) and min(shares) >= 0
         real, longest = inputs.encoded.valid.sum(1).mean(), inputs.encoded.tokens.shape[1]
         assert 0 <= record["padding"] < 1 - real / longest  # less than without cutting
+    manifest = json.loads((tmp_path / "queues" / "hidden" / "manifest.json").read_text())
+    assert manifest["center"] == "mean" and "(after centring); loss_LM where the query is its own key" in said
+    assert lines[0]["queue/lm/recall1"] == 1.0 and lines[0]["queue/lm/mean_norm"] < 0.5  # the query is the own key
     assert f"trace in {tmp_path}" in said.replace("\n", "")
     (trace,) = (tmp_path / "eim" / "profile" / "0-lm").rglob("perfetto_trace.json.gz")
     marks = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
