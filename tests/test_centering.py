@@ -265,4 +265,4 @@ def test_a_queue_says_what_its_loss_lies_between_and_a_cone_is_a_warning(positiv
     assert "of chance: the keys can hardly be told apart" in warning and warning.endswith("; take the mean")
     if positives == "self":
         [line] = narrow["mean"]
-        assert "(after centring)" in line
+        assert "after centring (the mean that was taken: 0.99" in line

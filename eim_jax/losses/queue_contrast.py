@@ -8,7 +8,6 @@ import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
@@ -64,15 +63,12 @@ def contrast(
     """
     count = queue.count
     every = np.arange(count) if count <= SAMPLE else np.random.default_rng(0).choice(count, SAMPLE, replace=False)
-    rows = jnp.asarray(np.sort(every), jnp.int32)
+    rows = np.sort(every).astype(np.int32)  # NumPy's: every process of several has the same
     options = (tau, similarity, positives, mesh, chunk)
-    keys = _keys(queue, rows, mesh)
-    floor = float(_loss(queue, keys, rows, *options))
-    chance = float(np.log(count)) if positives == "self" else float(_loss(queue, jnp.zeros_like(keys), rows, *options))
+    floor, chance = (float(_loss(queue, rows, np.float32(length), *options)) for length in (1, 0))
     return Contrast(floor, chance, len(rows))
 
 
-@functools.partial(jax.jit, static_argnums=2)
 def _keys(queue: Queue, rows: Array, mesh: Mesh | None) -> Float[Array, "s D"]:
     """The keys in these rows, on every device; no other key moves."""
     if mesh is None:
@@ -87,10 +83,13 @@ def _keys(queue: Queue, rows: Array, mesh: Mesh | None) -> Float[Array, "s D"]:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
-def _loss(queue: Queue, query, rows, tau, similarity, positives, mesh, chunk) -> Float[Array, ""]:
-    """The mean loss of queries from which the queue's mean is taken already."""
+def _loss(queue: Queue, rows, length, tau, similarity, positives, mesh, chunk) -> Float[Array, ""]:
+    """The mean loss of the keys in these rows as queries, times `length`: 0 makes them as similar to one key as to all.
+
+    A centred queue's mean is taken from its keys already.
+    """
     found = queue_nce(
-        query,
+        length * _keys(queue, rows, mesh),
         queue.keys,
         rows,
         count=queue.count,

@@ -120,7 +120,9 @@ def report(
     found = measure(queue, mesh) if found is None else found
     refuse_equal(found, name, ids)
     row, times = found.commonest
-    left = "" if queue.center is None else " (after centring)"
+    left = ""
+    if queue.center is not None:
+        left = f" after centring (the mean that was taken: {float(np.linalg.norm(np.asarray(queue.center))):.3f})"
     line = f"queue {name}: {found.count:,} keys, {found.distinct:,} distinct, mean cosine between keys "
     line += f"{found.mean_cosine:.3f}, |mean key| {found.mean_norm:.3f}{left}"
     if between is not None:

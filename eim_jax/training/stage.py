@@ -292,7 +292,7 @@ class _StageRun:
 
     def _write_start(self, metrics: dict) -> None:
         """Writes step 0: what the first step found before its update, and what each queue loss lies between."""
-        found = {"loss": 0.0, **{name: float(value) for name, value in metrics.items()}}
+        found = {"loss": 0.0, **{name: float(value) for name, value in jax.device_get(metrics).items()}}
         for loss, figures in self.queues.items():
             found |= {f"queue/{loss}/{name}": value for name, value in figures.items()}
         place = {"stage": self.info.name, "stage_index": self.index, "step": 0, "epoch": 0.0}
