@@ -296,7 +296,7 @@ class _StageRun:
         for loss, figures in self.queues.items():
             found |= {f"queue/{loss}/{name}": value for name, value in figures.items()}
         place = {"stage": self.info.name, "stage_index": self.index, "step": 0, "epoch": 0.0}
-        self.log.write({**place, **found})
+        self.log.write({**place, **found}, as_step=1)  # a tracker's number before is the last stage's last step
 
     def _is_time(self) -> bool:
         """Whether the newest checkpoint is too old; several processes, whose clocks differ, go by steps alone."""
