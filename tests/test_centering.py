@@ -11,6 +11,7 @@ from close import assert_close
 
 from eim_jax.config import Config, ConfigError, Losses, LossWeights, Stage, from_config_dict
 from eim_jax.losses import queue_contrast, table
+from eim_jax.losses.centering import check_center
 from eim_jax.losses.kinds import ContrastiveLoss
 from eim_jax.losses.queue_contrast import contrast
 from eim_jax.losses.queue_health import measure, report
@@ -182,6 +183,11 @@ def test_a_stored_queue_with_another_centring_is_refused_and_one_without_stays_a
         Queue.load(tmp_path / "centred", centred)
 
 
+def test_another_word_for_centring_is_refused():
+    with pytest.raises(ValueError, match="center='median' is none of none, mean"):
+        check_center("median")  # which Queue.of and Queue.build ask first
+
+
 def test_what_is_no_key_once_the_mean_is_taken_is_named():
     with pytest.raises(BadRow, match=r"the key of sample 'a' .* is the mean of all keys"):
         Queue.of(np.ones((3, 4), np.float32), ids=["a", "b", "c"], center="mean")
@@ -215,6 +221,7 @@ def test_a_setting_is_for_all_losses_or_by_name_and_what_cannot_be_meant_is_refu
             {"center": "median"},
             r"config.losses.center: 'median' is none of none, mean \(for some losses alone: 'ie:mean",
         ),
+        ({"center": "lm:mean, lm:none"}, "config.losses.center: 'lm:mean, lm:none' names a loss twice"),
         ({"center": "lm:max"}, "config.losses.center: 'max' is none of none, mean"),
         ({"center": "base:mean"}, "config.losses.center: 'base' is no loss with a queue; there are ie, st, lm"),
         ({"positives": "self, all"}, "config.losses.positives: 'self,all' is none of self, group, mask, others"),

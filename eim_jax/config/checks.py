@@ -110,6 +110,8 @@ def check(config: "Config", flat: dict[str, Any]) -> None:
                 raise ConfigError(f"config.{name}: {value!r} is none of {', '.join(allowed)}")
     for name, allowed in _BY_LOSS.items():
         for_all, named = by_loss(flat[name])
+        if len(named) < flat[name].count(":"):
+            raise ConfigError(f"config.{name}: {flat[name]!r} names a loss twice")
         for word in ([for_all] if for_all or not named else []) + list(named.values()):
             if word not in allowed:
                 raise ConfigError(

@@ -12,7 +12,7 @@ give queries and keys differ in scale. Keys are rounded to the queue's dtype aft
 before it, little more than the rounding would be left.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,15 @@ from eim_jax.losses.queue_build import compress, rows_sharding, whole
 from eim_jax.parallel.sharding import parts_of
 
 Center = Literal["none", "mean"]
-CENTERS: tuple[Center, ...] = ("none", "mean")
 
 BLOCK = 1024  # rows that are summed in float32, pairwise: ten additions deep; blocks are added in float64
 NOTHING = 1e-6  # what is left of a unit key that differs from the mean by rounding alone is shorter than this
+
+
+def check_center(center: str) -> None:
+    """Raises ValueError for another word than those of `Center`."""
+    if center not in get_args(Center):
+        raise ValueError(f"center={center!r} is none of {', '.join(get_args(Center))}")
 
 
 def centred(

@@ -57,7 +57,7 @@ def contrast(
       chunk: keys read at a time, as `queue_nce`.
 
     Example:
-      >>> found = contrast(Queue.of(jnp.eye(4)), tau=1.0)
+      >>> found = contrast(Queue.of(np.eye(4)), tau=1.0)
       >>> print(f"{found.floor:.4f} {found.chance:.4f}")  # log(e + 3) - 1, log 4
       0.7437 1.3863
     """

@@ -100,7 +100,7 @@ def report(
     found: Health | None = None,
     between: Contrast | None = None,
     loss: str = "the loss",
-    advice: str = "",
+    advice: str | None = "",
 ) -> list[str]:
     """Returns what a log says of a queue: a line, and warnings where many rows are equal or all lie in a narrow cone.
 
@@ -112,7 +112,7 @@ def report(
       found: its health, where that is measured already.
       between: what a loss of it lies between (queue_contrast.py); None: nothing is said of that.
       loss: that loss's title.
-      advice: what the warning on a narrow cone tells to do.
+      advice: what the warning on a narrow cone tells to do; None: no such warning.
 
     Raises:
       EqualKeys: as `refuse_equal`.
@@ -135,7 +135,7 @@ def report(
             f"warning: queue {name}: {repeated:,} of {found.count:,} keys repeat another sample's, that of sample "
             f"{ids[row]!r} stands {times:,} times; equal keys are each other's negatives, which no query can satisfy"
         )
-    if between is not None and between.floor > NARROW * between.chance:
+    if between is not None and advice is not None and between.floor > NARROW * between.chance:
         lines.append(
             f"warning: queue {name}: where the query is its own key, {loss} is {between.floor:.3f}, "
             f"{between.floor / between.chance:.2f} of chance: the keys can hardly be told apart, and the loss may "

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from eim_jax.losses.centering import Center, centred
+from eim_jax.losses.centering import Center, centred, check_center
 from eim_jax.losses.contrastive import NCE, Similarity, queue_nce
 from eim_jax.losses.online_softmax import Positives
 from eim_jax.losses.queue_build import as_keys, compress, encode_all, rows_sharding, whole
@@ -84,7 +84,7 @@ class Queue:
 
         Raises:
           BadRow: naming the first row that is not finite, or under the cosine is zero, or is the mean itself.
-          ValueError: features that are not [N D] floats with N > 0, or groups of another number.
+          ValueError: features that are not [N D] floats with N > 0, or groups of another number; another `center`.
 
         Example:
           >>> import numpy as np
@@ -94,6 +94,7 @@ class Queue:
         shape = getattr(features, "shape", ())
         if len(shape) != 2 or 0 in shape or not jnp.issubdtype(features.dtype, jnp.floating):
             raise ValueError(f"features of shape {shape} {getattr(features, 'dtype', '')}: a queue takes [N D] floats")
+        check_center(center)
         count = shape[0]
         _check_lengths("the queue", count, {"groups": groups, "ids": ids})
         total = _padded(count, mesh)
@@ -168,6 +169,7 @@ class Queue:
         """
         label = f"queue {name!r}" if name else "the queue"
         count = _common_length(label, fields, groups, ids)
+        check_center(center)
         if parts is not None and parts.center != center:
             raise ValueError(f"{label}: center={center!r}, but its parts' manifest says {parts.center!r}")
         rounded = dtype if center == "none" else jnp.float32

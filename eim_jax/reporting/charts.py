@@ -79,13 +79,9 @@ def panel(
         for number, (label, value) in enumerate(levels):
             axes.axhline(value, color=INK, linewidth=0.9, linestyle="--")
             place = {"xy": (1, value), "xycoords": ("axes fraction", "data"), "ha": "right"}
-            above = number == 0  # the others stand below theirs, so that two that are close stay legible
-            offset = {
-                "xytext": (0, 1.5 if above else -2),
-                "textcoords": "offset points",
-                "va": "bottom" if above else "top",
-            }
-            axes.annotate(label, **place, **offset, fontsize=8, color=INK)
+            # The first name stands above its line and the others below, so that two that are close stay legible.
+            offset = {"xytext": (0, -2), "va": "top"} if number else {"xytext": (0, 1.5), "va": "bottom"}
+            axes.annotate(label, **place, **offset, textcoords="offset points", fontsize=8, color=INK)
         if levels:
             axes.margins(y=0.14)
         finite = [v for line in lines for v in line.values if v is not None]
@@ -102,9 +98,8 @@ def panel(
             figure.legend(loc="outside lower left", frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.6)
         elif len(lines) > 1:
             axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.6)
-        return inline_svg(
-            figure, name, _spoken(lines, unit) + "".join(f"; {label}: {value:.4g}" for label, value in levels)
-        )
+        said = "".join(f"; {label}: {value:.4g}" for label, value in levels)
+        return inline_svg(figure, name, _spoken(lines, unit) + said)
 
 
 def _draw(axes, line: Line) -> None:

@@ -25,7 +25,8 @@ def tell_queue(inputs: Inputs, loss: Loss, queue: Queue) -> dict[str, float]:
       {"mean_norm", "mean_cosine", and where keys are contrasted "floor", "chance"}.
     """
     settings, name = inputs.config.losses, queue_name(loss)
-    found, between, advice = queue_health.measure(queue, inputs.mesh), None, ""
+    found, between = queue_health.measure(queue, inputs.mesh), None
+    advice: str | None = None
     chosen = getattr(loss, "positives", None)  # a loss of another kind may have none
     positives = "alone" if chosen is None else chosen(settings)
     if positives != "alone":
@@ -35,6 +36,8 @@ def tell_queue(inputs: Inputs, loss: Loss, queue: Queue) -> dict[str, float]:
         advice = f"config.losses.center={loss.name}:mean takes the mean from keys and queries"
         if centred or found.mean_norm < CONE:
             advice = f"a config.losses.tau below {settings.tau:g} sets them apart"
+        if settings.similarity == "dot":  # a longer query lowers the loss without limit
+            advice = None
     ids = [sample.id for sample in inputs.samples.samples]
     for line in queue_health.report(queue, name, ids, inputs.mesh, found, between, loss.title, advice):
         console.print(line, soft_wrap=True)
