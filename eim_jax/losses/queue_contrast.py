@@ -65,8 +65,9 @@ def contrast(
     every = np.arange(count) if count <= SAMPLE else np.random.default_rng(0).choice(count, SAMPLE, replace=False)
     rows = np.sort(every).astype(np.int32)  # NumPy's: every process of several has the same
     options = (tau, similarity, positives, mesh, chunk)
-    floor, chance = (float(_loss(queue, rows, np.float32(length), *options)) for length in (1, 0))
-    return Contrast(floor, chance, len(rows))
+    floor = float(_loss(queue, rows, np.float32(1), *options))
+    equal = float(np.log(count)) if positives == "self" else float(_loss(queue, rows, np.float32(0), *options))
+    return Contrast(floor, equal, len(rows))
 
 
 def _keys(queue: Queue, rows: Array, mesh: Mesh | None) -> Float[Array, "s D"]:
