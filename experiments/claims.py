@@ -44,9 +44,13 @@ from experiments.rows import (
     LAVIN_LITE_EIM,
     LM_ALONE,
     LM_BY_BASE,
+    LM_CENTRED,
+    LM_CENTRED_IMAGE,
     LM_DISTIL,
+    LM_DISTIL_CENTRED,
     LM_FIRST,
     LM_LAST,
+    LM_OTHERS,
     NO_LM,
     NO_ST,
     NORMS_IE,
@@ -143,6 +147,19 @@ CLAIMS = (
     _control("lm-last", "open", "loss_LM beside loss_base helps, without an LM stage", LM_LAST, NO_LM),
     _control("lm-distil", "open", "loss_LM without negatives, beside loss_base, helps", LM_DISTIL, NO_LM),
     _control("negatives", "open", "beside loss_base, loss_LM's negatives help", LM_LAST, LM_DISTIL),
+    _control("centred", "cone", "EIM with loss_LM centred beats EIM with it raw", LM_CENTRED, EIM),
+    _control("centred-no-lm", "cone", "EIM with loss_LM centred beats EIM without an LM stage", LM_CENTRED, NO_LM),
+    _control(
+        "centred-image",
+        "cone",
+        "centred, with the image before the query, it beats no LM stage",
+        LM_CENTRED_IMAGE,
+        NO_LM,
+    ),
+    _control("others", "cone", "centred, to the picture's other captions, it beats no LM stage", LM_OTHERS, NO_LM),
+    _control(
+        "distil-centred", "cone", "centred, without negatives, beside loss_base, it helps", LM_DISTIL_CENTRED, NO_LM
+    ),
 )
 
 

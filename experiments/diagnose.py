@@ -23,6 +23,7 @@ from eim_jax.data import loader, tokenize
 from eim_jax.data.datasets import load_split
 from eim_jax.data.rows import row_options
 from eim_jax.data.samples import Split
+from eim_jax.losses.contrastive import as_queries
 from eim_jax.losses.kinds import ContrastiveLoss, Forward
 from eim_jax.losses.objective import make_objective, normalisers
 from eim_jax.losses.table import losses_of, queues_of
@@ -80,8 +81,10 @@ def diagnose(inputs: Inputs, arm: str, test: Split) -> list[dict]:
         spreads = {}
         for loss, ask in asked.items():
             rows = np.asarray(batch.has_image) if loss.needs_image else np.ones(len(batch.index), bool)
-            keys = np.asarray(queues[loss.queue.name].keys[batch.index])
-            spreads[loss.name] = spread(np.asarray(ask(params, batch))[rows], keys[rows])
+            queue, said = queues[loss.queue.name], ask(params, batch)
+            if queue.center is not None:
+                said = as_queries(said, inputs.config.losses.similarity, queue.center)
+            spreads[loss.name] = spread(np.asarray(said)[rows], np.asarray(queue.keys[batch.index])[rows])
         found.append(
             {
                 "after": after,

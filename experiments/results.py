@@ -158,7 +158,9 @@ def _stages(arm: Path) -> list[dict[str, Any]]:
     """Of each stage: steps, steady seconds a step, size, and its curves at POINTS steps at most."""
     records, stages = read_metrics(arm / "metrics.jsonl"), []
     for index, stage in enumerate(load(arm / "run.json")["stages"]):
-        rows = [row for row in records if row["stage_index"] == index]
+        rows = [row for row in records if row["stage_index"] == index and row["step"]]
+        begun = next((row for row in records if row["stage_index"] == index and not row["step"]), {})
+        start = {key: _short(value) for key, value in begun.items() if key.startswith(CURVES)}
         speed = statistics.median(row["examples_per_second"] for row in rows)
         every = -(-len(rows) // POINTS)
         kept = rows[::-1][::every][::-1]  # the last one always
@@ -169,6 +171,7 @@ def _stages(arm: Path) -> list[dict[str, Any]]:
                 "seconds": round(stage["seconds"], 2),
                 "seconds_per_step": stage["batch"] / speed,
                 "peak_memory_bytes": stage["peak_memory_bytes"],
+                **({"start": start} if start else {}),
                 "curves": {"step": [row["step"] for row in kept]}
                 | {key: [_short(row.get(key)) for row in kept] for key in keys},
             }

@@ -138,6 +138,28 @@ LM_LAST = Row(
     "clipcap",
     overrides={"sequence": ("st", "ie"), "stages.ie.losses.lm": 1.0},
 )
+# The cone: what loss_LM does once its queue's mean is taken from keys and queries
+CENTRED = {"losses.center": "lm:mean"}
+LM_CENTRED = Row("lm-centred", "loss_LM centred", "clipcap", overrides=CENTRED)
+LM_CENTRED_IMAGE = Row(
+    "lm-centred-image",
+    "loss_LM centred, after the visual tokens",
+    "clipcap",
+    overrides={**CENTRED, "losses.lm_with_image": True},
+)
+LM_OTHERS = Row(
+    "lm-others",
+    "loss_LM centred, to the picture's other captions",
+    "clipcap",
+    overrides={**CENTRED, "losses.positives": "self, lm:others"},
+)
+LM_DISTIL_CENTRED = Row(
+    "lm-distil-centred",
+    "loss_LM centred, without negatives, in the last stage",
+    "clipcap",
+    overrides={**LM_DISTIL.overrides, **CENTRED},
+)
+ALL_CENTRED = Row("all-centred", "all three losses centred", "clipcap", overrides={"losses.center": "mean"})
 TAU = Row("tau-0.2", "tau 0.2", "clipcap", overrides={"losses.tau": 0.2})
 SPLIT_EVEN = Row("split-even", "steps divided evenly over the stages", "clipcap", shares={"st": 1.0, "lm": 1.0})
 SPLIT_ST = Row("split-st", "ST stage as long as the last", "clipcap", shares={"st": 1.0})

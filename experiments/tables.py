@@ -1,6 +1,7 @@
 """All tables by their names on the command line."""
 
 from experiments import (
+    cone,
     controls,
     open_questions,
     table02,
@@ -28,6 +29,7 @@ ALL = (
     controls.QUESTIONS,
     open_questions.TABLE,
     open_questions.QUESTIONS,
+    cone.TABLE,
     tuning.TABLE,
     tuning.QUESTIONS,
 )

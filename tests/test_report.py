@@ -216,7 +216,15 @@ def test_every_arm_score_stage_and_caption_is_on_a_balanced_page(tmp_path):
 
 def test_every_loss_and_queue_diagnostic_has_a_labelled_chart(tmp_path):
     _, references = make_run(tmp_path)
+    file = tmp_path / "eim" / "metrics.jsonl"
+    lines = file.read_text().splitlines()
+    place = next(n for n, line in enumerate(lines) if json.loads(line)["stage"] == "lm")
+    begun = {"stage": "lm", "stage_index": 1, "step": 0, "loss": 8.6, "loss/lm": 8.6}
+    begun |= {"queue/lm/floor": 8.644, "queue/lm/chance": 8.7}
+    file.write_text("\n".join([*lines[:place], json.dumps(begun), *lines[place:]]) + "\n")
     found = page(tmp_path, references)
+    assert re.search(r"8.6 → \S+ · chance 8.7 · own key as query 8.64", found.words)
+    assert "; chance: 8.7; own key as query: 8.644" in (tmp_path / "report.html").read_text()  # read aloud
     # st, lm: 1 loss + 4 diagnostics; ie: sum, 2 losses, 4 diagnostics; baseline: 1; both arms' loss_base together: 1
     assert found.tags.count("svg") == 5 + 5 + 7 + 1 + 1
     for title in ("loss_ST", "recall@1 in K_e", "right key's rank in K_b", "effective negatives, K_t"):

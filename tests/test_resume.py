@@ -106,7 +106,7 @@ def test_runs_killed_in_every_stage_and_in_mid_save_end_bit_identical(tmp_path):
         for file in (whole / "eim" / "metrics.jsonl", broken / "eim" / "metrics.jsonl")
     ]
     assert records[0] == records[1] and all("loss" in row for row in records[0])
-    assert [(row["stage_index"], row["step"]) for row in records[0]] == [(i, s) for i in range(3) for s in (3, 6, 8)]
+    assert [(row["stage_index"], row["step"]) for row in records[0]] == [(i, s) for i in range(3) for s in (0, 3, 6, 8)]
     shares = [json.loads((w / "eim" / "run.json").read_text())["stages"][2]["padding"] for w in (whole, broken)]
     assert shares[0] == shares[1]
 

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import importlib
 import json
+import re
 
 import jax
 import numpy as np
@@ -105,7 +106,12 @@ def test_the_arms_record_tells_what_each_stage_did(finished, config):
         assert stage["steps"] == 4 and stage["frozen_unchanged"] and stage["peak_memory_bytes"] > 0
         assert 0 < stage["trained_params"] < stage["total_params"] == record["total_params"]
     lines = read_metrics(inputs.workdir / "eim" / "metrics.jsonl")
-    assert [(line["stage"], line["step"]) for line in lines] == [(s, n) for s in ("st", "lm", "ie") for n in (2, 4)]
+    assert [(line["stage"], line["step"]) for line in lines] == [(s, n) for s in ("st", "lm", "ie") for n in (0, 2, 4)]
+    for line in lines[::3]:  # before the first step: what the queue losses lie between
+        name = line["stage"]
+        assert 0 <= line[f"queue/{name}/recall1"] <= 1 and 0 < line[f"queue/{name}/mean_norm"] < 1
+        assert 0 < line[f"queue/{name}/floor"] < line[f"queue/{name}/chance"]
+        assert line[f"queue/{name}/chance"] == pytest.approx(np.log(len(inputs.train)))
     assert {"loss/base", "loss/ie", "queue/ie/recall1", "queue/ie/effective", "lr/visual/prompt"} <= lines[-1].keys()
 
 
@@ -115,6 +121,7 @@ def test_texts_are_cut_to_the_configured_number_of_widths_and_steps_are_traced_b
         data=dataclasses.replace(config.data, buckets=2, length_window=2),
         arm={"eim": dataclasses.replace(config.arm["eim"], sequence=("lm",))},
         stages={"lm": dataclasses.replace(config.stages["lm"], steps=10)},
+        losses=settings.Losses(center="lm:mean", positives="lm:others", queue_dtype="int8"),
         profile="7:9",
         log_every=5,
     )
@@ -130,11 +137,14 @@ def test_texts_are_cut_to_the_configured_number_of_widths_and_steps_are_traced_b
     assert len(widths) == 2 and max(widths) <= inputs.encoded.tokens.shape[1]
     lines = read_metrics(tmp_path / "eim" / "metrics.jsonl")
     (summary,) = json.loads((tmp_path / "eim" / "run.json").read_text())["stages"]
-    for record in (*lines, summary):
+    for record in (*lines[1:], summary):
         shares = [record[kind] for kind in ("data_wait", "host", "device")]
         assert sum(shares) == pytest.approx(1) and min(shares) >= 0
         real, longest = inputs.encoded.valid.sum(1).mean(), inputs.encoded.tokens.shape[1]
         assert 0 <= record["padding"] < 1 - real / longest  # less than without cutting
+    manifest = json.loads((tmp_path / "queues" / "hidden" / "manifest.json").read_text())
+    assert manifest["center"] == "mean" and re.search(r"after centring \(.* loss_LM where the query is its own", said)
+    assert lines[0]["queue/lm/recall1"] == 1.0 and lines[0]["queue/lm/mean_norm"] < 0.5  # the query is the own key
     assert f"trace in {tmp_path}" in said.replace("\n", "")
     (trace,) = (tmp_path / "eim" / "profile" / "0-lm").rglob("perfetto_trace.json.gz")
     marks = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}

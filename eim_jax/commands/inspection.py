@@ -16,6 +16,7 @@ from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
 from eim_jax.training import low_rank, partition, setup
 from eim_jax.training.partition import Flat
+from eim_jax.training.queue_report import tell_queue
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.console import console, print_table, shown
 
@@ -123,6 +124,7 @@ def _nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(similarity of each sample's query to every row [b N], the NEAREST rows in order [b 3])."""
     queue = inputs.queue(vlm, loss.queue)
+    tell_queue(inputs, loss, queue)
     similar = similarities(vlm, inputs.config.losses, loss, partition.unflatten(params), batch, queue)
     similar = np.asarray(similar)[:, : queue.count]
     return similar, np.argsort(-similar, axis=1)[:, :NEAREST]

@@ -4,6 +4,8 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+from eim_jax.config.fields import by_loss
+
 if TYPE_CHECKING:
     from eim_jax.config import Config, Stage
 
@@ -80,7 +82,6 @@ _CHOICES = {
     "eval.method": ("greedy", "beam", "nucleus", "none"),
     "checkpoint.keep": ("last", "best"),
     "losses.similarity": ("cosine", "dot"),
-    "losses.positives": ("self", "group", "mask"),
     "losses.queue_dtype": ("auto", "float32", "bfloat16", "int8"),
     "decode.answers": ("generated", "likelihood"),
     "decode.unparsed": ("wrong", "random"),
@@ -91,6 +92,9 @@ _CHOICES = {
     "decode.rope": ("training", "lavin"),
     "arm.*.st_bias": ("zeros", "uniform"),
 }
+
+# One of these for all losses, or by a loss's name: "self, lm:others".
+_BY_LOSS = {"losses.center": ("none", "mean"), "losses.positives": ("self", "group", "mask", "others")}
 
 
 def check(config: "Config", flat: dict[str, Any]) -> None:
@@ -104,6 +108,16 @@ def check(config: "Config", flat: dict[str, Any]) -> None:
             hit = name == pattern if not tail else name.startswith(head + ".") and name.endswith("." + tail)
             if hit and value not in allowed:
                 raise ConfigError(f"config.{name}: {value!r} is none of {', '.join(allowed)}")
+    for name, allowed in _BY_LOSS.items():
+        for_all, named = by_loss(flat[name])
+        if len(named) < flat[name].count(":"):
+            raise ConfigError(f"config.{name}: {flat[name]!r} names a loss twice")
+        for word in ([for_all] if for_all or not named else []) + list(named.values()):
+            if word not in allowed:
+                raise ConfigError(
+                    f"config.{name}: {word!r} is none of {', '.join(allowed)} (for some losses alone: "
+                    f"'ie:{allowed[1]}, lm:{allowed[1]}')"
+                )
     for pattern, (low, high) in _RANGES.items():
         head, _, tail = pattern.partition(".*.")
         for name, value in flat.items():

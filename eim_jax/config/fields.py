@@ -75,11 +75,42 @@ class Losses:
 
     tau: float = 0.07
     similarity: str = "cosine"  # cosine | dot
-    positives: str = "self"  # self (the paper) | group (all captions of the image) | mask (siblings not in denominator)
+    # Which keys are a query's own: self (the paper) | group (all captions of the image) | mask (siblings not in the
+    # denominator) | others (the image's other captions, the own key in neither sum); by loss: "self, lm:others".
+    positives: str = "self"
+    # What is taken from a queue's keys and queries before they are normalised: none (the paper) | mean (of the queue's
+    # keys, for features that nearly all point one way; see docs/concepts/cone.md); by loss: "lm:mean, st:mean".
+    center: str = "none"
     lm_distil: bool = False  # loss_LM draws to the own key alone, (1 - cosine) / tau, instead of against all keys
     lm_with_image: bool = False  # loss_LM's query after the visual tokens, instead of text alone
     chunk: int = 0  # keys an online-softmax step reads; 0 = 1024 on CPU, 32768 elsewhere
     queue_dtype: str = "auto"  # float32 | bfloat16 | int8 (a scale a row) | auto (float32 on CPU, bfloat16 elsewhere)
+
+    def of(self, field: str, loss: str) -> str:
+        """What `positives` or `center` is for one loss.
+
+        Args:
+          field: its name.
+          loss: the loss's, as in LOSSES.
+
+        Example:
+          >>> settings = Losses(center="lm:mean")
+          >>> settings.of("center", "lm"), settings.of("center", "st")
+          ('mean', 'none')
+        """
+        for_all, named = by_loss(getattr(self, field))
+        return named.get(loss, for_all or getattr(Losses, field))
+
+
+def by_loss(value: str) -> tuple[str, dict[str, str]]:
+    """Splits a setting that may differ from loss to loss into what it is for all ("" if unsaid), and by loss.
+
+    >>> by_loss("self, lm:others")
+    ('self', {'lm': 'others'})
+    """
+    parts = [part.strip() for part in value.split(",")]
+    for_all = ",".join(part for part in parts if ":" not in part)  # several are none of the choices
+    return for_all, {name.strip(): word.strip() for name, _, word in (p.partition(":") for p in parts if ":" in p)}
 
 
 class LossWeights(dict):

@@ -33,8 +33,9 @@ class NCE(NamedTuple):
     """Sums over a batch's rows, each times the row's weight: they add over micro-batches; divide them by `weight`.
 
     loss: nats, the only field with a gradient. rank: of the own key, 1 is best, ties count against it; its siblings do
-    not compete unless positives="self". recall1: rank is 1. similarity: with the own key, before division by tau.
-    effective: 1 / sum p^2, the number of keys that the softmax in effect looks at, 1..N.
+    not compete unless positives="self" (of "others" too it is the own key's, which that loss leaves out). recall1: rank
+    is 1. similarity: with the own key, before division by tau. effective: 1 / sum p^2, the number of keys that the
+    softmax in effect looks at, 1..N.
     """
 
     loss: Float[Array, ""]
@@ -57,6 +58,7 @@ def queue_nce(
     positives: Positives = "self",
     groups: Int[Array, "N"] | None = None,
     scale: Float[Array, "N"] | None = None,
+    center: Float[Array, "D"] | None = None,
     chunk: int = 0,
     mesh: Mesh | None = None,
 ) -> NCE:
@@ -74,10 +76,13 @@ def queue_nce(
       similarity: "cosine" or "dot".
       weights: [b], of each query's loss; a query of weight 0 gives no loss and no gradient, whatever it holds.
       positives: "self", the own key (the paper); "group", every key of the own key's group, loss = -log sum_{j in
-        group} p_j; "mask", as "self", but the rest of its group leaves the denominator; "alone", no other key at all
+        group} p_j; "mask", as "self", but the rest of its group leaves the denominator; "others", as "group", but the
+        own key is left out of both sums (a query that is alone in its group keeps it); "alone", no other key at all
         (self-distillation, cosine only), loss = (1 - cos) / tau.
-      groups: [N], for "group" and "mask": keys of one group share a number.
+      groups: [N], for "group", "mask" and "others": keys of one group share a number.
       scale: [N], of int8 codes: scale[j] * keys[j] is the key.
+      center: [D], taken from the queries, after they are normalised and before they are once more under the cosine; of
+        the keys it was taken before (losses/centering.py).
       chunk: keys read at a time; 0: 1024 on CPU, 32768 elsewhere.
       mesh: the rows of `keys`, `groups` and `scale` lie over its ("data", "fsdp") axes; each device passes over its own
         rows, and only [b] and [b D] move.
@@ -99,8 +104,8 @@ def queue_nce(
       >>> print(f"{found:.4f}", gradient.shape)
       2.2341 (2, 4)
     """
-    grouped = positives in ("group", "mask")
-    _check_arguments(keys, count, similarity, positives, groups, scale, parts_of(mesh))
+    grouped = positives in ("group", "mask", "others")
+    _check_arguments(keys, count, similarity, positives, groups, scale, center, parts_of(mesh))
     _check_values(keys, index, count, similarity, scale)
     on_cpu = (mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()) == "cpu"
     rows = min(chunk or (1024 if on_cpu else 32768), keys.shape[0] // parts_of(mesh))
@@ -108,7 +113,7 @@ def queue_nce(
     weights = jnp.ones(query.shape[0]) if weights is None else weights.astype(jnp.float32)
     counted = weights != 0
     q = jnp.where(counted[:, None], query, 0).astype(jnp.float32)  # also stops the gradient of uncounted rows
-    q = _unit(q) if similarity == "cosine" else q
+    q = as_queries(q, similarity, center)
     how = Pass(count, rows, positives, mesh, on_cpu)
     groups = groups if grouped else None
     loss, (rank, score, effective) = cast(Any, _rowwise(how, q / tau, keys, index, groups, scale))
@@ -120,7 +125,17 @@ def queue_nce(
     return NCE(total(loss), jnp.sum(weights), *lax.stop_gradient(aux))
 
 
-def _check_arguments(keys, count, similarity, positives, groups, scale, shards) -> None:
+def as_queries(query: Float[Array, "b D"], similarity: str, center: Float[Array, "D"] | None = None):
+    """Features [b D] as they meet a queue's keys, in float32: normalised for the cosine, without the queue's mean."""
+    query = query.astype(jnp.float32)
+    query = _unit(query) if similarity == "cosine" else query
+    if center is None:
+        return query
+    left = query - center[None]
+    return _unit(left) if similarity == "cosine" else left
+
+
+def _check_arguments(keys, count, similarity, positives, groups, scale, center, shards) -> None:
     """Raises ValueError for arguments that do not go together, whatever their values."""
     if not 0 < count <= keys.shape[0]:
         raise ValueError(f"count={count}, but the queue holds {keys.shape[0]} rows (count is at least 1)")
@@ -130,7 +145,9 @@ def _check_arguments(keys, count, similarity, positives, groups, scale, shards) 
         raise ValueError(f"keys of {keys.dtype} with scale={'None' if scale is None else 'given'}: int8 alone has one")
     if positives == "alone" and similarity != "cosine":
         raise ValueError('positives="alone" needs similarity="cosine": a dot product with one key has no least loss')
-    if positives in ("group", "mask") and groups is None:
+    if center is not None and center.shape != keys.shape[1:]:
+        raise ValueError(f"center of shape {center.shape}: keys of {keys.shape[1]} numbers have a mean of as many")
+    if positives in ("group", "mask", "others") and groups is None:
         raise ValueError(f'positives="{positives}" needs one group id a key (groups=)')
 
 

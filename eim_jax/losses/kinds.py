@@ -166,7 +166,7 @@ class ContrastiveLoss:
 
     def positives(self, settings: Losses) -> Positives:
         """Which keys count as a query's own."""
-        return cast(Positives, settings.positives)
+        return cast(Positives, settings.of("positives", self.name))
 
     def normaliser(self, vlm: VLM, batch: Batch) -> Float[Array, ""]:
         """The rows that take part."""

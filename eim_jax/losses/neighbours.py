@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from eim_jax.config import Losses
+from eim_jax.losses.contrastive import as_queries
 from eim_jax.losses.kinds import ContrastiveLoss, Forward
 from eim_jax.losses.queues import Queue
 from eim_jax.models.batch import Batch
@@ -27,8 +28,6 @@ def similarities(
       batch: the samples, with the fields that the query reads.
       queue: the loss's.
     """
-    query = loss.query(Forward(vlm, settings, params, batch)).astype(jnp.float32)
-    if settings.similarity == "cosine":
-        query = query / jnp.linalg.norm(query, axis=1, keepdims=True)
+    query = as_queries(loss.query(Forward(vlm, settings, params, batch)), settings.similarity, queue.center)
     found = query @ queue.keys.T.astype(jnp.float32)
     return found if queue.scale is None else found * queue.scale[None]

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from eim_jax.parallel.sharding import ROWS
 
-Positives = Literal["self", "group", "mask", "alone"]
+Positives = Literal["self", "group", "mask", "others", "alone"]
 
 MASKED = -1e30  # finite: exp(MASKED - MASKED) stays a number, exp(MASKED - any real score) is 0
 TIE = 1e-6  # scores closer than this fraction of |u||k_y| tie: twice the rounding of an f32 dot product
@@ -115,35 +115,59 @@ def one_pass(how: Pass, u, keys, index, groups, scale):
             if how.positives == "mask":
                 scores = jnp.where(sibling, MASKED, scores)
             else:  # a second softmax, over the positives alone; most chunks hold none and skip it
+                if how.positives == "others":
+                    scores, same = jnp.where(same & ~sibling, MASKED, scores), sibling
                 inside = jnp.where(same, scores, MASKED)
                 positive = lax.cond(jnp.any(same), lambda p: p.add(inside, weigh), lambda p: p, positive)
         softmax = softmax.add(scores, weigh)
         return softmax, positive, rank + jnp.sum(rivals, axis=1, dtype=jnp.int32)
 
     empty = _Softmax(jnp.full(b, MASKED), jnp.zeros(b), jnp.zeros((b, width)), jnp.zeros(b))
-    start = (empty, empty if how.positives == "group" else None, jnp.zeros(b, jnp.int32))
+    start = (empty, empty if how.positives in ("group", "others") else None, jnp.zeros(b, jnp.int32))
     start = lax.pcast(start, axes, to="varying") if axes else start
     softmax, positive, rank = lax.fori_loop(0, -(-held // how.chunk), step, start)
     if axes:
         softmax, rank = softmax.merge(axes), lax.psum(rank, axes)
         positive = positive.merge(axes) if positive is not None else None
+    if how.positives == "others" and positive is not None:
+        softmax, positive = _with_the_lonely(own, softmax, positive)
     loss, gradient = _loss_and_gradient(how, u, own, softmax, positive)
     effective = softmax.total * softmax.total / softmax.square
     return jnp.maximum(loss, 0), gradient, rank.astype(jnp.float32), own.score, effective
 
 
-def _own_keys(u, keys, index, groups, scale, first, axes) -> _Own:
-    """Looks each query's own key up; the devices that do not hold it add zeros."""
-    held = keys.shape[0]
-    mine = (index >= first) & (index < first + held)
-    place = jnp.clip(index - first, 0, held - 1)
+def _place(index, first, held: int):
+    """Whether this device holds each row of the whole queue, and where."""
+    return (index >= first) & (index < first + held), jnp.clip(index - first, 0, held - 1)
+
+
+def keys_at(keys, scale, index, first, axes) -> Float[Array, "b D"]:
+    """The keys in these rows of the whole queue, in float32; the devices that do not hold one add zeros."""
+    mine, place = _place(index, first, keys.shape[0])
     key = keys[place].astype(jnp.float32) * (1 if scale is None else scale[place][:, None])
     key = jnp.where(mine[:, None], key, 0)
+    return lax.psum(key, axes) if axes else key
+
+
+def _own_keys(u, keys, index, groups, scale, first, axes) -> _Own:
+    """Looks each query's own key up; the devices that do not hold it add zeros."""
+    mine, place = _place(index, first, keys.shape[0])
+    key = keys_at(keys, scale, index, first, axes)
     group = jnp.where(mine, groups[place], 0) if groups is not None else None
-    key, group = lax.psum((key, group), axes) if axes else (key, group)
+    group = lax.psum(group, axes) if axes and group is not None else group
     score = jnp.sum(u * key, axis=1)
     tie = score - TIE * jnp.sqrt(jnp.sum(u * u, axis=1) * jnp.sum(key * key, axis=1))
     return _Own(key, group, score, tie)
+
+
+def _with_the_lonely(own: _Own, softmax: _Softmax, positive: _Softmax) -> tuple[_Softmax, _Softmax]:
+    """Gives queries without a sibling their own key back: else their loss would be the distance to nothing."""
+    score = jnp.where(positive.top <= MASKED, own.score, MASKED)[:, None]  # MASKED adds nothing
+
+    def weigh(e):
+        return e * own.key
+
+    return softmax.add(score, weigh), positive.add(score, weigh)
 
 
 def _loss_and_gradient(how: Pass, u, own: _Own, softmax: _Softmax, positive: _Softmax | None):

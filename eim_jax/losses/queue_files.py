@@ -14,6 +14,8 @@ from eim_jax.parallel.processes import barrier, is_first
 from eim_jax.utils.files import Damaged, check_sums, flush, new_rows, read_json, read_rows, room_in, sha256, write_text
 
 _BESIDE = ("width", "sha256")  # of the manifest: known only once the queue is built
+_UNSAID = {"center": "none"}  # what a manifest means that does not name the field
+_SETTINGS = {"center": " (config.losses.center; `center` of Queue.of and Queue.build)"}  # where a field is set
 
 
 class StaleQueue(ValueError):
@@ -30,6 +32,7 @@ def manifest(
     similarity: str,
     dtype: str,
     count: int,
+    center: str = "none",
 ) -> dict[str, Any]:
     """Returns what decides a queue's content, as `Queue.save` keeps it and `Queue.load` compares it.
 
@@ -42,8 +45,9 @@ def manifest(
       similarity: "cosine" (rows of unit norm) or "dot".
       dtype: in which the keys are held.
       count: how many samples.
+      center: "none", or "mean" where the keys' mean was taken from them.
     """
-    return {
+    facts = {
         "kind": kind,
         "weights": weights,
         "data": data,
@@ -53,9 +57,17 @@ def manifest(
         "dtype": jnp.dtype(dtype).name,
         "count": count,
     }
+    # Named where there is one, so that queues of earlier versions stay what they are.
+    return facts if center == "none" else {**facts, "center": center}
 
 
-def write_rows(directory: str | os.PathLike, arrays: dict[str, jax.Array], count: int, facts: dict[str, Any]) -> None:
+def write_rows(
+    directory: str | os.PathLike,
+    arrays: dict[str, jax.Array],
+    count: int,
+    facts: dict[str, Any],
+    beside: dict[str, np.ndarray] | None = None,
+) -> None:
     """Writes the first `count` rows of each array (NAME.npy) and manifest.json, whole or not at all.
 
     All processes call it with the same directory on a shared file system. Several write a file for each device's rows,
@@ -66,6 +78,7 @@ def write_rows(directory: str | os.PathLike, arrays: dict[str, jax.Array], count
       arrays: {"keys": [N D], "groups": [N], ...}, sharded by row.
       count: real rows; what follows is padding and not written.
       facts: the manifest.
+      beside: small arrays that are no rows and the same on all processes, NAME.npy each.
     """
     target = pathlib.Path(directory)
     scratch, old = target.with_name(target.name + ".tmp"), target.with_name(target.name + ".old")
@@ -80,6 +93,9 @@ def write_rows(directory: str | os.PathLike, arrays: dict[str, jax.Array], count
             _write_array(scratch, name, array, count)
     barrier(f"queue rows {target.name}")
     if first:
+        with room_in(target):
+            for name, array in (beside or {}).items():
+                np.save(scratch / f"{name}.npy", array)
         files = sorted(scratch.iterdir())
         for file in files:
             flush(file)
@@ -110,12 +126,14 @@ def _write_array(scratch: pathlib.Path, name: str, array: jax.Array, count: int)
         out.flush()
 
 
-def open_rows(directory: str | os.PathLike, expected: dict[str, Any]) -> tuple[dict[str, "StoredRows"], int]:
+def open_rows(
+    directory: str | os.PathLike, expected: dict[str, Any]
+) -> tuple[dict[str, "StoredRows"], int, dict[str, np.ndarray]]:
     """Opens the rows of the queue that the manifest `expected` describes.
 
     Returns:
-      ({"keys", "groups", and for int8 "scale"}, the number of rows), memory-mapped: only rows that are asked for are
-      read.
+      ({"keys", "groups", and for int8 "scale"}, the number of rows, {"center"} of a centred queue); rows are
+      memory-mapped: only those that are asked for are read.
 
     Raises:
       StaleQueue: naming each field in which the file differs (the width, known only once the queue is built, may be
@@ -129,16 +147,20 @@ def open_rows(directory: str | os.PathLike, expected: dict[str, Any]) -> tuple[d
         raise StaleQueue(str(error)) from error
     expected = json.loads(json.dumps(expected))
     fields = [*expected, *(field for field in found if field not in expected and field not in _BESIDE)]
+
+    def said(facts, field):
+        return facts.get(field, _UNSAID.get(field, "(absent)"))
+
     different = [
-        f"  {field}: expected {expected.get(field, '(absent)')!r}, found {found.get(field, '(absent)')!r}"
+        f"  {field}: expected {said(expected, field)!r}, found {said(found, field)!r}{_SETTINGS.get(field, '')}"
         for field in fields
-        if field not in expected or field not in found or expected[field] != found[field]
+        if said(expected, field) != said(found, field) or "(absent)" in (said(expected, field), said(found, field))
     ]
     if different:
         remedy = "Delete it to have it built anew, or give this run the setting that it was built with."
         raise StaleQueue("\n".join([f"the queue in {source} is another one:", *different, remedy]))
     try:
-        return _checked_rows(source, found), found["count"]
+        return _checked_rows(source, found), found["count"], _checked_center(source, found)
     except Damaged as error:
         raise StaleQueue(str(error)) from error
 
@@ -159,6 +181,17 @@ def _checked_rows(source: pathlib.Path, found: dict[str, Any]) -> dict[str, "Sto
         check_sums(source, sums)
     rows["keys"].dtype = dtype
     return rows
+
+
+def _checked_center(source: pathlib.Path, found: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The mean that was taken from a centred queue's keys, {"center": [D]}; Damaged where it is none."""
+    if found.get("center", "none") == "none":
+        return {}
+    file = source / "center.npy"
+    mean = np.array(read_rows(file, source))
+    if mean.shape != (found["width"],) or mean.dtype != np.float32 or not np.isfinite(mean).all():
+        raise Damaged(file, f"{mean.shape} {mean.dtype} is no mean of keys of {found['width']} numbers", source)
+    return {"center": mean}
 
 
 class StoredRows:

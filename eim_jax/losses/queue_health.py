@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
+from eim_jax.losses.queue_contrast import NARROW, Contrast
 from eim_jax.losses.queues import Queue
 from eim_jax.parallel.sharding import parts_of
 
@@ -31,6 +32,7 @@ class Health(NamedTuple):
       distinct: different rows, compared by all their bits.
       all_equal: no row differs from the first by more than rounding.
       mean_cosine: the mean cosine between two different rows; NaN of a single row.
+      mean_norm: the length of the unit keys' mean, 0 (all directions) to 1 (one).
       commonest: the first row that holds the most frequent key, and how many rows hold it.
     """
 
@@ -38,6 +40,7 @@ class Health(NamedTuple):
     distinct: int
     all_equal: bool
     mean_cosine: float
+    mean_norm: float
     commonest: tuple[int, int]
 
 
@@ -68,39 +71,75 @@ def measure(queue: Queue, mesh: Mesh | None = None) -> Health:
         distinct=len(counts),
         all_equal=len(counts) == 1 or float(farthest) <= (EQUAL * float(first)) ** 2,
         mean_cosine=(square - count) / (count * (count - 1)) if count > 1 else float("nan"),
+        mean_norm=float(np.sqrt(square)) / count,
         commonest=(int(starts[most]), int(counts[most])),
     )
 
 
-def report(queue: Queue, name: str, ids: Sequence[str], mesh: Mesh | None = None) -> list[str]:
-    """Returns what a log says of a queue that was just built: a line, and a warning where many rows are equal.
+def refuse_equal(found: Health, name: str, ids: Sequence[str]) -> None:
+    """Raises EqualKeys, naming the queue and what to look at, where all rows are the same key.
 
     Args:
-      queue: the keys.
+      found: the queue's health.
       name: the queue's, for messages.
       ids: the samples'.
-      mesh: the one over which the queue was placed.
-
-    Raises:
-      EqualKeys: all rows are the same key; it names the queue and what to look at.
     """
-    found = measure(queue, mesh)
-    row, times = found.commonest
     if found.all_equal and found.count > 1:
         raise EqualKeys(
             f"queue {name!r}: the keys of all {found.count:,} samples are equal ({found.distinct:,} distinct), as that "
             f"of sample {ids[0]!r}: a contrastive loss cannot tell them apart and would learn nothing. Look whether "
             "all texts (or pictures) are the same, are cut to the same beginning, or the tower's weights are empty"
         )
-    lines = [
-        f"queue {name}: {found.count:,} keys, {found.distinct:,} distinct, mean cosine between keys "
-        f"{found.mean_cosine:.3f}"
-    ]
+
+
+def report(
+    queue: Queue,
+    name: str,
+    ids: Sequence[str],
+    mesh: Mesh | None = None,
+    found: Health | None = None,
+    between: Contrast | None = None,
+    loss: str = "the loss",
+    advice: str | None = "",
+) -> list[str]:
+    """Returns what a log says of a queue: a line, and warnings where many rows are equal or all lie in a narrow cone.
+
+    Args:
+      queue: the keys.
+      name: the queue's, for messages.
+      ids: the samples'.
+      mesh: the one over which the queue was placed.
+      found: its health, where that is measured already.
+      between: what a loss of it lies between (queue_contrast.py); None: nothing is said of that.
+      loss: that loss's title.
+      advice: what the warning on a narrow cone tells to do; None: no such warning.
+
+    Raises:
+      EqualKeys: as `refuse_equal`.
+    """
+    found = measure(queue, mesh) if found is None else found
+    refuse_equal(found, name, ids)
+    row, times = found.commonest
+    left = ""
+    if queue.center is not None:
+        left = f" after centring (the mean that was taken: {float(np.linalg.norm(np.asarray(queue.center))):.3f})"
+    line = f"queue {name}: {found.count:,} keys, {found.distinct:,} distinct, mean cosine between keys "
+    line += f"{found.mean_cosine:.3f}, |mean key| {found.mean_norm:.3f}{left}"
+    if between is not None:
+        sample = "" if between.rows == found.count else f" (by {between.rows} rows)"
+        line += f"; {loss} where the query is its own key {between.floor:.3f}{sample}, by chance {between.chance:.3f}"
+    lines = [line]
     repeated = found.count - found.distinct
     if repeated > MANY * found.count:
         lines.append(
             f"warning: queue {name}: {repeated:,} of {found.count:,} keys repeat another sample's, that of sample "
             f"{ids[row]!r} stands {times:,} times; equal keys are each other's negatives, which no query can satisfy"
+        )
+    if between is not None and advice is not None and between.floor > NARROW * between.chance:
+        lines.append(
+            f"warning: queue {name}: where the query is its own key, {loss} is {between.floor:.3f}, "
+            f"{between.floor / between.chance:.2f} of chance: the keys can hardly be told apart, and the loss may "
+            f"teach to leave them rather than to find the own one{'; ' if advice else ''}{advice}"
         )
     return lines
 

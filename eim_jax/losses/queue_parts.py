@@ -37,6 +37,9 @@ class QueueParts:
 
     def __init__(self, directory: str | os.PathLike, manifest: dict[str, Any], say: Callable[[str], Any] = print):
         self._directory, self._content, self._say = pathlib.Path(directory), manifest, say
+        self.center = manifest.get("center", "none")
+        # Keys that are to be centred are not rounded before the last one is there.
+        self._dtype = manifest["dtype"] if self.center == "none" else "float32"
         self._folder = self._directory / f"process-{jax.process_index()}"  # no file has two writers
         self._file = self._folder / "manifest.json"
         self._facts: dict[str, Any] = {}
@@ -99,7 +102,7 @@ class QueueParts:
 
     def _restored(self, name: str, sharding: Sharding) -> jax.Array:
         stored = [read_rows(self._folder / f"{name}-{number:06d}.npy") for number in range(len(self._parts))]
-        dtype = np.dtype(jax.numpy.dtype(self._content["dtype"])) if name == "keys" else stored[0].dtype
+        dtype = np.dtype(jax.numpy.dtype(self._dtype)) if name == "keys" else stored[0].dtype
         shape = (self._plan.shards, self._plan.held, *stored[0].shape[2:])
 
         def block(index: Any) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from eim_jax.losses.centering import Center, centred, check_center
 from eim_jax.losses.contrastive import NCE, Similarity, queue_nce
 from eim_jax.losses.online_softmax import Positives
 from eim_jax.losses.queue_build import as_keys, compress, encode_all, rows_sharding, whole
@@ -33,14 +34,17 @@ class BadRow(ValueError):
 class Queue:
     """One fixed key for each training sample: row i is sample i's, rows from `count` on are padding.
 
-    A pytree: `keys`, `groups` and `scale` are its leaves, `count` is static, so a queue passes through `jax.jit`, where
-    another `count` compiles another program. Make one with `of` (ready arrays), `build` (an encoder) or `load`.
+    A pytree: `keys`, `groups`, `scale` and `center` are its leaves, `count` is static, so a queue passes through
+    `jax.jit`, where another `count` compiles another program. Make one with `of` (ready arrays), `build` (an encoder)
+    or `load`.
 
     Args:
       keys: [N D] float32 or bfloat16, of unit norm where the similarity is the cosine; or int8 codes.
       groups: [N] int32; samples that belong together (the captions of an image) share a number; -1 in the padding.
       count: real rows; the padding makes N divide by the devices that share it.
       scale: [N] float32, of int8 codes: `scale[i] * keys[i]` is the key.
+      center: [D] float32, of a queue with center="mean": the mean that was taken from the keys (losses/centering.py),
+        and that `nce` takes from each query.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -55,6 +59,7 @@ class Queue:
     groups: Int[Array, "N"]
     count: int
     scale: Float[Array, "N"] | None = None
+    center: Float[Array, "D"] | None = None
 
     @classmethod
     def of(
@@ -64,6 +69,7 @@ class Queue:
         *,
         dtype: Any = jnp.float32,
         similarity: Similarity = "cosine",
+        center: Center = "none",
         mesh: Mesh | None = None,
         ids: Sequence[str] | None = None,
     ) -> "Queue":
@@ -74,12 +80,14 @@ class Queue:
           groups: [N] whole numbers; None: every sample is a group of its own.
           dtype: in which keys are held: float32 (best on CPU), bfloat16, int8 (a scale a row).
           similarity: "cosine" or "dot", as `nce` will be asked for.
+          center: "mean" takes the keys' mean from them, before they are brought to length 1 (again, under the cosine),
+            and from every query: for features that nearly all point one way, as a language model's do.
           mesh: over whose ("data", "fsdp") axes the rows are split; rows of zeros fill the last device.
           ids: the samples' names, for messages.
 
         Raises:
-          BadRow: naming the first row that is not finite, or under the cosine is zero.
-          ValueError: features that are not [N D] floats with N > 0, or groups of another number.
+          BadRow: naming the first row that is not finite, or under the cosine is zero, or is the mean itself.
+          ValueError: features that are not [N D] floats with N > 0, or groups of another number; another `center`.
 
         Example:
           >>> import numpy as np
@@ -89,6 +97,7 @@ class Queue:
         shape = getattr(features, "shape", ())
         if len(shape) != 2 or 0 in shape or not jnp.issubdtype(features.dtype, jnp.floating):
             raise ValueError(f"features of shape {shape} {getattr(features, 'dtype', '')}: a queue takes [N D] floats")
+        check_center(center)
         count = shape[0]
         _check_lengths("the queue", count, {"groups": groups, "ids": ids})
         total = _padded(count, mesh)
@@ -96,7 +105,7 @@ class Queue:
         def finish(rows):
             rows = jnp.pad(rows, ((0, total - rows.shape[0]), (0, 0))).astype(jnp.float32)
             keys, bad = as_keys(rows, jnp.arange(total, dtype=jnp.int32), count, similarity)
-            return compress(keys, dtype), bad
+            return compress(keys, dtype if center == "none" else jnp.float32), bad
 
         where = None if mesh is None else (rows_sharding(mesh), whole(mesh))
         if not isinstance(features, jax.Array):
@@ -105,7 +114,10 @@ class Queue:
             features = jax.device_put(jnp.pad(features, ((0, total - count), (0, 0))), rows_sharding(mesh))
         (keys, scale), bad = jax.jit(finish, out_shardings=where)(features)
         _check("the queue", bad, count, ids, similarity)
-        return cls(keys, _place_groups(groups, count, mesh), count, scale)
+        mean = None
+        if center == "mean":
+            (keys, scale), mean = _centred("the queue", keys, count, dtype, similarity, mesh, ids)
+        return cls(keys, _place_groups(groups, count, mesh), count, scale, mean)
 
     @classmethod
     def build(
@@ -118,6 +130,7 @@ class Queue:
         batch: int = 256,
         dtype: Any = jnp.float32,
         similarity: Similarity = "cosine",
+        center: Center = "none",
         mesh: Mesh | None = None,
         ids: Sequence[str] | None = None,
         name: str = "",
@@ -138,6 +151,7 @@ class Queue:
           batch: samples at a time, over all devices; with `lengths` as many more of short texts as take no more slots.
           dtype: in which keys are held: float32 (best on CPU), bfloat16, int8 (a scale a row).
           similarity: "cosine" normalises the keys, in float32; "dot" leaves them.
+          center: as `of`; all keys are then held in float32 until the last one is there, and rounded to `dtype` after.
           mesh: over whose ("data", "fsdp") axes the rows are split; rows of zeros fill the last device.
           ids: the samples' names, for messages.
           name: the queue's, for messages.
@@ -149,8 +163,8 @@ class Queue:
             the longest of their batch. The keys are the same but for rounding.
 
         Raises:
-          BadRow: naming the sample whose key is not finite, or under the cosine is zero.
-          ValueError: fields, groups, ids or lengths of unequal length.
+          BadRow: naming the sample whose key is not finite, or under the cosine is zero, or is the mean itself.
+          ValueError: fields, groups, ids or lengths of unequal length; parts of a queue with another centring.
 
         Example:
           >>> import numpy as np
@@ -163,7 +177,11 @@ class Queue:
         label = f"queue {name!r}" if name else "the queue"
         count = _common_length(label, fields, groups, ids)
         _check_lengths(label, count, {"lengths": lengths})
-        encoded = encode_all(encode, params, fields, count, batch, dtype, similarity, mesh, parts, lengths)
+        check_center(center)
+        if parts is not None and parts.center != center:
+            raise ValueError(f"{label}: center={center!r}, but its parts' manifest says {parts.center!r}")
+        rounded = dtype if center == "none" else jnp.float32
+        encoded = encode_all(encode, params, fields, count, batch, rounded, similarity, mesh, parts, lengths)
         pending = keys = None
         with _progress(f"queue {name}".strip(), count) if progress else nullcontext(lambda _: None) as advance:
             for block in encoded:
@@ -177,7 +195,10 @@ class Queue:
             _check(label, pending, count, ids, similarity)
         flat = jax.jit(lambda x: x.reshape(-1, *x.shape[2:]), donate_argnums=0, out_shardings=rows_sharding(mesh))
         keys, scale = jax.tree.map(flat, keys)
-        return cls(keys, _place_groups(groups, count, mesh), count, scale)
+        mean = None
+        if center == "mean":
+            (keys, scale), mean = _centred(label, keys, count, dtype, similarity, mesh, ids)
+        return cls(keys, _place_groups(groups, count, mesh), count, scale, mean)
 
     def nce(
         self,
@@ -198,7 +219,7 @@ class Queue:
           index: [b], each query's own row.
           tau: the temperature.
           similarity: "cosine" (the query is normalised here) or "dot".
-          positives: "self" (the paper), "group", "mask" or "alone".
+          positives: "self" (the paper), "group", "mask", "others" or "alone".
           weights: [b], of each query's loss; 0 leaves it out.
           mesh: the one over which the queue was placed.
           chunk: keys read at a time; 0: 1024 on CPU, 32768 elsewhere.
@@ -224,28 +245,33 @@ class Queue:
             positives=positives,
             groups=self.groups,
             scale=self.scale,
+            center=self.center,
             chunk=chunk,
             mesh=mesh,
         )
 
     def save(self, directory: str | os.PathLike, manifest: dict[str, Any]) -> None:
-        """Writes the real rows (keys.npy, groups.npy; int8: scale.npy) and manifest.json, whole or not at all.
+        """Writes the real rows and manifest.json, whole or not at all.
 
+        The rows are keys.npy, groups.npy, and scale.npy of int8; a centred queue's mean is center.npy.
         All processes call it with the same directory on a shared file system.
 
         Args:
           directory: the queue's folder; a queue that is there is replaced.
-          manifest: what decided the content, see `manifest`; dtype, count and width are added.
+          manifest: what decided the content, see `manifest`; dtype, count, width and centring are added.
 
         Raises:
-          ValueError: the manifest contradicts the queue's dtype, count or width.
+          ValueError: the manifest contradicts the queue's dtype, count, width or centring.
         """
         facts = {"dtype": self.keys.dtype.name, "count": self.count, "width": self.keys.shape[1]}
-        for field, value in facts.items():
+        center = {"center": "none" if self.center is None else "mean"}
+        for field, value in {**facts, **center}.items():
             if manifest.get(field, value) != value:
                 raise ValueError(f"manifest says {field}={manifest[field]!r}, the queue has {value!r}")
         arrays = {"keys": self.keys, "groups": self.groups} | ({} if self.scale is None else {"scale": self.scale})
-        write_rows(directory, arrays, self.count, {**manifest, **facts})
+        beside = {} if self.center is None else {"center": np.asarray(self.center)}
+        facts |= {} if self.center is None else center  # without one as queues of earlier versions
+        write_rows(directory, arrays, self.count, {**manifest, **facts}, beside)
 
     @classmethod
     def load(cls, directory: str | os.PathLike, manifest: dict[str, Any], mesh: Mesh | None = None) -> "Queue":
@@ -260,21 +286,24 @@ class Queue:
           StaleQueue: naming each field in which the file differs, or that the files are damaged.
           FileNotFoundError: there is no queue.
         """
-        rows, count = open_rows(directory, manifest)
+        rows, count, beside = open_rows(directory, manifest)
         fill = {"keys": 0, "groups": -1, "scale": 0}
         placed = {name: _place_rows(part, _padded(count, mesh), mesh, fill[name]) for name, part in rows.items()}
-        return cls(count=count, **placed)
+        return cls(count=count, **placed, **{name: _place_whole(array, mesh) for name, array in beside.items()})
+
+
+_LEAVES = ("keys", "groups", "scale", "center")
 
 
 def _flatten(queue: Queue):
-    keys = [jax.tree_util.GetAttrKey(name) for name in ("keys", "groups", "scale")]
-    return list(zip(keys, (queue.keys, queue.groups, queue.scale), strict=True)), queue.count
+    keys = [jax.tree_util.GetAttrKey(name) for name in _LEAVES]
+    return list(zip(keys, (getattr(queue, name) for name in _LEAVES), strict=True)), queue.count
 
 
 def _unflatten(count: int, leaves) -> Queue:
     """Without `__init__`: JAX fills trees with shapes, shardings and placeholders too, which are no arrays."""
     queue = object.__new__(Queue)
-    for name, value in zip(("keys", "groups", "scale", "count"), (*leaves, count), strict=True):
+    for name, value in zip((*_LEAVES, "count"), (*leaves, count), strict=True):
         object.__setattr__(queue, name, value)
     return queue
 
@@ -317,6 +346,18 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
+def _place_whole(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
+    """An array that every device holds."""
+    where = rows_sharding(None) if mesh is None else whole(mesh)
+    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
+def _centred(label, keys, count, dtype, similarity, mesh, ids):
+    held, mean, bad = centred(keys, count, dtype, similarity, mesh)
+    _check(label, bad, count, ids, similarity, "the mean of all keys, so that nothing is left of it once that is taken")
+    return held, mean
+
+
 def _common_length(label: str, fields: Any, groups: Any, ids: Any) -> int:
     """Returns how many samples there are; raises ValueError naming what has another number of entries."""
     leaves = jax.tree.leaves(fields)
@@ -338,11 +379,13 @@ def _check_lengths(label: str, count: int, others: dict[str, Any]) -> None:
         raise ValueError(f"{label}: no samples")
 
 
-def _check(label: str, bad: jax.Array | None, count: int, ids: Sequence[str] | None, similarity: str) -> None:
+def _check(
+    label: str, bad: jax.Array | None, count: int, ids: Sequence[str] | None, similarity: str, reason: str = ""
+) -> None:
     if bad is None or (row := int(bad)) >= count:
         return
     sample = f"sample {ids[row]!r} (row {row})" if ids is not None else f"row {row}"
-    reason = "not finite or zero, so it has no direction" if similarity == "cosine" else "not finite"
+    reason = reason or ("not finite or zero, so it has no direction" if similarity == "cosine" else "not finite")
     raise BadRow(f"{label}: the key of {sample} is {reason}; look at the sample, or drop it")
 
 

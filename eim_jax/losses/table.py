@@ -11,9 +11,12 @@ A loss of your own: `LOSSES["mine"] = ContrastiveLoss("mine", ...)`, in a script
 """
 
 import difflib
+from typing import cast
 
-from eim_jax.config import Config, ConfigError, Stage
+from eim_jax.config import Config, ConfigError, Losses, Stage
+from eim_jax.config.fields import by_loss
 from eim_jax.config.tables import LOSSES
+from eim_jax.losses.centering import Center
 from eim_jax.losses.kinds import Loss, QueueKind
 from eim_jax.losses.loss_base import BASE
 from eim_jax.losses.loss_ie import IE
@@ -23,7 +26,7 @@ from eim_jax.losses.loss_st import ST
 # Their order is that of logs and charts, and of the terms in a stage's sum.
 LOSSES |= {loss.name: loss for loss in (BASE, IE, ST, LM)}
 
-__all__ = ["LOSSES", "check", "losses_of", "queues_of", "symbol_of", "title_of", "weights"]
+__all__ = ["LOSSES", "center_of", "check", "losses_of", "queues_of", "symbol_of", "title_of", "weights"]
 
 
 def weights(stage: Stage) -> dict[str, float]:
@@ -63,5 +66,27 @@ def check(config: Config) -> None:
                     f"config.stages.{where}.losses.{name}: no such loss; {hint} A loss of your own is entered in "
                     "eim_jax.losses.table.LOSSES before the run starts"
                 )
+    for field in ("positives", "center"):
+        for name in by_loss(getattr(config.losses, field))[1]:
+            known = [loss.name for loss in LOSSES.values() if loss.queue is not None]
+            if name not in known:
+                raise ConfigError(
+                    f"config.losses.{field}: {name!r} is no loss with a queue; there are {', '.join(known)}"
+                )
     for loss in LOSSES.values():
         loss.check(config)
+        if loss.queue is not None:
+            center_of(loss.queue, config.losses)
+
+
+def center_of(queue: QueueKind, settings: Losses) -> Center:
+    """What is taken from a queue's keys, by `losses.center` for the losses that read it.
+
+    Raises:
+      ConfigError: they disagree.
+    """
+    found = {loss.name: settings.of("center", loss.name) for loss in LOSSES.values() if loss.queue == queue}
+    if len(set(found.values())) > 1:
+        said = ", ".join(f"{name}:{word}" for name, word in found.items())
+        raise ConfigError(f"config.losses.center: {said}, but these losses share the queue {queue.name!r}: make it one")
+    return cast(Center, next(iter(found.values()), "none"))

@@ -21,6 +21,7 @@ from eim_jax.losses import objective
 from eim_jax.losses.kinds import QueueKind
 from eim_jax.losses.queue_build import encoder, rows_at_once
 from eim_jax.losses.queues import Queue, compress
+from eim_jax.losses.table import center_of
 from eim_jax.models.batch import Batch
 from eim_jax.models.language import FAMILIES, family_of
 from eim_jax.models.stacks import Form
@@ -202,7 +203,10 @@ def queue_shapes(inputs: Inputs, vlm: VLM, kind: QueueKind) -> Queue:
         return Queue(keys, jnp.zeros(1, jnp.int32), count, scale)
 
     row = jax.eval_shape(one_row, partition.unflatten(inputs.towers), kind.source.row(inputs))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=held), row)
+    queue = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=held), row)
+    if center_of(kind, inputs.config.losses) == "none":
+        return queue
+    return replace(queue, center=replicated(jax.ShapeDtypeStruct(queue.keys.shape[1:], jnp.float32), mesh))
 
 
 def queue_encoder(inputs: Inputs, vlm: VLM, kind: QueueKind, towers: Flat) -> tuple[Callable, tuple]:

@@ -47,7 +47,14 @@ class Interval:
 
 
 def panel(
-    lines: Sequence[Line], *, unit: str, name: str, log: bool = False, unit_range: bool = False, over: str = "step"
+    lines: Sequence[Line],
+    *,
+    unit: str,
+    name: str,
+    log: bool = False,
+    unit_range: bool = False,
+    over: str = "step",
+    levels: Sequence[tuple[str, float]] = (),
 ) -> str:
     """Draws curves: the pale line is what was logged, the strong one its running mean.
 
@@ -58,6 +65,7 @@ def panel(
       log: draws a logarithmic axis where all values are positive.
       unit_range: fixes the axis to 0...1.
       over: what the other axis counts.
+      levels: (name, value) of dashed lines across the panel, the highest first.
 
     Returns:
       an <svg> element without outside references.
@@ -68,6 +76,14 @@ def panel(
         axes = figure.add_subplot()
         for line in lines:
             _draw(axes, line)
+        for number, (label, value) in enumerate(levels):
+            axes.axhline(value, color=INK, linewidth=0.9, linestyle="--")
+            place = {"xy": (1, value), "xycoords": ("axes fraction", "data"), "ha": "right"}
+            # The first name stands above its line and the others below, so that two that are close stay legible.
+            offset = {"xytext": (0, -2), "va": "top"} if number else {"xytext": (0, 1.5), "va": "bottom"}
+            axes.annotate(label, **place, **offset, textcoords="offset points", fontsize=8, color=INK)
+        if levels:
+            axes.margins(y=0.14)
         finite = [v for line in lines for v in line.values if v is not None]
         if log and finite and min(finite) > 0:
             axes.set_yscale("log")
@@ -82,7 +98,8 @@ def panel(
             figure.legend(loc="outside lower left", frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.6)
         elif len(lines) > 1:
             axes.legend(frameon=False, fontsize=8.5, labelcolor=INK, handlelength=1.6)
-        return inline_svg(figure, name, _spoken(lines, unit))
+        said = "".join(f"; {label}: {value:.4g}" for label, value in levels)
+        return inline_svg(figure, name, _spoken(lines, unit) + said)
 
 
 def _draw(axes, line: Line) -> None:

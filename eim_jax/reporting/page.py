@@ -145,7 +145,7 @@ def curves(arm: Arm) -> list[dict]:
         for key in (["loss"] if "loss" in keys and len(terms) != 1 else []) + terms:
             name = key.removeprefix("loss/")
             title = "all losses, weighted" if key == "loss" else title_of(name)
-            charts.append(_chart(arm.name, index, rows, key, title, "nats", _colour(name)))
+            charts.append(_chart(arm.name, index, rows, key, title, "nats", _colour(name), levels=_levels(rows, name)))
         queues = dict.fromkeys(key.split("/")[1] for key in keys if key.startswith("queue/"))
         for queue in queues:
             for key, (title, unit, log, unit_range) in DIAGNOSTICS.items():
@@ -185,6 +185,13 @@ def _colour(loss: str) -> int:
     return list(LOSSES).index(loss) if loss in LOSSES else len(LOSSES)
 
 
+def _levels(rows: Sequence[dict], loss: str) -> list[tuple[str, float]]:
+    """Between what a queue loss lies, as its stage found at step 0: chance, and its own key as query."""
+    start = rows[0] if rows[0]["step"] == 0 else {}
+    named = (("chance", f"queue/{loss}/chance"), ("own key as query", f"queue/{loss}/floor"))
+    return [(label, start[key]) for label, key in named if start.get(key) is not None]
+
+
 def _line(rows: Sequence[dict], key: str, label: str, colour: int, dashed: bool = False) -> Line:
     have = [row for row in rows if key in row]
     return Line(label, [row["step"] for row in have], [row[key] for row in have], colour, dashed)
@@ -200,13 +207,15 @@ def _chart(
     colour: int,
     log: bool = False,
     unit_range: bool = False,
+    levels: Sequence[tuple[str, float]] = (),
 ) -> dict:
     line = _line(rows, key, title, colour)
     finite = [value for value in line.values if value is not None]
     bad = len(line.values) - len(finite)
     told = f"{_short(finite[0])} → {_short(finite[-1])}" if finite else "no finite value"
     told += f" · {bad} not finite" if bad else ""
-    svg = panel([line], unit=unit, name=f"{arm}-{index}-{key}", log=log, unit_range=unit_range)
+    told += "".join(f" · {label} {_short(value)}" for label, value in levels)
+    svg = panel([line], unit=unit, name=f"{arm}-{index}-{key}", log=log, unit_range=unit_range, levels=levels)
     return {"title": title, "range": told, "svg": svg}
 
 

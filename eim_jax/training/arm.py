@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from eim_jax.config import ConfigError, Stage, as_dict
+from eim_jax.config import ConfigError, Losses, Stage, as_dict
 from eim_jax.config.checks import warmup_problem
 from eim_jax.data import loader
 from eim_jax.losses.table import losses_of, weights
@@ -101,6 +102,7 @@ def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
             raise ConfigError(f"{where}: no training sample has an image, so {blind[0]} has no rows")
         check_contrast(stage, len(inputs.samples), where)
         if inputs.encoded is not None:  # a plan has no texts
+            check_siblings(stage, config.losses, inputs.samples.groups, where)
             check_context(vlm, stage, config.losses, params, inputs.encoded, inputs.samples, where)
         info = stage_info(inputs, stage, stage_name, params)
         per_epoch = loader.steps_per_epoch(inputs.samples, stage.batch)
@@ -117,6 +119,16 @@ def check_contrast(stage: Stage, samples: int, where: str) -> None:
         raise ConfigError(
             f"{where}: {contrasted[0]} contrasts a sample's key with other samples', and there is 1 training sample: "
             "give it more, or leave the loss out"
+        )
+
+
+def check_siblings(stage: Stage, settings: Losses, groups: Sequence[int] | np.ndarray, where: str) -> None:
+    """Raises ConfigError for a loss that draws to a picture's other captions where no picture has two."""
+    asked = [x.title for x in losses_of(stage) if x.queue is not None and settings.of("positives", x.name) == "others"]
+    if asked and len(np.unique(groups)) == len(groups):
+        raise ConfigError(
+            f"{where}: by config.losses.positives {asked[0]} draws a sample to the other captions of its picture, but "
+            "no two training samples share one: choose self"
         )
 
 

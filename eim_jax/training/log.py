@@ -226,8 +226,13 @@ class RunLog:
             )
             self._bar.start()
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Appends a record (flushed), its scalars at the cumulative step, and shows it; nan and inf become null."""
+    def write(self, record: Mapping[str, Any], as_step: int | None = None) -> None:
+        """Appends a record (flushed), its scalars at the cumulative step, and shows it; nan and inf become null.
+
+        Args:
+          record: what a step found.
+          as_step: the step of the stage at which trackers get it; None: the record's.
+        """
         if not self._enabled:
             return
         record = {key: _plain(value) for key, value in record.items()}
@@ -243,7 +248,7 @@ class RunLog:
             if isinstance(value, int | float) and key not in ("stage_index", "step")
         }
         for tracker in self._trackers:
-            tracker.write(scalars, self._cumulative(index, step))
+            tracker.write(scalars, self._cumulative(index, step if as_step is None else as_step))
         total, text = self._stages[index].steps, format_record(record)
         now = time.monotonic()
         since, first = self._pace = self._pace or (now, step)

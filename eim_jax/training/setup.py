@@ -24,6 +24,7 @@ from eim_jax.losses.contrastive import Similarity
 from eim_jax.losses.kinds import QueueKind
 from eim_jax.losses.queue_build import rows_at_once
 from eim_jax.losses.queues import Queue
+from eim_jax.losses.table import center_of
 from eim_jax.models.adapters import adapter_of
 from eim_jax.models.connector import ST_KINDS, STConfig, make_st
 from eim_jax.models.language import family_of
@@ -107,6 +108,7 @@ class Inputs:
             similarity=settings.similarity,
             dtype=dtype.name,
             count=len(self.samples),
+            center=center_of(kind, settings),
         )
         folder = self.workdir / "queues" / kind.name
         doing(f"reading the queue {kind.name}")
@@ -136,6 +138,7 @@ class Inputs:
             batch=parts_of(self.mesh) * rows_at_once(kind.source.size and kind.source.size(self)),
             dtype=jnp.dtype(manifest["dtype"]),
             similarity=cast(Similarity, manifest["similarity"]),
+            center=center_of(kind, self.config.losses),
             mesh=self.mesh,
             ids=ids,
             name=kind.name,
@@ -143,8 +146,7 @@ class Inputs:
             parts=parts,
             lengths=None if kind.source.lengths is None else kind.source.lengths(self, fields),
         )
-        for line in queue_health.report(queue, kind.name, ids, self.mesh):
-            console.print(line, soft_wrap=True)
+        queue_health.refuse_equal(queue_health.measure(queue, self.mesh), kind.name, ids)
         return queue
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from eim_jax.config import ConfigError, Stage
 from eim_jax.data import loader
 from eim_jax.losses import objective
+from eim_jax.losses.table import losses_of
 from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
@@ -30,6 +31,7 @@ from eim_jax.training.log import RunLog, StageInfo
 from eim_jax.training.monitor import Meter, check_finite
 from eim_jax.training.partition import Flat
 from eim_jax.training.profile import Profile
+from eim_jax.training.queue_report import queue_name, tell_queue
 from eim_jax.training.scorer import Best, Scorer, is_due
 from eim_jax.training.setup import Inputs, stage_features
 from eim_jax.utils.console import console, duration
@@ -127,6 +129,8 @@ class _StageRun:
         self.iterator = _batches(inputs, vlm, stage, index, info, params)
         queue_of = functools.partial(inputs.queue, vlm)
         made = assemble(vlm, stage, config.losses, params, info.steps, queue_of, inputs.mesh)
+        contrasts = [loss for loss in losses_of(stage) if loss.queue is not None]
+        self.queues = {loss.name: tell_queue(inputs, loss, made.queues[queue_name(loss)]) for loss in contrasts}
         doing(f"preparing {info.name}")
         self.trained, self.opt_state = made.trained, made.init_state()
         self.made = made._replace(trained={})  # a resumed stage would hold them beside those that it restores
@@ -169,6 +173,8 @@ class _StageRun:
                 metrics, flops = self._update(number)
                 profile.after(number, metrics)
                 self.meter.add(metrics, flops)
+                if number == 0 and self.queues:
+                    self._write_start(metrics)
                 self._estimate(number + 1 - self.done, steps - number - 1)
                 reached, last = number + 1, number + 1 == steps
                 due = self.scorer is not None and is_due(config.eval, reached, steps, self._per_epoch)
@@ -297,6 +303,14 @@ class _StageRun:
         epoch = round(reached * stage.batch / len(self.inputs.samples), 4)
         place = {"stage": self.info.name, "stage_index": self.index, "step": reached, "epoch": epoch}
         self.log.write({**place, **means, **rates, **scores})
+
+    def _write_start(self, metrics: dict) -> None:
+        """Writes step 0: what the first step found before its update, and what each queue loss lies between."""
+        found = {"loss": 0.0, **{name: float(value) for name, value in jax.device_get(metrics).items()}}
+        for loss, figures in self.queues.items():
+            found |= {f"queue/{loss}/{name}": value for name, value in figures.items()}
+        place = {"stage": self.info.name, "stage_index": self.index, "step": 0, "epoch": 0.0}
+        self.log.write({**place, **found}, as_step=1)  # a tracker's number before is the last stage's last step
 
     def _is_time(self) -> bool:
         """Whether the newest checkpoint is too old; several processes, whose clocks differ, go by steps alone."""
