@@ -1,6 +1,7 @@
 """Accelerators with their published figures, and which of them a device is."""
 
 from dataclasses import dataclass
+from typing import Any
 
 GIB = 1 << 30
 
@@ -50,3 +51,15 @@ def chip_of(kind: str) -> Chip | None:
     ('H100 SXM', None)
     """
     return next((CHIPS[name] for word, name in sorted(KINDS.items(), reverse=True) if word in kind), None)
+
+
+def platform_of(device: Any) -> str:
+    """Returns a JAX device's platform, "cuda" where JAX says "gpu" of an NVIDIA GPU that computes in bfloat16.
+
+    Those are of compute capability 8.0 (Ampere) or later: what is written for them alone, cuDNN's attention, is chosen
+    by this word.
+    """
+    if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
+        return device.platform
+    major = str(getattr(device, "compute_capability", "")).partition(".")[0]
+    return "cuda" if int(major or 8) >= 8 else "gpu"

@@ -13,7 +13,7 @@ import jax
 import psutil
 
 from eim_jax.config import ConfigError
-from eim_jax.parallel.chips import CHIPS, GIB, Chip, chip_of
+from eim_jax.parallel.chips import CHIPS, GIB, Chip, chip_of, platform_of
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # v5e and v6e
 SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")  # v4 and v5p, and larger
@@ -87,7 +87,7 @@ def target(topology: str) -> Target:
     if not topology:
         devices = jax.devices()
         chip, note = _here(devices)
-        return Target("the devices here", chip, devices, devices[0].platform, True, note)
+        return Target("the devices here", chip, devices, platform_of(devices[0]), True, note)
     platform, kind, number = parse(topology)
     if platform == "cpu":
         chip, note = _host(number)
@@ -105,6 +105,7 @@ def target(topology: str) -> Target:
         return Target(topology, CHIPS[kind], list(found.devices), "tpu", True, "compiled by libtpu for this topology")
     stand_in = "fake CPU devices stand in: arguments and shardings are exact, temporaries an upper bound"
     missing = "libtpu is not installed (EXTRAS=tpu, or pip install libtpu): " if platform == "tpu" else ""
+    platform = "cuda" if platform == "gpu" else platform
     return Target(topology, CHIPS[kind], _fake(number, topology), platform, False, missing + stand_in)
 
 

@@ -30,13 +30,14 @@ from eim_jax.models.quant import NF4_SCALES
 from eim_jax.models.vision import VISION_TOWERS, build_text
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
+from eim_jax.parallel.chips import platform_of
 from eim_jax.parallel.lock import held
 from eim_jax.parallel.sharding import make_mesh, param_shardings, shard_params
 from eim_jax.parallel.signals import doing
 from eim_jax.pretrained.tokenizer import bos_id
 from eim_jax.training import initial, joint_space, low_rank, partition
 from eim_jax.training.partition import Flat
-from eim_jax.training.tower_form import resolve_dtype, resolve_form
+from eim_jax.training.tower_form import describe_attention, resolve_dtype, resolve_form
 from eim_jax.utils.console import console
 from eim_jax.utils.files import user_path
 from eim_jax.utils.images import FITS, IMAGENET_MEAN, IMAGENET_STD, Fit
@@ -148,7 +149,7 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     given = {"init": initial.fingerprint(config)} if config.init else {}
     mesh = make_mesh(config.mesh)
     dtype = resolve_dtype(config.towers.dtype, mesh.devices.flat[0].platform)
-    form = resolve_form(config, dtype, mesh.devices.flat[0].platform)
+    form = resolve_form(config, dtype, platform_of(mesh.devices.flat[0]))
     seen: dict[str, Any] = {"text": config.towers.text, "image_size": config.towers.image_size}
     pair = pretrained.clip_config(config.towers.clip, **seen, **form)
     pictures = pretrained.image_processor(pretrained.resolve(config.towers.clip))
@@ -193,6 +194,8 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
         f"device(s), {dtype.name}",
         soft_wrap=True,
     )
+    if said := describe_attention(lm.config.attention):
+        console.print(said, soft_wrap=True)
     console.print(f"pictures are normalised by {_statistics(config, pictures)}", soft_wrap=True)
     if str(fit) not in FITS or config.towers.image_size:
         side = clip.vision.image_size
