@@ -45,7 +45,9 @@ _SAMPLES = flags.DEFINE_integer(
 _NEIGHBOURS = flags.DEFINE_boolean(
     "neighbours", False, "Also the nearest rows of each loss's queue, which is built where it is not there."
 )
-_TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:4x4, v5p:2x2x2, gpu:h100x8, cpu:8; else what is here.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "v5e:4x4, v5p:2x2x2, gpu:h100x8, gpu:h100x2x8 (two hosts), cpu:8; else what is here."
+)
 _STAGES = flags.DEFINE_list("stages", [], "These stages alone, separated by commas; all by default.")
 _MERGE = flags.DEFINE_boolean(
     "merge", False, "Also the towers that have low-rank terms (LoRA) as folders, the terms inside their weights."

@@ -10,7 +10,7 @@ from tiny import config_of
 
 from eim_jax.config import ConfigError
 from eim_jax.parallel.sharding import make_mesh
-from eim_jax.planning import plan, targets
+from eim_jax.planning import gpus, plan, targets
 from eim_jax.planning.shapes import abstract_inputs
 from eim_jax.planning.table import sharding_table
 from eim_jax.training import assembly
@@ -205,7 +205,7 @@ def test_plan_is_a_command_that_needs_no_workdir(tmp_path):
     out.mkdir()
     code, said = mains.run([*command, f"--out={out}/plan.json"], tmp_path / "said.txt")
     assert code == 0, said
-    assert "16 x H100 SXM" in said and "fake CPU devices stand in" in said
+    assert "16 x H100 SXM" in said and ("fake CPU devices stand in" in said or gpus.has_gpu_compiler())
     assert "| eim | st " in said and "fits" in said
     code, said = mains.run([*command, "--topology=h100x16"], tmp_path / "said.txt")
     assert code != 0 and "no such topology. Valid: v5e" in said
