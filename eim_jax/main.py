@@ -53,6 +53,9 @@ _MERGE = flags.DEFINE_boolean(
     "merge", False, "Also the towers that have low-rank terms (LoRA) as folders, the terms inside their weights."
 )
 _TABLE = flags.DEFINE_boolean("table", False, "Where every parameter lies, instead of the stages' costs.")
+_MESHES = flags.DEFINE_boolean(
+    "meshes", False, "Every mesh (data, fsdp, 1) compiled in place of config.mesh, and which of them to take."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "Several processes without SLURM, Open MPI, Kubernetes or a TPU pod: HOST:PORT of process 0."
 )
@@ -179,6 +182,7 @@ def _plan() -> None:
         samples=_SAMPLES.value or 0,
         out=user_path(_OUT.value) if _OUT.value else None,
         table=_TABLE.value,
+        meshes=_MESHES.value,
     )
 
 

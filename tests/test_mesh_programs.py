@@ -112,7 +112,7 @@ def test_tensor_parallel_blocks_move_four_activations_a_layer(towers):
 
 
 def test_lavin_in_four_bits_moves_codes_and_leaves_clips_rows_where_they_are(towers):
-    """On (1, 8, 1): none of the LM's MLPs is gathered in floats, and all that is summed is less than one CLIP activation."""
+    """On (1, 8, 1): no MLP of the LM is gathered in floats; what is summed is less than one of CLIP's activations."""
     case = (towers["clip"], towers["llama"], "lavin", "eim")
     _, step = mesh_cases.compiled((1, 8, 1), "ie", *case, quant="nf4", batch=64, samples=64)
     text = step.as_text()
