@@ -17,6 +17,7 @@ from eim_jax.parallel.chips import platform_of
 from eim_jax.parallel.sharding import batch_sharding, make_mesh
 from eim_jax.planning import gpus, plan, targets
 from eim_jax.planning.collectives import moved
+from eim_jax.utils.flops import work
 
 pytestmark = [
     pytest.mark.topology,
@@ -86,6 +87,8 @@ def test_auto_s_attention_keeps_no_scores_at_any_length(length):
     assert max(sizes) < 64 // 8 * 16 * length * 64  # one number a query and head is kept
     assert temporaries <= 8.2 * (64 // 8 * 16 * (length + 7) * 64 * 2)  # copies of q, k, v and their gradients
     assert moved(text, 8).total() == 0
+    padded = length + -length % 8
+    assert work(jax.make_jaxpr(jax.grad(loss))(x, x, x)).flops == 7 * 2 * 64 * 16 * padded**2 * 64
 
 
 def test_a_stage_is_planned_by_the_gpu_s_own_compiler():

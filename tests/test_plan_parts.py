@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import Primitive
 from jax.sharding import NamedSharding, PartitionSpec
 
 from eim_jax.config import ConfigError
@@ -73,6 +74,17 @@ def test_work_of_one_device_is_counted_for_all_of_them():
     inside = jax.shard_map(lambda x, y: x @ y, mesh=mesh, in_specs=(P("fsdp"), P()), out_specs=P("fsdp"))
     found = work(jax.make_jaxpr(inside)(jnp.zeros((16, 4)), jnp.zeros((4, 6))))
     assert found.flops == 2 * 16 * 4 * 6
+
+
+@pytest.mark.parametrize(("name", "products"), [("fwd", 2), ("bwd", 5)])
+def test_cudnns_attention_is_counted_though_no_product_shows(name, products):
+    """Stand-ins of the name that JAX gives its calls, whose shapes say all (tests/test_plan_gpu.py has the calls)."""
+    call = Primitive(f"dot_product_attention_{name}_wrapper")
+    call.def_abstract_eval(lambda q, k, v: q)
+    q, k = (jnp.zeros((2, n, h, 8), jnp.bfloat16) for n, h in ((16, 4), (24, 2)))
+    found = work(jax.make_jaxpr(call.bind)(q, k, k))
+    assert found.flops == products * 2 * 2 * 4 * 16 * 24 * 8
+    assert found.bytes == 2 * (2 * q.size + 2 * k.size)
 
 
 def collectives(function, *arguments, **kwargs):
