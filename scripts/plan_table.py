@@ -1,8 +1,8 @@
 """The tables of plans: python scripts/plan_table.py FILE.json ..., each written by --mode=plan --out=FILE.json.
 
 With --run, plans configs/NAME.py for TOPOLOGY first, where the file is missing: --run NAME@TOPOLOGY[@STAGE] ...; with
---all, every full-size config: its heaviest stage on its smallest v5e slice and on eight v5p (needs libtpu); with --gpus,
-one config a recipe on GPUs (needs the extra plan-gpu).
+--all, every full-size config: its heaviest stage on its smallest v5e slice and on eight v5p (needs libtpu); with
+--gpus, one config a recipe on GPUs (needs the extra plan-gpu).
 """
 
 import argparse

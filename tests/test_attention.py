@@ -20,7 +20,8 @@ from eim_jax.models.language.gpt2 import GPT2, GPT2Config
 from eim_jax.models.language.llama import Llama, LlamaConfig
 from eim_jax.models.vision.clip import CLIPVision, CLIPVisionConfig
 from eim_jax.parallel.chips import platform_of
-from eim_jax.training.tower_form import describe_attention, resolve_attention
+from eim_jax.parallel.sharding import make_mesh
+from eim_jax.training.tower_form import attention_on_mesh, describe_attention, resolve_attention
 
 B, T, SMALL = 3, 9, {"vocab": 50, "context": 16, "width": 32, "layers": 2, "heads": 4, "mlp": 64}
 MODELS = {
@@ -120,6 +121,15 @@ def test_the_attention_of_a_shape_is_a_rule(name, platform, dtype, shape, more, 
     built_with = resolve_attention(name, jnp.dtype(dtype), platform)
     assert choose_attention(built_with, dtype, *shape, **more) == found
     assert bool(describe_attention(built_with)) == (built_with != "softmax")
+
+
+def test_heads_that_tensor_does_not_divide_are_ours():
+    """GPT-2's 12 over 8, and a LLaMA whose 8 queries share 2 keys, over 4."""
+    shared = LlamaConfig(width=64, heads=8, kv_heads=2, attention="cudnn")
+    for shape, tensor in ((GPT2Config(attention="cudnn_long"), 8), (shared, 4)):
+        assert attention_on_mesh(shape, make_mesh((8 // tensor, 1, tensor))).attention == "softmax"
+    for shape in (shared, LlamaConfig(attention="xla"), CLIPVisionConfig(attention="cudnn"), None):
+        assert attention_on_mesh(shape, make_mesh((4, 1, 2))) is shape
 
 
 def test_cudnn_by_name_is_refused_where_it_is_not():

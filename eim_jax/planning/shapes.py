@@ -29,7 +29,7 @@ from eim_jax.pretrained import hub
 from eim_jax.training import partition
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs, reads_features, tower_settings
-from eim_jax.training.tower_form import describe_attention, resolve_dtype, resolve_form
+from eim_jax.training.tower_form import attention_on_mesh, describe_attention, resolve_dtype, resolve_form
 
 
 class Counted(Split):
@@ -59,8 +59,6 @@ def abstract_inputs(
     if form["attention"].startswith("cudnn") and here.platform == "cpu":
         form["attention"] = "softmax"
         notes.append("compiled with float32 softmax in place of cuDNN's flash attention, which holds less: no scores")
-    elif said := describe_attention(form["attention"]):
-        notes.append(said)
     clip_dir, lm_dir = _at_hand(config.towers.clip), _at_hand(config.towers.lm)
     if clip_dir is not None:
         texts = _text_folder(config)
@@ -72,7 +70,10 @@ def abstract_inputs(
     else:
         lm = replace(_published(FAMILIES, config.towers.lm, "lm", notes), **form)
         lm = pretrained.with_quant(lm, config.towers.quant, config.towers.lm)
-    vision, lm = tower_settings(config, vision, lm)
+    vision, lm = tower_settings(config, vision, lm, mesh)
+    text = attention_on_mesh(text, mesh)
+    if said := describe_attention(lm.attention):
+        notes.append(said)
     leaves = {**pretrained.clip_shapes(vision, text), **pretrained.lm_shapes(lm)}
     train, note = _count(config, samples)
     notes.append(note)

@@ -37,7 +37,7 @@ from eim_jax.parallel.signals import doing
 from eim_jax.pretrained.tokenizer import bos_id
 from eim_jax.training import initial, joint_space, low_rank, partition
 from eim_jax.training.partition import Flat
-from eim_jax.training.tower_form import describe_attention, resolve_dtype, resolve_form
+from eim_jax.training.tower_form import attention_on_mesh, describe_attention, resolve_dtype, resolve_form
 from eim_jax.utils.console import console
 from eim_jax.utils.files import user_path
 from eim_jax.utils.images import FITS, IMAGENET_MEAN, IMAGENET_STD, Fit
@@ -160,8 +160,8 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     lean = {path: jnp.float32 if _ever_trained(config, path) else dtype for path in shapes}
     clip = pretrained.load_clip(config.towers.clip, shardings=place, param_dtype=lean, **seen, **form)
     lm = pretrained.load_lm(config.towers.lm, quant=config.towers.quant, shardings=place, param_dtype=lean, **form)
-    vision, language = tower_settings(config, clip.vision, lm.config)
-    clip, lm = clip._replace(vision=vision), lm._replace(config=language)
+    vision, language = tower_settings(config, clip.vision, lm.config, mesh)
+    clip, lm = clip._replace(vision=vision, text=attention_on_mesh(clip.text, mesh)), lm._replace(config=language)
     clip_dir, lm_dir = pretrained.resolve(config.towers.clip), pretrained.resolve(config.towers.lm)
     lm_tokenizer, clip_tokenizer = tokenize.load_tokenizer(lm_dir), None
     tokenize.check_vocabulary(lm_tokenizer, lm.config.vocab, config.towers.lm)
@@ -240,8 +240,9 @@ def _statistics(config: Config, pictures: pretrained.ImageProcessor) -> str:
     return pictures.describe()
 
 
-def tower_settings(config: Config, vision, lm):
+def tower_settings(config: Config, vision, lm, mesh: Mesh):
     """Returns the towers' shapes with the run's own settings: (the vision tower's, the LM's)."""
+    vision, lm = attention_on_mesh(vision, mesh), attention_on_mesh(lm, mesh)
     if family_of(lm).has_dropout:
         lm = replace(lm, dropout=config.towers.dropout)
     if config.towers.image_stats == "imagenet":

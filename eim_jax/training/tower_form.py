@@ -1,10 +1,15 @@
 """In which form a run's towers are computed on a platform: attention, scan, recomputation, dtype."""
 
+from dataclasses import replace
+from typing import Any
+
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from eim_jax.config import Config, ConfigError
 from eim_jax.models.attention import LONG
 from eim_jax.models.stacks import Form
+from eim_jax.parallel.sharding import parts_of
 
 
 def resolve_form(config: Config, dtype: jnp.dtype, platform: str) -> Form:
@@ -32,6 +37,17 @@ def resolve_attention(name: str, dtype: jnp.dtype, platform: str) -> str:
             f"{dtype.name}: set it to 'auto', or config.towers.dtype='bfloat16' on such a GPU"
         )
     return name if name != "auto" else "cudnn_long" if flash else "softmax"
+
+
+def attention_on_mesh(shape: Any, mesh: Mesh) -> Any:
+    """Returns a tower's shape (or None) with the attention that the mesh leaves it.
+
+    cuDNN's kernel takes whole heads: where "tensor" does not divide them, heads are split inside and ours computes.
+    """
+    if shape is None or not shape.attention.startswith("cudnn"):
+        return shape
+    heads = getattr(shape, "kv_heads", shape.heads)
+    return replace(shape, attention="softmax") if heads % parts_of(mesh, ("tensor",)) else shape
 
 
 def describe_attention(attention: str) -> str:
