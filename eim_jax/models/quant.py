@@ -178,8 +178,8 @@ def product(x: Float[Array, "*b a"], leaves: Quantised, places: Places = ()) -> 
     Args:
       x: of any float type.
       leaves: as `quantise` returns them.
-      places: (name, sharding) of leaves that are brought there first. Of a kernel that is split over devices then the
-        codes are moved, an eighth of float32's bytes; left to itself XLA moves what it has made of them.
+      places: (name, sharding) of leaves, to which they are brought first: so devices that hold parts of a kernel send
+        each other its codes, a quarter of bfloat16's bytes. Left to itself XLA sends what it has made of the codes.
     """
     # Tied to x by the barrier, no kernel can be hoisted out of a loop over x: decoding would hold every layer's.
     x, leaves = jax.lax.optimization_barrier((x, leaves))

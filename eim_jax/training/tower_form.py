@@ -46,7 +46,7 @@ def attention_on_mesh(shape: Any, mesh: Mesh) -> Any:
     """
     if shape is None or not shape.attention.startswith("cudnn"):
         return shape
-    heads = getattr(shape, "kv_heads", shape.heads)
+    heads = getattr(shape, "kv_heads", getattr(shape, "heads", 0))
     return replace(shape, attention="softmax") if heads % parts_of(mesh, ("tensor",)) else shape
 
 
