@@ -15,10 +15,10 @@ from pathlib import Path
 from eim_jax.planning.targets import SMALLEST
 
 GPUS = (
-    *("clipcap_eim_coco@gpu:l4x1@ie", "clipcap_eim_coco@gpu:h100x8@ie"),
-    *("llama_adapter_eim_scienceqa@gpu:h100x1@ie", "llama_adapter_eim_scienceqa@gpu:h100x8@ie"),
-    *("lavin7b_eim_scienceqa@gpu:h100x1@ie", "lavin7b_eim_scienceqa@gpu:h100x8@ie"),
-    *("lavin7b_eim_chat@gpu:rtx4090x1@ie", "lavin7b_eim_chat@gpu:h100x8@ie"),
+    "clipcap_eim_coco@gpu:l4x1@ie",
+    "lavin7b_scienceqa@gpu:h100x1@base",
+    "lavin7b_eim_scienceqa@gpu:h100x8@ie",
+    "lavin7b_eim_chat@gpu:rtx4090x1@ie",
 )
 HEAD = (
     *("config", "topology", "stage", "parameters", "optimizer", "queue", "temporaries", "peak GiB", "TFLOP"),
