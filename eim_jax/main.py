@@ -45,12 +45,17 @@ _SAMPLES = flags.DEFINE_integer(
 _NEIGHBOURS = flags.DEFINE_boolean(
     "neighbours", False, "Also the nearest rows of each loss's queue, which is built where it is not there."
 )
-_TOPOLOGY = flags.DEFINE_string("topology", "", "v5e:4x4, v5p:2x2x2, gpu:h100x8, cpu:8; else what is here.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "v5e:4x4, v5p:2x2x2, gpu:h100x8, gpu:h100x2x8 (two hosts), cpu:8; else what is here."
+)
 _STAGES = flags.DEFINE_list("stages", [], "These stages alone, separated by commas; all by default.")
 _MERGE = flags.DEFINE_boolean(
     "merge", False, "Also the towers that have low-rank terms (LoRA) as folders, the terms inside their weights."
 )
 _TABLE = flags.DEFINE_boolean("table", False, "Where every parameter lies, instead of the stages' costs.")
+_MESHES = flags.DEFINE_boolean(
+    "meshes", False, "Every mesh (data, fsdp, 1) compiled in place of config.mesh, and which of them to take."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "Several processes without SLURM, Open MPI, Kubernetes or a TPU pod: HOST:PORT of process 0."
 )
@@ -215,6 +220,7 @@ def _plan() -> None:
         samples=_SAMPLES.value or 0,
         out=user_path(_OUT.value) if _OUT.value else None,
         table=_TABLE.value,
+        meshes=_MESHES.value,
     )
 
 

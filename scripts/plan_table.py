@@ -1,7 +1,8 @@
-"""The README's table of plans: python scripts/plan_table.py FILE.json ..., each written by --mode=plan --out=FILE.json.
+"""The tables of plans: python scripts/plan_table.py FILE.json ..., each written by --mode=plan --out=FILE.json.
 
 With --run, plans configs/NAME.py for TOPOLOGY first, where the file is missing: --run NAME@TOPOLOGY[@STAGE] ...; with
---all, every full-size config: its heaviest stage on its smallest v5e slice and on eight v5p. Needs libtpu.
+--all, every full-size config: its heaviest stage on its smallest v5e slice and on eight v5p (needs libtpu); with
+--gpus, one config a recipe on GPUs (needs the extra plan-gpu).
 """
 
 import argparse
@@ -13,6 +14,12 @@ from pathlib import Path
 
 from eim_jax.planning.targets import SMALLEST
 
+GPUS = (
+    "clipcap_eim_coco@gpu:l4x1@ie",
+    "lavin7b_scienceqa@gpu:h100x1@base",
+    "lavin7b_eim_scienceqa@gpu:h100x8@ie",
+    "lavin7b_eim_chat@gpu:rtx4090x1@ie",
+)
 HEAD = (
     *("config", "topology", "stage", "parameters", "optimizer", "queue", "temporaries", "peak GiB", "TFLOP"),
     *("GB sent", "step s", "bound by", "epoch min", "verdict"),
@@ -25,13 +32,15 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path)
     parser.add_argument("--run", nargs="*", default=[], metavar="NAME@TOPOLOGY[@STAGE]")
     parser.add_argument("--folder", type=Path, default=Path("runs/plan"), help="where --run writes")
-    parser.add_argument("--all", action="store_true", help="the README's cases")
+    parser.add_argument("--all", action="store_true", help="the TPUs' cases of docs/guides/plan.md")
+    parser.add_argument("--gpus", action="store_true", help="the GPUs' cases of docs/guides/plan.md")
     options = parser.parse_args()
     cases = options.run
     if options.all:
         cases += [
             f"{name}@{place}@{stage}" for name, (slice_, stage) in SMALLEST.items() for place in (slice_, "v5p:2x2x2")
         ]
+    cases = cases + list(GPUS) if options.gpus else cases
     files = options.files + [run(case, options.folder) for case in cases]
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
     for file in files:

@@ -109,3 +109,13 @@ def test_tensor_parallel_blocks_move_four_activations_a_layer(towers):
     arguments, step = compiled(towers, "lm", (1, 1, 2), 64)
     stream = 64 * arguments[3].tokens.shape[1] * 32 * 4
     assert moved(step.as_text(), 2).total() < (4 * 2 + 3) * stream
+
+
+def test_lavin_in_four_bits_moves_codes_and_leaves_clips_rows_where_they_are(towers):
+    """On (1, 8, 1): no MLP of the LM is gathered in floats; what is summed is less than one of CLIP's activations."""
+    case = (towers["clip"], towers["llama"], "lavin", "eim")
+    _, step = mesh_cases.compiled((1, 8, 1), "ie", *case, quant="nf4", batch=64, samples=64)
+    text = step.as_text()
+    assert moved(text, 8).total("all-reduce") < 64 * 17 * 48 * 4  # rows x tokens x width: one of dozens
+    assert re.search(r"= u8\[\S* all-gather\(", text)
+    assert not re.search(r"= f32\[(64,128|128,64)\]\S* all-gather\(", text)

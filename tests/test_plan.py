@@ -1,6 +1,7 @@
 """A plan is the training step itself, its bytes are those of the arrays that training places."""
 
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -13,7 +14,7 @@ from eim_jax.losses import queue_build
 from eim_jax.losses.key_sources import LM_TEXTS
 from eim_jax.losses.table import queues_of
 from eim_jax.parallel.sharding import make_mesh
-from eim_jax.planning import plan, targets
+from eim_jax.planning import gpus, meshes, plan, targets
 from eim_jax.planning.shapes import abstract_inputs, queue_encoder
 from eim_jax.planning.table import sharding_table
 from eim_jax.training import assembly
@@ -221,19 +222,40 @@ def table_lines(name, mesh):
 
 
 def test_plan_is_a_command_that_needs_no_workdir(tmp_path):
-    """On 16 fake H100s that are not there, with only the smallest stage left to compile."""
+    """On fake H100s that are not there, with only the smallest stage left to compile, on either mesh of two."""
     command = ["--mode=plan", "--config=configs/miniature.py"]
-    command += ["--topology=gpu:h100x16", "--config.arms=('eim',)", "--config.arm.eim.sequence=('st',)"]
-    command += ["--config.arm.eim.prompts=0", "--config.stages.st.batch=16"]
+    command += ["--topology=gpu:h100x2", "--config.arms=('eim',)", "--config.arm.eim.sequence=('st',)"]
+    command += ["--config.arm.eim.prompts=0", "--config.stages.st.batch=16", "--meshes"]
     out = tmp_path / "out"
     out.mkdir()
     code, said = mains.run([*command, f"--out={out}/plan.json"], tmp_path / "said.txt")
     assert code == 0, said
-    assert "16 x H100 SXM" in said and "fake CPU devices stand in" in said
+    assert "2 x H100 SXM" in said and ("fake CPU devices stand in" in said or gpus.has_gpu_compiler())
     assert "| eim | st " in said and "fits" in said
+    lines = {mesh: line.split("|") for line in said.splitlines() if (mesh := line[2:11]) in ("(2, 1, 1)", "(1, 2, 1)")}
+    assert len(lines) == 2 and all(float(columns[3].replace(",", "")) > 0 for columns in lines.values())
+    least = min(lines, key=lambda mesh: float(lines[mesh][3].replace(",", "")))
+    assert f'Recommended: --config.mesh="{least.replace(" ", "")}"' in said
+    assert json.loads((out / "plan.json").read_text())["mesh"] == [int(n) for n in least[1:-1].split(",")]
     code, said = mains.run([*command, "--topology=h100x16"], tmp_path / "said.txt")
     assert code != 0 and "no such topology. Valid: v5e" in said
     assert list(out.iterdir()) == [out / "plan.json"]
+
+
+def test_the_recommended_mesh_sends_least_of_those_that_fit():
+    """Bytes of a step times its steps, over the stages; one stage that does not fit is enough against a mesh."""
+
+    def stage(sent, steps, fits=True, peak=1):
+        sent = {"all-gather": sent, "all-reduce": 1.0}
+        return plan.StagePlan("eim", "st", memory(frozen=peak), 0, fits, "", 1.0, sent, {}, 1, steps, ())
+
+    few = meshes.MeshPlan((8, 1, 1), (stage(1.0, 10), stage(1.0, 10, fits=False)))
+    some = meshes.MeshPlan((2, 4, 1), (stage(9.0, 10), stage(3.0, 5, peak=50)))
+    many = meshes.MeshPlan((1, 8, 1), (stage(9.0, 10), stage(4.0, 5)))
+    assert (some.sent, some.peak) == (10 * 10 + 4 * 5, 50 + 6)
+    assert meshes.best([few, some, many]) is some
+    assert meshes.best([few]) is None
+    assert meshes.candidates(12) == [(12, 1, 1), (6, 2, 1), (4, 3, 1), (3, 4, 1), (2, 6, 1), (1, 12, 1)]
 
 
 if __name__ == "__main__":

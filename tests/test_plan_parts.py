@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import Primitive
 from jax.sharding import NamedSharding, PartitionSpec
 
 from eim_jax.config import ConfigError
@@ -22,6 +23,8 @@ P = PartitionSpec
         ("v4:2x2x1", ("tpu", "v4", 4)),
         ("v6e:1x1", ("tpu", "v6e", 1)),
         ("gpu:h100x8", ("gpu", "h100", 8)),
+        ("gpu:a100x2x8", ("gpu", "a100", 16)),
+        ("gpu:rtx4090x1", ("gpu", "rtx4090", 1)),
         ("cpu:8", ("cpu", "cpu", 8)),
     ],
 )
@@ -30,10 +33,12 @@ def test_a_topology_is_read_from_its_name(name, found):
 
 
 @pytest.mark.parametrize(
-    "name", ["v5e", "v5e:4", "v5e:2x2x2", "v5p:2x2", "v3:2x2", "gpu:h100", "gpu:b200x8", "cpu:0", ""]
+    "name", ["v5e", "v5e:4", "v5e:2x2x2", "v5p:2x2", "v3:2x2", "gpu:h100", "gpu:b200x8", "gpu:h100x2x2x8", "cpu:0", ""]
 )
 def test_a_wrong_topology_is_refused_with_the_valid_forms(name):
-    with pytest.raises(ConfigError, match=r"v5e: or v6e: and 1x1, 2x2.*gpu:h100xN.*cpu:N"):
+    with pytest.raises(
+        ConfigError, match=r"v5e: or v6e: and 1x1, 2x2.*a100xN, h100xN, h200xN, l4xN, rtx4090xN.*h100xHOSTSxN; cpu:N"
+    ):
         targets.parse(name)
 
 
@@ -69,6 +74,17 @@ def test_work_of_one_device_is_counted_for_all_of_them():
     inside = jax.shard_map(lambda x, y: x @ y, mesh=mesh, in_specs=(P("fsdp"), P()), out_specs=P("fsdp"))
     found = work(jax.make_jaxpr(inside)(jnp.zeros((16, 4)), jnp.zeros((4, 6))))
     assert found.flops == 2 * 16 * 4 * 6
+
+
+@pytest.mark.parametrize(("name", "products"), [("fwd", 2), ("bwd", 5)])
+def test_cudnns_attention_is_counted_though_no_product_shows(name, products):
+    """Stand-ins of the name that JAX gives its calls, whose shapes say all (tests/test_plan_gpu.py has the calls)."""
+    call = Primitive(f"dot_product_attention_{name}_wrapper")
+    call.def_abstract_eval(lambda q, k, v: q)
+    q, k = (jnp.zeros((2, n, h, 8), jnp.bfloat16) for n, h in ((16, 4), (24, 2)))
+    found = work(jax.make_jaxpr(call.bind)(q, k, k))
+    assert found.flops == products * 2 * 2 * 4 * 16 * 24 * 8
+    assert found.bytes == 2 * (2 * q.size + 2 * k.size)
 
 
 def collectives(function, *arguments, **kwargs):
@@ -150,6 +166,48 @@ def test_the_tpu_compilers_own_forms_are_read():
         "reduce-scatter": (4, 768 * 3072 * 2 * 3 / 4, 32),
         "all-reduce": (4, 2 * (40 + 40 * 768) * 4 * 3 / 4, 1),
     }
+
+
+GPU_TEXT = """
+%body (p: (s32[], f32[16,32])) -> (s32[], f32[16,32]) {
+  %all-gather-start.2 = (bf16[2048,8192]{1,0}, bf16[8192,8192]{1,0}) all-gather-start(%x), channel_id=1, replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}, dimensions={0}, use_global_device_ids=true
+  %all-gather-done.2 = bf16[8192,8192]{1,0} all-gather-done(%all-gather-start.2)
+}
+
+%condition (p: (s32[], f32[16,32])) -> pred[] {
+  %c = s32[] constant(1)
+}
+
+ENTRY %main (param: f32[16,32]) -> f32[64,32] {
+  %all-gather-start = ((f32[16,32]{1,0}, f32[16,16]{1,0}), (f32[64,32]{1,0}, f32[64,16]{1,0})) all-gather-start(%a, %b), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %all-gather-done = (f32[64,32]{1,0}, f32[64,16]{1,0}) all-gather-done(%all-gather-start)
+  %reduce-scatter-start = ((f32[16,32]{1,0}), f32[4,32]{1,0}) reduce-scatter-start(%a), channel_id=3, replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
+  %reduce-scatter-done = f32[4,32]{1,0} reduce-scatter-done(%reduce-scatter-start)
+  %reduce-scatter-start.1 = ((f32[16,32]{1,0}, f32[16,16]{1,0}), (f32[4,32]{1,0}, f32[4,16]{1,0})) reduce-scatter-start(%a, %b), channel_id=4, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
+  %all-reduce-start = (f32[8,32]{1,0}, f32[8]{0}) all-reduce-start(%c, %d), channel_id=5, replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+  %all-reduce-done = (f32[8,32]{1,0}, f32[8]{0}) all-reduce-done(%all-reduce-start)
+  %all-reduce-start.1 = f32[8,32]{1,0} all-reduce-start(%c), channel_id=6, replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=(0,4,1,5,2,6,3,7) {'axis_1':(1)2}, to_apply=%add
+  %all-to-all-start = ((f32[16,32]{0,1}), f32[16,32]{0,1}) all-to-all-start(%a), channel_id=7, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={1}
+  %collective-permute-start = (f32[16,32]{1,0}, f32[16,32]{1,0}) collective-permute-start(%a), channel_id=8, source_target_pairs={{0,1},{1,0}}
+  %while.1 = (s32[], f32[16,32]{1,0}) while(%t), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"},"known_init_step":{"init":"0","step":"1"}}
+}
+"""  # noqa: E501
+
+
+def test_the_gpu_compilers_started_and_combined_collectives_are_read():
+    """The forms of XLA's GPU compiler for 2 hosts x 4 GPUs, bytes by hand: s (g - 1) / g of the whole array s."""
+    found = [(c.kind, c.group, c.bytes, c.times) for c in moved(GPU_TEXT, 8).collectives]
+    size = 4 * 16  # bytes of a column of 16 rows
+    assert found == [
+        ("all-gather", 4, 2 * 8192 * 8192 * 3 / 4, 3),
+        ("all-gather", 4, 4 * size * (32 + 16) * 3 / 4, 1),
+        ("reduce-scatter", 4, size * 32 * 3 / 4, 1),
+        ("reduce-scatter", 4, size * (32 + 16) * 3 / 4, 1),
+        ("all-reduce", 2, 2 * 4 * (8 * 32 + 8) / 2, 1),
+        ("all-reduce", 2, 2 * 4 * 8 * 32 / 2, 1),
+        ("all-to-all", 4, size * 32 * 3 / 4, 1),
+        ("collective-permute", 8, size * 32, 1),
+    ]
 
 
 def test_without_libtpu_the_stand_in_s_own_compiler_makes_a_tpus_program():

@@ -33,7 +33,7 @@ MODES = {
     "prepare": Mode("packs a data set into shards for a bucket; needs no workdir", ("out",)),
     "plan": Mode(
         "says what each stage would cost, also on hardware that is not here; needs no workdir",
-        ("topology", "arm", "stages", "samples", "table", "out"),
+        ("topology", "arm", "stages", "samples", "table", "meshes", "out"),
     ),
 }
 USAGE = """usage: eim_jax --config=PRESET_OR_FILE --workdir=FOLDER [--mode=MODE] [--config.FIELD=VALUE ...] [FLAGS]

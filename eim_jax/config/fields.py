@@ -20,7 +20,8 @@ class Towers:
     image_stats: str = "clip"  # by which images are normalised: clip (its own) | imagenet (LaVIN's)
     scan: bool = False  # layers as one scanned stack: compiles faster when there are many; unrolled runs faster on CPU
     remat: str = "none"  # what the backward pass recomputes: none | dots | full
-    # softmax (ours, its weights in float32) | xla | cudnn (flash attention; NVIDIA GPUs, bfloat16) | auto
+    # softmax (ours, its weights in float32) | xla | cudnn (flash attention; NVIDIA GPUs, bfloat16) | auto (cudnn there
+    # from 128 tokens on, else softmax)
     attention: str = "auto"
     dtype: str = "auto"  # of computation: float32 | bfloat16 | auto (float32 on CPU, bfloat16 elsewhere)
 

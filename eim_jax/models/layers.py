@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from eim_jax.models.adapters.adapter import Adapter
+from eim_jax.models.attention import check_attention, choose_attention, flash
 from eim_jax.models.linear import Dense, DenseGeneral
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -38,9 +39,6 @@ def uniform_bias(fan_in: int) -> Callable:
     """Returns the initialiser U(+-1/sqrt(fan_in)), from which the biases of a torch.nn.Linear start."""
     bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-ATTENTIONS = ("softmax", "xla", "cudnn")  # ours, float32 softmax; or jax.nn.dot_product_attention's implementations
 
 
 KeyValue = tuple[Float[Array, "b s h e"], Float[Array, "b s h e"]]
@@ -85,28 +83,10 @@ def layer_norm(eps: float, dtype: DTypeLike) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=eps, dtype=dtype, use_fast_variance=False)
 
 
-def check_attention(name: str) -> None:
-    """Raises ValueError for a name that is not in ATTENTIONS."""
-    if name not in ATTENTIONS:
-        raise ValueError(f"attention {name!r} is not one of {ATTENTIONS}")
-
-
-def flash(q, k, v, mask, implementation: Any) -> Float[Array, "b t h e"]:
-    """Returns jax.nn.dot_product_attention of q [b t h e], already scaled, over k, v [b s kv e], in v's dtype.
-
-    mask [#b 1 t s], True where a query may see a key, or None. A row that may see nothing is never read.
-    """
-    q, k = q.astype(v.dtype), k.astype(v.dtype)
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (q.shape[0], *mask.shape[1:]))
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0, implementation=implementation)
-
-
 class Attention(nn.Module):
     """Multi-head attention with fused qkv, float32 softmax and dropout on the attention weights.
 
-    Where `attention` names one of JAX's implementations, it takes over what has no dropout on the weights and is not
-    the decoding of one token.
+    JAX's implementations take over where `choose_attention` says so.
     """
 
     config: BlockConfig
@@ -143,9 +123,11 @@ class Attention(nn.Module):
             v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), at)
             kv = (k, v)
         q = q * q.shape[-1] ** -0.5
+        dropped, shape = train and self.config.dropout > 0, (q.shape[1], k.shape[1], q.shape[3])
+        choice = choose_attention(self.config.attention, v.dtype, *shape, dropout=dropped, decoding=kv is not None)
+        if choice != "softmax":
+            return self.out(flash(q, k, v, mask, choice).reshape(x.shape).astype(x.dtype)), kv
         one = kv is not None and q.shape[1] == 1  # decoding: too little work a head for a matrix product
-        if self.config.attention != "softmax" and not one and not (train and self.config.dropout):
-            return self.out(flash(q, k, v, mask, self.config.attention).reshape(x.shape).astype(x.dtype)), kv
         if one:
             logits = jnp.sum(q * k, axis=-1, dtype=jnp.float32).transpose(0, 2, 1)[:, :, None]
         else:

@@ -7,12 +7,14 @@ stores s as int8, s = mean + int8 r, with one float32 r for 256 neighbouring out
 has no double quantisation (float32 scales, 4.5 bits) and holds a code in a byte on CPU (jnp.uint4).
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -34,6 +36,7 @@ _MIDPOINTS = (NF4[1:] + NF4[:-1]) / 2
 _CHUNK = 1 << 20  # weights that NumPy quantises at a time: bounded memory, and near the cache
 
 Quantised = Mapping[str, Array | np.ndarray]
+Places = tuple[tuple[str, NamedSharding], ...]  # of leaves, by their name
 
 
 def quantised_shapes(features_in: int, features: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -160,25 +163,40 @@ class QDense(nn.Module):
     def __call__(self, x: Float[Array, "*b {self.features_in}"]) -> Float[Array, "*b {self.features}"]:
         """Returns x W (+ bias) in `dtype`."""
         x = x.astype(self.dtype)
-        y = x @ self.kernel.astype(self.dtype) if self.quant == "none" else product(x, self.leaves)
+        y = x @ self.kernel.astype(self.dtype) if self.quant == "none" else self.packed_product(x)
         return y + jnp.broadcast_to(self.bias.astype(self.dtype), y.shape) if self.use_bias else y
 
+    def packed_product(self, x: Float[Array, "*b {self.features_in}"], places: Places = ()) -> Array:
+        """Returns x W from the four leaves, each of which lies on its `places` while it is read."""
+        return product(x, self.leaves, places)
 
-@jax.custom_vjp
-def product(x: Float[Array, "*b a"], leaves: Quantised) -> Float[Array, "*b c"]:
-    """Returns x times the kernel that the leaves stand for, in x's dtype; the leaves get no gradient."""
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: Float[Array, "*b a"], leaves: Quantised, places: Places = ()) -> Float[Array, "*b c"]:
+    """Returns x times the kernel that the leaves stand for, in x's dtype; the leaves get no gradient.
+
+    Args:
+      x: of any float type.
+      leaves: as `quantise` returns them.
+      places: (name, sharding) of leaves, to which they are brought first: so devices that hold parts of a kernel send
+        each other its codes, a quarter of bfloat16's bytes. Left to itself XLA sends what it has made of the codes.
+    """
     # Tied to x by the barrier, no kernel can be hoisted out of a loop over x: decoding would hold every layer's.
     x, leaves = jax.lax.optimization_barrier((x, leaves))
-    return x @ dequantise(leaves, x.dtype)
+    return x @ dequantise(_put(leaves, places), x.dtype)
 
 
-def _product_forward(x, leaves):
-    return product(x, leaves), leaves
+def _put(leaves, places):
+    return {**leaves, **{name: jax.lax.with_sharding_constraint(leaves[name], where) for name, where in places}}
 
 
-def _product_backward(leaves, dy):
+def _product_forward(x, leaves, places):
+    return product(x, leaves, places), leaves
+
+
+def _product_backward(places, leaves, dy):
     dy, leaves = jax.lax.optimization_barrier((dy, leaves))
-    return dy @ dequantise(leaves, dy.dtype).T, None
+    return dy @ dequantise(_put(leaves, places), dy.dtype).T, None
 
 
 product.defvjp(_product_forward, _product_backward)

@@ -24,7 +24,7 @@ class Form(TypedDict, total=False):
     Keys:
       scan: stack the layers' leaves and scan over them; compiles faster where there are many.
       remat: what the backward pass recomputes, a name in REMAT_POLICIES.
-      attention: a name in ATTENTIONS.
+      attention: a name in attention.ATTENTIONS.
       dtype: of computation.
     """
 

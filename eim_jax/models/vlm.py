@@ -13,7 +13,7 @@ What the LM reads (`lm_input`) depends on its family, which says whether texts s
 | LLaMA with LLaMA-Adapter's prompts | BOS, text; the visual tokens are added to the prompts | BOS, text |
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,8 +25,10 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from eim_jax.config import Decode
 from eim_jax.models.adapters.adapter import Steering
+from eim_jax.models.layers import Block
 from eim_jax.models.lora import Tuned, dropout_of, plain
-from eim_jax.parallel.sharding import by_row
+from eim_jax.models.quant import quantised_shapes
+from eim_jax.parallel.sharding import by_row, whole_over_fsdp
 from eim_jax.utils.images import normalise
 
 
@@ -151,8 +153,26 @@ class VLM:
             pixels = jnp.where(has_image[:, None, None, None], pixels, 0)
         noisy = dropout is not None and "visual" in self.noisy and (config.adapter or dropout_of(self.visual))
         options = {"train": True, "rngs": {"dropout": dropout}} if noisy else {}
-        tokens = _apply(self.visual, {"params": params["visual"]}, pixels, self.features, method="tokens", **options)
+        variables = {"params": params["visual"]}
+        with nn.intercept_methods(self._on_mesh):
+            tokens = _apply(self.visual, variables, pixels, self.features, method="tokens", **options)
         return by_row(tokens, self.mesh)
+
+    def _on_mesh(self, call: Callable, arguments: tuple, options: dict, context: Any) -> Any:
+        """Tells modules, which know no mesh, where two things lie; XLA's own choice moves far more.
+
+        Rows stay apart at the entry of a block: else the patch embedding's split by width passes on to all behind it.
+        And of a kernel in 4 bits the codes are gathered over "fsdp", not the kernel that is made of them.
+        """
+        module, mesh = context.module, self.mesh
+        if isinstance(module, Block) and context.method_name == "__call__":
+            arguments = (by_row(arguments[0], mesh), *arguments[1:])
+        if mesh is not None and mesh.shape["fsdp"] > 1 and context.method_name == "packed_product":
+            layer = "/".join(("lm", *module.path[-2:]))
+            leaves = quantised_shapes(module.features_in, module.features).items()
+            places = ((name, whole_over_fsdp(f"{layer}/{name}", leaf.shape, mesh)) for name, leaf in leaves)
+            options = {**options, "places": tuple(places)}
+        return call(*arguments, **options)
 
     def pooled(self, params: dict, seen: Float[Array, "b n v"]) -> Float[Array, "b j"]:
         """Returns the image's one vector in the joint space, from `encode_image`'s tokens: loss_IE's query.
@@ -234,23 +254,25 @@ class VLM:
         if adapter is not None:
             if generating:
                 positions, newest = adapter.generation_positions(positions)
-            steer = _apply(self.lm, {"params": params["lm"]}, visual, pictured, method="steer")
+            with nn.intercept_methods(self._on_mesh):
+                steer = _apply(self.lm, {"params": params["lm"]}, visual, pictured, method="steer")
         return LMInput(embeds, valid, positions, steer, newest)
 
     def run_lm(self, params: dict, read: LMInput, dropout: Array | None = None) -> Float[Array, "b s d"]:
         """Returns LM_block's output for what `lm_input` gave; `dropout` is a key, None = deterministic."""
         dropout = dropout if "lm" in self.noisy else None
-        hidden, _ = _apply(
-            self.lm,
-            {"params": params["lm"]},
-            read.embeds,
-            valid=read.valid,
-            positions=read.positions,
-            train=dropout is not None,
-            method="hidden",
-            rngs=None if dropout is None else {"dropout": dropout},
-            **({} if read.steer is None else {"steer": read.steer}),
-        )
+        with nn.intercept_methods(self._on_mesh):
+            hidden, _ = _apply(
+                self.lm,
+                {"params": params["lm"]},
+                read.embeds,
+                valid=read.valid,
+                positions=read.positions,
+                train=dropout is not None,
+                method="hidden",
+                rngs=None if dropout is None else {"dropout": dropout},
+                **({} if read.steer is None else {"steer": read.steer}),
+            )
         return by_row(hidden, self.mesh)
 
     def lm_block(

@@ -113,6 +113,12 @@ def by_row(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
 
 
+def whole_over_fsdp(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Returns where the parameter at `path` lies while it is used: as its rule says, gathered over "fsdp"."""
+    parts = [(axes,) if isinstance(axes, str) else axes or () for axes in param_spec(path, shape, mesh)]
+    return NamedSharding(mesh, P(*(tuple(axis for axis in axes if axis != "fsdp") or None for axes in parts)))
+
+
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """Returns the spec of the parameter at `path`.
 

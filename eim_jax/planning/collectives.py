@@ -68,10 +68,11 @@ def moved(text: str, devices: int) -> Moved:
 
 
 def _sent(kind: str, result: str, start: bool, group: int, scattered: bool, times: int) -> Collective:
-    sizes = _arrays(result)
-    if start:  # the pair (operand, result), of a permute with two counters
-        sizes = sizes[:1] if kind == "collective-permute" else sizes if kind == "all-reduce" else [max(sizes)]
-    size, share = float(sum(sizes)), (group - 1) / group
+    # A collective that is started gives (operands, results, and on TPUs counters), either of them one array or several
+    # that were combined; all-reduce-start, which works in place, gives its results alone.
+    if start and kind != "all-reduce":
+        result = _elements(result)[1]
+    size, share = float(sum(_arrays(result))), (group - 1) / group
     if kind == "all-reduce" and scattered:
         return Collective("reduce-scatter", group, size * share, times)
     if kind == "reduce-scatter":
@@ -79,6 +80,18 @@ def _sent(kind: str, result: str, start: bool, group: int, scattered: bool, time
     if kind == "all-reduce":
         share *= 2
     return Collective(kind, group, size if kind == "collective-permute" else size * share, times)
+
+
+def _elements(text: str) -> list[str]:
+    """The outermost parts of a tuple's type, "(f32[2]{0:T(8)}, (f32[4], f32[5]))"."""
+    parts, depth = [""], 0
+    for letter in text.strip()[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _arrays(text: str) -> list[int]:
@@ -92,7 +105,8 @@ def _arrays(text: str) -> list[int]:
 
 def _group(line: str, devices: int) -> int:
     """Devices that take part in one instance of a collective."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line):  # mesh['a'=4,'b'=2] {'a'}
+    # mesh['a'=4,'b'=2] {'a'}; in between may stand device_ids=([2,4]T(1,0)), the order of the mesh's devices.
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", line):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part) if part else sizes[name] for name, part in axes)

@@ -21,6 +21,7 @@ from eim_jax.losses.table import queues_of
 from eim_jax.models.language import family_of
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel.sharding import make_mesh, param_shardings, parts_of
+from eim_jax.planning import gpus
 from eim_jax.planning.collectives import KINDS, moved
 from eim_jax.planning.shapes import abstract_inputs, batch_shapes, queue_encoder, queue_shapes, replicated
 from eim_jax.planning.targets import Target
@@ -255,7 +256,8 @@ def _compile(lowered, target: Target):
     (v5p, v6e) cannot be read back by JAX's as_text.
     """
     if target.platform != "tpu" or not target.exact:  # without libtpu the CPU's compiler stands in
-        compiled = lowered.compile()
+        elsewhere = target.platform == "cuda" and target.exact and target.name.startswith("gpu:")
+        compiled = lowered.compile(compiler_options=gpus.OPTIONS if elsewhere else None)
         return compiled, compiled.as_text()
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})

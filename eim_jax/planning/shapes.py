@@ -27,12 +27,13 @@ from eim_jax.models.language import FAMILIES, family_of
 from eim_jax.models.stacks import Form
 from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.models.vlm import VLM
+from eim_jax.parallel.chips import platform_of
 from eim_jax.parallel.sharding import batch_sharding, parts_of, queue_sharding
 from eim_jax.pretrained import hub
 from eim_jax.training import partition
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs, reads_features, tower_settings
-from eim_jax.training.tower_form import resolve_dtype, resolve_form
+from eim_jax.training.tower_form import attention_on_mesh, describe_attention, resolve_dtype, resolve_form
 
 
 class Counted(Split):
@@ -51,16 +52,17 @@ def abstract_inputs(
     `samples` overrides the number of training samples, `platform` that of the mesh's devices where they only stand in
     for others (it decides what "auto" means). Raises ConfigError where a size can be had from nowhere.
     """
-    platform = platform or mesh.devices.flat[0].platform
+    here = mesh.devices.flat[0]
+    platform = platform or platform_of(here)
     dtype = resolve_dtype(config.towers.dtype, platform)
     keys = resolve_dtype(config.losses.queue_dtype, platform)
     towers, losses = replace(config.towers, dtype=dtype.name), replace(config.losses, queue_dtype=keys.name)
     config = replace(config, towers=towers, losses=losses)
     form = resolve_form(config, dtype, platform)
     notes = []
-    if form["attention"] == "cudnn":
+    if form["attention"].startswith("cudnn") and here.platform == "cpu":
         form["attention"] = "softmax"
-        notes.append("compiled with attention=softmax: cudnn holds less, as no scores are kept")
+        notes.append("compiled with float32 softmax in place of cuDNN's flash attention, which holds less: no scores")
     clip_dir, lm_dir = _at_hand(config.towers.clip), _at_hand(config.towers.lm)
     if clip_dir is not None:
         texts = _text_folder(config)
@@ -72,7 +74,10 @@ def abstract_inputs(
     else:
         lm = replace(_published(FAMILIES, config.towers.lm, "lm", notes), **form)
         lm = pretrained.with_quant(lm, config.towers.quant, config.towers.lm)
-    vision, lm = tower_settings(config, vision, lm)
+    vision, lm = tower_settings(config, vision, lm, mesh)
+    text = attention_on_mesh(text, mesh)
+    if said := describe_attention(lm.attention):
+        notes.append(said)
     leaves = {**pretrained.clip_shapes(vision, text), **pretrained.lm_shapes(lm)}
     train, note = _count(config, samples)
     notes.append(note)

@@ -7,6 +7,7 @@ from pathlib import Path
 from eim_jax.config import Config
 from eim_jax.parallel.sharding import make_mesh, table
 from eim_jax.planning.collectives import KINDS
+from eim_jax.planning.meshes import MeshPlan, best
 from eim_jax.planning.plan import USABLE, Memory, StagePlan
 from eim_jax.planning.shapes import abstract_inputs
 from eim_jax.planning.targets import GIB, Target
@@ -63,9 +64,30 @@ def print_plan(target: Target, mesh: tuple, plans: list[StagePlan], notes: list[
             _say(f"- {p.arm} {p.stage} {verdict(target, p)}. First: {p.knob}")
 
 
+def print_meshes(target: Target, plans: list[MeshPlan]) -> None:
+    """Prints what each mesh would hold and send, and which of them to take."""
+    _say("\nEvery mesh (data, fsdp, tensor): GiB on a device, GB that a device sends in all steps of all stages:\n")
+    rows = [
+        (str(p.mesh), f"{p.peak / GIB:.2f}", f"{p.sent / 1e9:,.1f}", "fits" if p.fits else _unfit(target))
+        for p in plans
+    ]
+    _print_markdown(("mesh", "peak", "sent", "verdict"), rows)
+    chosen = best(plans)
+    if chosen is None:
+        _say("\nNo mesh of these fits; what the last one needs first stands above.")
+        return
+    _say(
+        f'\nRecommended: --config.mesh="({",".join(map(str, chosen.mesh))})", which sends the least of those that fit.'
+    )
+
+
 def verdict(target: Target, p: StagePlan) -> str:
     """One phrase; an upper bound that is too large proves nothing."""
-    return "fits" if p.fits else "does not fit" if target.exact else "may not fit"
+    return "fits" if p.fits else _unfit(target)
+
+
+def _unfit(target: Target) -> str:
+    return "does not fit" if target.exact else "may not fit"
 
 
 def print_table(config: Config, target: Target) -> None:
@@ -92,8 +114,8 @@ def sharding_table(config: Config, devices: list, arm: str, platform: str) -> li
     ]
 
 
-def write(path: Path, command: str, target: Target, plans: list[StagePlan], notes: list[str]) -> None:
-    """Writes the plan as JSON."""
+def write(path: Path, command: str, target: Target, mesh: tuple, plans: list[StagePlan], notes: list[str]) -> None:
+    """Writes the plan for config.mesh as JSON."""
     found = [
         {
             **p._asdict(),
@@ -105,7 +127,9 @@ def write(path: Path, command: str, target: Target, plans: list[StagePlan], note
         for p in plans
     ]
     chip = dataclasses.asdict(target.chip)
+    sides = tuple(make_mesh(mesh, target.devices).shape.values())
     head = {"command": command, "topology": target.name, "devices": len(target.devices), "exact": target.exact}
+    head |= {"mesh": sides}
     write_json(path, {**head, "chip": chip, "notes": notes, "stages": found})
 
 

@@ -1,7 +1,7 @@
 """What a plan is for: chips with their published figures, topologies by name, and the devices to compile for.
 
-`v5e:4x4` and its like need no TPU: libtpu compiles for a topology that is not here. For GPUs there is no such way
-through public JAX, so as many fake CPU devices stand in for them.
+`v5e:4x4` and its like need no TPU: libtpu compiles for a topology that is not here, and so does JAX's CUDA plugin for
+`gpu:h100x8`. Where neither is installed, as many fake CPU devices stand in.
 """
 
 import importlib.util
@@ -13,13 +13,14 @@ import jax
 import psutil
 
 from eim_jax.config import ConfigError
-from eim_jax.parallel.chips import CHIPS, GIB, Chip, chip_of
+from eim_jax.parallel.chips import CHIPS, GIB, Chip, chip_of, platform_of
+from eim_jax.planning import gpus
 
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # v5e and v6e
 SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")  # v4 and v5p, and larger
 FORMS = (
     f"v5e: or v6e: and {', '.join(FLAT)}; v4: or v5p: and {', '.join(SOLID)} (larger ones too); "
-    "gpu:a100xN, gpu:h100xN, gpu:h200xN; cpu:N"
+    f"gpu: and {', '.join(f'{chip}xN' for chip in gpus.DESCRIPTIONS)}, on several hosts h100xHOSTSxN; cpu:N"
 )
 
 # configs/NAME.py -> the smallest v5e slice that its heaviest stage fits, at the batch of the paper; and that stage.
@@ -35,6 +36,8 @@ SMALLEST = {
     "lavin13b_scienceqa": ("v5e:2x2", "base"),
     "llava_lora": ("v5e:4x4", "ie"),
 }
+
+_GPU = re.compile(rf"({'|'.join(gpus.DESCRIPTIONS)})x(?:([1-9]\d*)x)?([1-9]\d*)")  # chip, hosts, of each
 
 
 class Target(NamedTuple):
@@ -58,8 +61,8 @@ def parse(topology: str) -> tuple[str, str, int]:
             number *= side
         if number and len(sides) == (2 if kind in ("v5e", "v6e") else 3):
             return "tpu", kind, number
-    if kind == "gpu" and (found := re.fullmatch(r"(a100|h100|h200)x([1-9]\d*)", size)):
-        return "gpu", found[1], int(found[2])
+    if kind == "gpu" and (found := _GPU.fullmatch(size)):
+        return "gpu", found[1], int(found[2] or 1) * int(found[3])
     if kind == "cpu" and re.fullmatch(r"[1-9]\d*", size):
         return "cpu", "cpu", int(size)
     raise ConfigError(f"--topology={topology}: no such topology. Valid: {FORMS}")
@@ -87,7 +90,7 @@ def target(topology: str) -> Target:
     if not topology:
         devices = jax.devices()
         chip, note = _here(devices)
-        return Target("the devices here", chip, devices, devices[0].platform, True, note)
+        return Target("the devices here", chip, devices, platform_of(devices[0]), True, note)
     platform, kind, number = parse(topology)
     if platform == "cpu":
         chip, note = _host(number)
@@ -103,8 +106,15 @@ def target(topology: str) -> Target:
         except Exception as error:  # libtpu raises its own kinds
             raise ConfigError(f"--topology={topology}: {str(error).splitlines()[0]}. Valid: {FORMS}") from error
         return Target(topology, CHIPS[kind], list(found.devices), "tpu", True, "compiled by libtpu for this topology")
+    if platform == "gpu" and gpus.has_gpu_compiler():
+        hosts = int(_GPU.fullmatch(topology.partition(":")[2])[2] or 1)
+        found = gpus.devices_of(topology, kind, hosts, number // hosts)
+        note = "compiled by XLA's GPU compiler for this topology, all matrix products by cuBLAS"
+        return Target(topology, CHIPS[kind], found, "cuda", True, note)
     stand_in = "fake CPU devices stand in: arguments and shardings are exact, temporaries an upper bound"
-    missing = "libtpu is not installed (EXTRAS=tpu, or pip install libtpu): " if platform == "tpu" else ""
+    compiler = {"tpu": "libtpu is not installed (EXTRAS=tpu, or pip install libtpu)"}
+    missing = compiler.get(platform, f"XLA's GPU compiler is not installed ({gpus.INSTALL})") + ": "
+    platform = "cuda" if platform == "gpu" else platform
     return Target(topology, CHIPS[kind], _fake(number, topology), platform, False, missing + stand_in)
 
 

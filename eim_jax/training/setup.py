@@ -33,13 +33,14 @@ from eim_jax.models.quant import NF4_SCALES
 from eim_jax.models.vision import VISION_TOWERS, build_text
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
+from eim_jax.parallel.chips import platform_of
 from eim_jax.parallel.lock import held
 from eim_jax.parallel.sharding import make_mesh, param_shardings, parts_of, shard_params
 from eim_jax.parallel.signals import doing
 from eim_jax.pretrained.tokenizer import bos_id
 from eim_jax.training import initial, joint_space, low_rank, partition
 from eim_jax.training.partition import Flat
-from eim_jax.training.tower_form import resolve_dtype, resolve_form
+from eim_jax.training.tower_form import attention_on_mesh, describe_attention, resolve_dtype, resolve_form
 from eim_jax.utils.console import console
 from eim_jax.utils.files import user_path
 from eim_jax.utils.images import FITS, IMAGENET_MEAN, IMAGENET_STD, Fit
@@ -160,7 +161,7 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     given = {"init": initial.fingerprint(config)} if config.init else {}
     mesh = make_mesh(config.mesh)
     dtype = resolve_dtype(config.towers.dtype, mesh.devices.flat[0].platform)
-    form = resolve_form(config, dtype, mesh.devices.flat[0].platform)
+    form = resolve_form(config, dtype, platform_of(mesh.devices.flat[0]))
     seen: dict[str, Any] = {"text": config.towers.text, "image_size": config.towers.image_size}
     pair = pretrained.clip_config(config.towers.clip, **seen, **form)
     pictures = pretrained.image_processor(pretrained.resolve(config.towers.clip))
@@ -171,8 +172,8 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     lean = {path: jnp.float32 if _ever_trained(config, path) else dtype for path in shapes}
     clip = pretrained.load_clip(config.towers.clip, shardings=place, param_dtype=lean, **seen, **form)
     lm = pretrained.load_lm(config.towers.lm, quant=config.towers.quant, shardings=place, param_dtype=lean, **form)
-    vision, language = tower_settings(config, clip.vision, lm.config)
-    clip, lm = clip._replace(vision=vision), lm._replace(config=language)
+    vision, language = tower_settings(config, clip.vision, lm.config, mesh)
+    clip, lm = clip._replace(vision=vision, text=attention_on_mesh(clip.text, mesh)), lm._replace(config=language)
     clip_dir, lm_dir = pretrained.resolve(config.towers.clip), pretrained.resolve(config.towers.lm)
     lm_tokenizer, clip_tokenizer = tokenize.load_tokenizer(lm_dir), None
     tokenize.check_vocabulary(lm_tokenizer, lm.config.vocab, config.towers.lm)
@@ -207,6 +208,8 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
         f"device(s), {dtype.name}",
         soft_wrap=True,
     )
+    if said := describe_attention(lm.config.attention):
+        console.print(said, soft_wrap=True)
     console.print(f"pictures are normalised by {_statistics(config, pictures)}", soft_wrap=True)
     if str(fit) not in FITS or config.towers.image_size:
         side = clip.vision.image_size
@@ -251,8 +254,9 @@ def _statistics(config: Config, pictures: pretrained.ImageProcessor) -> str:
     return pictures.describe()
 
 
-def tower_settings(config: Config, vision, lm):
+def tower_settings(config: Config, vision, lm, mesh: Mesh):
     """Returns the towers' shapes with the run's own settings: (the vision tower's, the LM's)."""
+    vision, lm = attention_on_mesh(vision, mesh), attention_on_mesh(lm, mesh)
     if family_of(lm).has_dropout:
         lm = replace(lm, dropout=config.towers.dropout)
     if config.towers.image_stats == "imagenet":

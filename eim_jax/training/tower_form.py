@@ -1,9 +1,15 @@
 """In which form a run's towers are computed on a platform: attention, scan, recomputation, dtype."""
 
+from dataclasses import replace
+from typing import Any
+
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from eim_jax.config import Config, ConfigError
+from eim_jax.models.attention import LONG
 from eim_jax.models.stacks import Form
+from eim_jax.parallel.sharding import parts_of
 
 
 def resolve_form(config: Config, dtype: jnp.dtype, platform: str) -> Form:
@@ -18,16 +24,41 @@ def resolve_form(config: Config, dtype: jnp.dtype, platform: str) -> Form:
 
 
 def resolve_attention(name: str, dtype: jnp.dtype, platform: str) -> str:
-    """auto: ours. cudnn is refused where it does not exist; it is chosen by name, as no odd length compiles there.
+    """Returns what the towers are built with, a name in models/attention.ATTENTIONS.
 
-    Raises ConfigError for cudnn on another platform than a GPU, or in float32.
+    auto is cuDNN's flash attention for long rows in bfloat16 on an NVIDIA GPU, and ours everywhere else.
+
+    Raises ConfigError for cudnn on another platform (parallel/chips.platform_of), or in float32.
     """
-    if name == "cudnn" and (platform not in ("gpu", "cuda") or dtype != jnp.bfloat16):
+    flash = platform == "cuda" and dtype == jnp.bfloat16
+    if name == "cudnn" and not flash:
         raise ConfigError(
-            f"config.towers.attention='cudnn' is for NVIDIA GPUs in bfloat16, this is {platform} in {dtype.name}: "
-            "set it to 'auto', or config.towers.dtype='bfloat16' on a GPU"
+            f"config.towers.attention='cudnn' is for NVIDIA GPUs (A100 and later) in bfloat16, this is {platform} in "
+            f"{dtype.name}: set it to 'auto', or config.towers.dtype='bfloat16' on such a GPU"
         )
-    return "softmax" if name == "auto" else name
+    return name if name != "auto" else "cudnn_long" if flash else "softmax"
+
+
+def attention_on_mesh(shape: Any, mesh: Mesh) -> Any:
+    """Returns a tower's shape (or None) with the attention that the mesh leaves it.
+
+    cuDNN's kernel takes whole heads: where "tensor" does not divide them, heads are split inside and ours computes.
+    """
+    if shape is None or not shape.attention.startswith("cudnn"):
+        return shape
+    heads = getattr(shape, "kv_heads", getattr(shape, "heads", 0))
+    return replace(shape, attention="softmax") if heads % parts_of(mesh, ("tensor",)) else shape
+
+
+def describe_attention(attention: str) -> str:
+    """Says in words what resolve_attention chose; "" for ours, which needs none."""
+    where = {
+        "cudnn_long": f"where queries and keys are {LONG} or more",
+        "cudnn": "wherever it takes the shape",
+    }
+    if attention in where:
+        return f"attention: cuDNN's flash kernel {where[attention]}, else float32 softmax"
+    return "attention: jax.nn.dot_product_attention" if attention == "xla" else ""
 
 
 def resolve_dtype(name: str, platform: str) -> jnp.dtype:

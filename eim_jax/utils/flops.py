@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 from jax.extend import core
 
+# Products [t e] x [e s] that cuDNN's flash attention computes a head: backward the scores again, and four gradients.
+CUDNN = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
 
 class Work(NamedTuple):
     """Of all devices together. `bytes`: operands and results of the products, each read or written once.
@@ -44,6 +47,11 @@ def _equation(equation) -> Work:
         kernel, out = equation.invars[1].aval, equation.outvars[0].aval
         features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
         return Work(2.0 * math.prod(out.shape) * math.prod(kernel.shape) / features)
+    if name in CUDNN:  # queries [b t h e], keys [b s kv e], ...
+        queries, keys = (v.aval.shape for v in equation.invars[:2])
+        arrays = [v.aval for v in (*equation.invars, *equation.outvars)]
+        moved = sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)
+        return Work(CUDNN[name] * 2.0 * math.prod(queries) * keys[1], float(moved))
     if name == "scan":
         return work(params["jaxpr"]).times(params["length"])
     if name == "while":

@@ -36,7 +36,7 @@ class GPT2Config:
       mlp: hidden width of the blocks' MLPs; 0 for 4 x width.
       scan: stack the blocks' parameters and scan over them.
       remat: "none", "full" or "dots" (stacks.REMAT_POLICIES).
-      attention: a name in layers.ATTENTIONS.
+      attention: a name in attention.ATTENTIONS.
     """
 
     vocab: int = 50257

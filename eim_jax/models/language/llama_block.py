@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from eim_jax.models.adapters.adapter import Adapter
+from eim_jax.models.attention import check_attention, choose_attention, flash
 from eim_jax.models.language.rope import RopeScaling, rotate
-from eim_jax.models.layers import ACTIVATIONS, check_attention, flash
+from eim_jax.models.layers import ACTIVATIONS
 from eim_jax.models.quant import QDense
 from eim_jax.models.soft_cap import soft_cap
 from eim_jax.models.stacks import stack
@@ -47,8 +48,7 @@ class LlamaConfig:
       attention_cap, logit_cap: attention scores and next-token logits x become cap tanh(x / cap) (Gemma 2); 0: as is.
       scan: stack the blocks' parameters and scan over them.
       remat: "none", "full" or "dots" (stacks.REMAT_POLICIES).
-      attention: a name in layers.ATTENTIONS, for all but capped scores, the decoding of one token and an adapter's own
-        softmax.
+      attention: a name in attention.ATTENTIONS; an adapter's own softmax is ours.
       model_type: the family whose files hold it (models/language.FAMILIES).
     """
 
@@ -173,10 +173,12 @@ class LlamaAttention(nn.Module):
             k = jax.lax.dynamic_update_slice(kv[0], k.astype(kv[0].dtype), at)
             v = jax.lax.dynamic_update_slice(kv[1], v.astype(kv[1].dtype), at)
             kv = (k, v)
-        if c.attention == "softmax" or c.attention_cap or (kv is not None and t == 1):
+        asked = {"capped": c.attention_cap > 0, "decoding": kv is not None}
+        choice = choose_attention(c.attention, v.dtype, t, k.shape[1], c.head_width, **asked)
+        if choice == "softmax":
             mixed = _attend(q, k, v, None if mask is None else mask[:, None], c.attention_cap)
         else:
-            mixed = flash(whole, k, v, mask, c.attention).reshape(q.shape)
+            mixed = flash(whole, k, v, mask, choice).reshape(q.shape)
         if beside is not None:
             more = beside(
                 lambda keys, values: _attend(q, keys.astype(k.dtype), values.astype(v.dtype), None, c.attention_cap)

@@ -33,7 +33,7 @@ class CLIPVisionConfig:
       mean, std: the channel statistics by which images in [0, 1] are normalised before `tokens`.
       scan: stack the blocks' parameters and scan over them.
       remat: "none", "full" or "dots" (stacks.REMAT_POLICIES).
-      attention: a name in layers.ATTENTIONS.
+      attention: a name in attention.ATTENTIONS.
       model_type: the family whose files hold it (models/vision.VISION_TOWERS).
     """
 
