@@ -102,5 +102,5 @@ clean:
 
 # pip, not uv: it also looks where the machine's own settings point for a CPU build of PyTorch.
 .venv/parity$(EXTRAS): .venv/test$(EXTRAS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'peft==0.21.2'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'torch==2.13.0' 'peft==0.21.2' 'gguf==0.19.0'
 	@touch $@

@@ -5,8 +5,10 @@ import tiny
 
 from eim_jax.training import partition, setup
 
+CLIPCAP = {"st": "ffn", "adapter": "none", "visual_adapter": False, "features": "full"}
 RECIPES = {
-    "clipcap": ("miniature_lavin", {"st": "ffn", "adapter": "none", "visual_adapter": False, "features": "full"}),
+    "clipcap": ("miniature_lavin", CLIPCAP),
+    "lora": ("miniature_lavin", {**CLIPCAP, "lora": ("lm/blocks.*",), "lora_rank": 4, "lora_alpha": 4.0}),
     "llama_adapter": ("miniature_llama_adapter", {}),
     "lavin": ("miniature_lavin", {"visual_adapter": False, "features": "full"}),
 }
@@ -16,7 +18,8 @@ LM_TOO = "lm/(blocks|norm|token|head).*"
 def config_of(recipe: str, tuned: bool = False, **changes):
     """The recipe's baseline in one stage; `tuned` trains the whole language model too."""
     name, arm = RECIPES[recipe]
-    train = {"clipcap": ("st/.*",), "lavin": ("st/.*", "lm/adapter/.*"), "llama_adapter": ("st/.*", "lm/adapter/.*")}
+    train = {"clipcap": ("st/.*",), "lora": ("st/.*", "lm/.*/lora/.*")}
+    train |= dict.fromkeys(("lavin", "llama_adapter"), ("st/.*", "lm/adapter/.*"))
     values = {"arms": ("baseline",), "arm.baseline.sequence": ("base",), "data.scenes": 8}
     values |= {f"arm.baseline.{field}": value for field, value in arm.items()}
     values["stages.base.train"] = (*train[recipe], *((LM_TOO,) if tuned else ()))

@@ -17,16 +17,21 @@ import pytest
 from close import assert_close
 from jinja2 import TemplateError
 from safetensors.numpy import load_file
+from test_chat_form import chatml, llama2
+from tokenizers import AddedToken
 
 from eim_jax.commands import exporting, model_card, pushing
 from eim_jax.commands.exported_chat import chat_template
 from eim_jax.commands.exported_lms import language_models, whole
 from eim_jax.config import ConfigError, Data
+from eim_jax.data.conversation import message
 from eim_jax.data.datasets import chat_prompt
+from eim_jax.data.rows import prompt_ids
 from eim_jax.models.language.llama import Llama
 from eim_jax.models.quant import quantise
 from eim_jax.pretrained import load_lm
 from eim_jax.pretrained.llava import why_not
+from eim_jax.pretrained.tokenizer import bos_id
 from eim_jax.training import partition, setup
 from eim_jax.utils.files import write_json
 
@@ -137,6 +142,43 @@ def test_a_chat_template_writes_the_words_of_training_and_refuses_what_was_never
     ):
         with pytest.raises(TemplateError, match=why):
             said(said_turns, single)
+
+
+@pytest.mark.parametrize("form", [chatml, llama2], ids=["ChatML", "LLaMA 2"])
+@pytest.mark.parametrize("several", [True, False])
+def test_a_run_in_the_tokenizers_own_template_keeps_it_behind_the_picture(lavin, form, several):
+    inputs, vlm, *_ = lavin
+    tokenizer = form()
+    tokenizer.chat_template += "\n"  # as a file ends
+    data = Data(kind="instruct", own={"multi_turn": several, "template": "tokenizer"}, seam="tokenizer")
+    config = dataclasses.replace(inputs.config, data=data)
+    bos = bos_id(tokenizer)
+    vlm = dataclasses.replace(vlm, bos=bos, with_image=(), without_image=())
+    template = chat_template(dataclasses.replace(inputs, config=config, lm_tokenizer=tokenizer), vlm)
+    asked, answer, again = message("user", "ab"), message("assistant", "a b"), message("user", "h")
+    pictured = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "ab"}]}
+    plain = {"add_generation_prompt": True, "tokenize": False}
+
+    def said(turns):
+        return tokenizer.apply_chat_template(turns, chat_template=template, **plain)
+
+    start = tokenizer.bos_token if bos is not None else ""
+    assert bool(start) == (form is llama2)
+    assert said([asked]) == tokenizer.apply_chat_template([asked], **plain)
+    assert said([pictured]) == f"{start}<image>{said([asked]).removeprefix(start)}"
+    (row,) = prompt_ids([chat_prompt(data, "ab")], tokenizer, "tokenizer")
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    ids = tokenizer(said([pictured]), add_special_tokens=False)["input_ids"]
+    assert ids == [*([bos] if bos is not None else []), image, *row]
+    if several:
+        own = tokenizer.apply_chat_template([asked, answer, again], **plain)
+        assert said([pictured, answer, again]) == f"{start}<image>{own.removeprefix(start)}"
+    else:
+        with pytest.raises(TemplateError, match="trained on single questions"):
+            said([pictured, answer, again])
+    with pytest.raises(TemplateError, match="one picture at a time"):
+        said([{**pictured, "content": [*pictured["content"], {"type": "image"}]}])
 
 
 WHY = {

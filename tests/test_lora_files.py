@@ -2,24 +2,30 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
+from test_quant import oracle as nf4_of
 
 from eim_jax.commands.exporting import LEAVES, write_arm
 from eim_jax.config import ConfigError
+from eim_jax.models.language import family_of
 from eim_jax.models.language.gpt2 import GPT2Config
+from eim_jax.models.language.llama import LlamaConfig
 from eim_jax.models.lora import LoRA
+from eim_jax.models.quant import NF4
 from eim_jax.models.vision.clip import CLIPVisionConfig
-from eim_jax.pretrained import WeightsError, load_lm, peft
+from eim_jax.pretrained import LM, WeightsError, export_lm, load_lm, peft, resolve
 from eim_jax.training import initial, setup
 
 RANK, ALPHA, LAYERS = 3, 6, 4
 SETTINGS = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none", "use_rslora": False}
-LM = "base_model.model.model.layers.{}.self_attn.{}_proj"
+KEY = "base_model.model.model.layers.{}.self_attn.{}_proj"
 
 
 def folder(place, tensors: dict, **settings):
@@ -37,8 +43,8 @@ def of_llama(width=128, names="qo") -> dict:
     found = {}
     for layer in range(LAYERS):
         for name in names:
-            found[f"{LM.format(layer, name)}.lora_A.weight"] = layer + noise(RANK, width)
-            found[f"{LM.format(layer, name)}.lora_B.weight"] = 0.1 * noise(width, RANK)
+            found[f"{KEY.format(layer, name)}.lora_A.weight"] = layer + noise(RANK, width)
+            found[f"{KEY.format(layer, name)}.lora_B.weight"] = 0.1 * noise(width, RANK)
     return found
 
 
@@ -76,7 +82,7 @@ def test_an_adapter_fills_the_low_rank_leaves_is_written_as_it_was_and_merges_in
         for name, mine in (("q", "q"), ("o", "out")):
             for ours, end in (("a", "A"), ("b", "B")):
                 leaf = leaves[f"lm/blocks_{layer}/attn/{mine}/lora/{ours}"]
-                np.testing.assert_array_equal(leaf, theirs[f"{LM.format(layer, name)}.lora_{end}.weight"].T)
+                np.testing.assert_array_equal(leaf, theirs[f"{KEY.format(layer, name)}.lora_{end}.weight"].T)
     write_arm(inputs, "baseline", params, tmp_path / "out", merge=True)
     again = load_file(tmp_path / "out/lora/lm/adapter_model.safetensors")
     assert again.keys() == theirs.keys() and all(np.array_equal(again[key], theirs[key]) for key in theirs)
@@ -131,9 +137,30 @@ def test_an_adapter_that_is_not_the_arms_is_refused_with_what_to_set(given, tmp_
     plain = asking(inputs, tmp_path / "out", lora=())
     with pytest.raises(ConfigError, match="--merge: arm baseline has no low-rank terms"):
         write_arm(plain, "baseline", {}, tmp_path / "f", merge=True)
-    packed = dataclasses.replace(inputs.config, towers=dataclasses.replace(inputs.config.towers, quant="nf4"))
-    with pytest.raises(ConfigError, match=r"--merge: config\.towers\.quant='nf4' holds the LM in 4 bits"):
-        write_arm(dataclasses.replace(inputs, config=packed), "baseline", inputs.towers, tmp_path / "f", merge=True)
+
+
+def test_over_4_bits_the_terms_are_merged_into_what_the_codes_stand_for_and_that_is_said(given, tmp_path, capsys):
+    inputs, _ = given
+    config = LlamaConfig(vocab=1000, context=64, width=128, layers=LAYERS, heads=4, kv_heads=4, mlp=64)
+    plain = tiny.loud(family_of(config).build(config).init, jnp.zeros((1, 1), jnp.int32))
+    export_lm(tmp_path / "lm", LM(config, plain))
+    for file in resolve("miniature/llama").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "lm")
+    towers = dataclasses.replace(inputs.config.towers, lm=str(tmp_path / "lm"), quant="nf4")
+    packed = setup.load(dataclasses.replace(inputs.config, towers=towers), tmp_path, data=False)
+    _, params = setup.start(packed, packed.config.arm["baseline"])
+    path = "lm/blocks_1/attn/q"
+    assert f"{path}/codes" in params and f"{path}/kernel" not in params
+    write_arm(packed, "baseline", params, tmp_path / "out", merge=True)
+    found = load_lm(tmp_path / "out/lm").params["blocks_1"]["attn"]
+    terms = 2.0 * np.asarray(params[f"{path}/lora/a"], np.float64) @ np.asarray(params[f"{path}/lora/b"], np.float64)
+    for name, more in (("q", terms), ("k", 0.0)):
+        codes, _, scales = nf4_of(np.asarray(plain["blocks_1"]["attn"][name]["kernel"]))
+        stored = NF4[codes] * np.repeat(scales, 64, axis=0)
+        np.testing.assert_allclose(found[name]["kernel"], stored + more, rtol=0, atol=1e-6)
+    said = "lm/: kernels that were held in 4 bits (nf4) are written whole"
+    assert said in capsys.readouterr().out and f"\n- {said}" in (tmp_path / "out/README.md").read_text()
+    assert (tmp_path / "out/lora/lm/adapter_config.json").exists()
 
 
 def test_maps_that_share_a_kernel_are_read_and_written_one_by_one_or_as_the_one_layer_that_they_are(tmp_path):

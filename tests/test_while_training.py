@@ -102,6 +102,18 @@ def test_a_score_that_cannot_choose_is_refused_before_anything_trains(inputs):
         chosen = dataclasses.replace(inputs.config.checkpoint, metric=name)
         with pytest.raises(settings.ConfigError, match=f"'{name}'.* one side is the better; such are eval/Bleu_1"):
             while_training(dataclasses.replace(inputs, config=dataclasses.replace(inputs.config, checkpoint=chosen)))
+    # A score of another task, or of texts that are not written: known on every process, before any model is asked.
+    for name, method, there in (("eval/vqa_accuracy", "greedy", "eval/CIDEr"), ("eval/CIDEr", "none", "eval/nll")):
+        checkpoint = dataclasses.replace(inputs.config.checkpoint, metric=name)
+        scored = dataclasses.replace(inputs.config.eval, method=method)
+        changed = dataclasses.replace(inputs.config, checkpoint=checkpoint, eval=scored)
+        with pytest.raises(settings.ConfigError, match=f"'{name}' is no score of this run: it has .*{there}"):
+            while_training(dataclasses.replace(inputs, config=changed))
+    for name in ("eval/CIDEr", "eval/shape_colour_f1", "train/Bleu_4"):
+        checkpoint = dataclasses.replace(inputs.config.checkpoint, metric=name)
+        config = dataclasses.replace(inputs.config, checkpoint=checkpoint)
+        chosen = while_training(dataclasses.replace(inputs, config=config))
+        assert chosen is not None and chosen.sense(name)
     with pytest.raises(settings.ConfigError, match="chooses among scores while training, and there are none"):
         values = settings.as_dict(inputs.config) | {"eval": {}}
         settings.from_config_dict(values)

@@ -89,6 +89,24 @@ def whole(flat: Flat) -> Flat:
     return found
 
 
+def made_whole(inputs: Inputs, folders: Collection[str]) -> str:
+    """Returns what has to be said of the written folders where the LM was held in 4 bits; "" where nothing has.
+
+    Args:
+      inputs: the run's.
+      folders: the names of all that were written.
+    """
+    models = [f"{name}/" for name in (LM_FOLDER, WITH_IMAGE, TEXT_ONLY, LLAVA_FOLDER) if name in folders]
+    towers = inputs.config.towers
+    if towers.quant == "none" or not models:
+        return ""
+    return (
+        f"{', '.join(models)}: kernels that were held in 4 bits ({towers.quant}) are written whole, with the values "
+        f"that their codes stand for: the arm was trained on those, not on {towers.lm}'s own. Low-rank terms are added "
+        "to them"
+    )
+
+
 def _unquantised(config):
     """The LM's shape with whole kernels."""
     return replace(config, quant="none") if family_of(config).quantised else config

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from eim_jax.config import Config, ConfigError
+from eim_jax.config import ConfigError
 from eim_jax.models.lora import Tuned
 from eim_jax.models.vlm import VLM
 from eim_jax.pretrained import export_clip, peft
@@ -21,16 +21,10 @@ def tuned_towers(vlm: VLM) -> dict[str, Tuned]:
     return {name: part for name, part in vlm.parts if isinstance(part, Tuned)}
 
 
-def check_merge(config: Config, arm: str, tuned: Collection[str]) -> None:
-    """Raises ConfigError where there is nothing to merge, or nothing that it can be merged into."""
+def check_merge(arm: str, tuned: Collection[str]) -> None:
+    """Raises ConfigError where there is nothing to merge."""
     if not tuned:
         raise ConfigError(f"--merge: arm {arm} has no low-rank terms (config.arm.{arm}.lora): leave it out")
-    if "lm" in tuned and config.towers.quant != "none":
-        raise ConfigError(
-            f"--merge: config.towers.quant={config.towers.quant!r} holds the LM in 4 bits, into which no term can be "
-            "merged. Export without it, then merge into the whole weights: --mode=export --merge --init=THAT_FOLDER "
-            "--config=... --config.towers.quant=none --out=..."
-        )
 
 
 def write_terms(inputs: Inputs, tuned: Mapping[str, Tuned], params: Flat, trained: Collection[str], out: Path) -> None:

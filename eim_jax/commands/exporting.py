@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from eim_jax.commands import exported_lora, model_card, pushing
 from eim_jax.commands.exported_chat import chat_template
-from eim_jax.commands.exported_lms import LLAVA_FOLDER, WITH_IMAGE, language_models
+from eim_jax.commands.exported_lms import LLAVA_FOLDER, WITH_IMAGE, language_models, made_whole
 from eim_jax.commands.trained_arms import load_finished, trained
 from eim_jax.config import Config, ConfigError
 from eim_jax.data import rows
@@ -110,7 +110,7 @@ def write_arm(
     """
     config = inputs.config
     if merge:
-        exported_lora.check_merge(config, arm, exported_lora.tuned_towers(setup.model(inputs, config.arm[arm])))
+        exported_lora.check_merge(arm, exported_lora.tuned_towers(setup.model(inputs, config.arm[arm])))
     full = out.is_file() or (out.is_dir() and any(out.iterdir()))
     other = ConfigError(f"--out={out} holds other files: choose an empty folder")
     if full and not (out / RECORD).exists():
@@ -141,9 +141,12 @@ def write_arm(
         notes = _write_models(inputs, arm, params, trained, scratch, weights, merge)
         (scratch / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         folders = sorted(folder for folder in scratch.iterdir() if folder.is_dir())
-        card = model_card.text(inputs, arm, [folder.name for folder in folders], notes)
+        whole = made_whole(inputs, [folder.name for folder in folders])
+        card = model_card.text(inputs, arm, [folder.name for folder in folders], notes, whole)
         for folder in (scratch, *folders):
             (folder / model_card.CARD).write_text(card, encoding="utf-8")
+    if whole:
+        console.print(whole, soft_wrap=True, markup=False)
     for note in notes:
         console.print(f"not written: {note}", soft_wrap=True)
 

@@ -29,7 +29,7 @@ FOLDERS = {
 }
 
 
-def text(inputs: Inputs, arm: str, folders: Sequence[str], notes: Sequence[str] = ()) -> str:
+def text(inputs: Inputs, arm: str, folders: Sequence[str], notes: Sequence[str] = (), remark: str = "") -> str:
     """Returns the card as Markdown with the hub's YAML before it.
 
     Args:
@@ -37,6 +37,7 @@ def text(inputs: Inputs, arm: str, folders: Sequence[str], notes: Sequence[str] 
       arm: the arm.
       folders: the models that were written beside `trained.safetensors`.
       notes: what was not written, and why.
+      remark: what has to be said of the models, "" for nothing.
     """
     config = inputs.config
     run, scores = read_record(inputs.workdir), inputs.workdir / arm / "scores_test.json"
@@ -52,7 +53,7 @@ def text(inputs: Inputs, arm: str, folders: Sequence[str], notes: Sequence[str] 
         "## Scores",
         _scores(arm, read_json(scores, values=dict)) if scores.exists() else "This arm was not scored.",
         "## Files",
-        _files(folders, notes),
+        _files(folders, notes, remark),
     ]
     if command := run.get("command"):
         parts += ["## Command", f"```sh\n{command}\n```", f"Versions: {_list(run.get('versions', {}))}."]
@@ -107,12 +108,13 @@ def _scores(arm: str, scores: dict[str, dict]) -> str:
     return "\n".join([*rows, *(f"\n{line}" for line in (*intervals, *found["missing"], *found["notes"]))])
 
 
-def _files(folders: Sequence[str], notes: Sequence[str]) -> str:
+def _files(folders: Sequence[str], notes: Sequence[str], remark: str) -> str:
     lines = [
         "- `trained.safetensors`, `arm.json`: every leaf that training changed or added, and the towers that "
         "it belongs to, for `eim_jax --config=CONFIG --init=FOLDER --mode=chat` (or `caption`, `eval`, `train`)"
     ]
     lines += [f"- `{name}/`: {FOLDERS[name].format(folder=name)}" for name in folders]
+    lines += [f"- {remark}"] if remark else []
     return "\n".join([*lines, *(f"- Not written: {note}" for note in notes)])
 
 

@@ -26,7 +26,7 @@ from eim_jax.pretrained.tokenizer import bos_id
 
 _DATE = "26 Jul 2024"  # as in Llama 3.1's template
 # Takes the place of the clock that transformers gives a template.
-_FIXED_CLOCK = "{%- macro strftime_now(form) -%}" + _DATE + "{%- endmacro -%}"
+FIXED_CLOCK = "{%- macro strftime_now(form) -%}" + _DATE + "{%- endmacro -%}"
 _TRIMS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip, lambda text: text.lstrip("\n"))
 
 
@@ -127,7 +127,7 @@ def rows_of(
 def _render(tokenizer: Any, messages: Sequence[Message], *, prompt: bool = False) -> str:
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
-        template = _FIXED_CLOCK + template
+        template = FIXED_CLOCK + template
     options = {"tokenize": False, "add_generation_prompt": prompt, "enable_thinking": False}
     try:
         return tokenizer.apply_chat_template(list(messages), chat_template=template, **options)

@@ -264,7 +264,7 @@ class _Cache:
         what = f"vision features: {count} in {self.dtype}, {_gib(size)} in {self.directory}"
         if size + _SPARE > free:
             raise OSError(f"{what}, but only {_gib(free)} are free: use dtype bfloat16, another folder, or no cache")
-        console.print(f"{what} ({_gib(free)} free)")
+        console.print(f"{what} ({_gib(free)} free)", soft_wrap=True)
         new_rows(self.partial, stored, shape).flush()
         self.mark()
         return 0

@@ -36,6 +36,7 @@ from eim_jax.generation.decode_state import (
 from eim_jax.generation.sampler import check
 from eim_jax.models.adapters.adapter import Steering
 from eim_jax.models.kv_cache import init_cache
+from eim_jax.models.lora import Tuned
 from eim_jax.models.vlm import LMInput
 
 
@@ -48,7 +49,7 @@ class _Places(NamedTuple):
 
 
 def continue_all(
-    lm: nn.Module,
+    lm: nn.Module | Tuned,
     params: dict,
     groups: Iterable[tuple[Int[np.ndarray, "g"], LMInput]],
     config: DecodeConfig,

@@ -21,11 +21,12 @@ from eim_jax.generation.decode_state import (
     prefill,
     stops,
 )
+from eim_jax.models.lora import Tuned
 from eim_jax.models.vlm import LMInput
 
 
 def generate(
-    lm: nn.Module,
+    lm: nn.Module | Tuned,
     params: dict,
     visual: Float[Array, "b m d"] | None,
     prompt: Int[Array, "b t"] | None,
@@ -63,7 +64,7 @@ def generate(
 
 
 def continue_text(
-    lm: nn.Module,
+    lm: nn.Module | Tuned,
     params: dict,
     read: LMInput,
     config: DecodeConfig,
@@ -92,7 +93,7 @@ def continue_text(
     return _generate(lm, config, eos_id, period_id, mesh, params, read, index)
 
 
-def check(lm: nn.Module, config: DecodeConfig, prefix: int, period_id: int | None) -> None:
+def check(lm: nn.Module | Tuned, config: DecodeConfig, prefix: int, period_id: int | None) -> None:
     """Checks that `prefix` tokens and the new ones fit the LM's context.
 
     Args:

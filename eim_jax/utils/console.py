@@ -123,7 +123,8 @@ def progress(description: str, total: int, unit: str = "") -> Iterator[Callable[
         yield advance
     seconds = time.monotonic() - start
     if unit:
-        rate = f" ({done / seconds:,.0f}/s)" if seconds >= 1 else ""
+        pace = done / max(seconds, 1e-9)
+        rate = f" ({pace:,.{0 if pace >= 10 else 1}f}/s)" if seconds >= 1 else ""
         description = f"{description}: {done:,} {unit}"
     else:
         rate = ""

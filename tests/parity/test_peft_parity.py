@@ -1,6 +1,7 @@
 """Adapters of PEFT itself, live: its logits are ours, what we write it reads, what we merge transformers reads."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -99,6 +100,43 @@ def test_an_adapters_logits_are_pefts_and_both_exports_give_them_back(case, scan
         assert torch.equal(again(torch.tensor(tokens)).logits, theirs(torch.tensor(tokens)).logits)
         merged = auto.from_pretrained(tmp_path / "out/lm")(torch.tensor(tokens)).logits.numpy()
     agree(f"{case} merged", merged, expected)
+
+
+# Families whose linear layers or norms are not LLaMA's: biases, fused maps, soft caps, layers without rope.
+SMALL = {"vocab_size": 1000, "max_position_embeddings": 64, "hidden_size": 64, "intermediate_size": 96}
+SMALL |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None}
+OTHERS = {
+    "Qwen2": {},
+    "Gemma2": {"head_dim": 16, "sliding_window": 5, "query_pre_attn_scalar": 9},
+    "SmolLM3": {"no_rope_layers": [1, 0]},
+    "Phi3": {},
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_an_adapter_of_every_form_of_block_is_pefts(family, tmp_path, agree):
+    made = getattr(transformers, f"{family}ForCausalLM")
+    torch.manual_seed(1)
+    made(made.config_class(**SMALL, bos_token_id=1, eos_token_id=2, **OTHERS[family])).save_pretrained(tmp_path / "lm")
+    for file in resolve("miniature/llama").glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "lm")
+    settings = {"target_modules": "all-linear", "r": 4, "lora_alpha": 8}
+    base = made.from_pretrained(tmp_path / "lm")
+    untuned = base(torch.arange(24).reshape(2, 12)).logits.detach().numpy()
+    theirs, place = adapter(base, settings, tmp_path / "adapter")
+    tokens = np.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).logits.numpy()
+    inputs = inputs_of(place, settings, ALL_LINEAR, tmp_path, str(tmp_path / "lm"))
+    vlm, params = setup.start(inputs, inputs.config.arm["baseline"])
+    agree(family, logits(vlm, params, tokens), expected)
+    assert np.abs(expected - untuned).max() > 0.1
+    write_arm(inputs, "baseline", params, tmp_path / "out", merge=True)
+    again = peft.PeftModel.from_pretrained(made.from_pretrained(tmp_path / "lm"), tmp_path / "out/lora/lm").eval()
+    with torch.no_grad():
+        agree(f"{family}, written", again(torch.tensor(tokens)).logits.numpy(), expected)
+        merged = made.from_pretrained(tmp_path / "out/lm")(torch.tensor(tokens)).logits.numpy()
+    agree(f"{family}, merged", merged, expected)
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]])

@@ -33,6 +33,7 @@ class Captions(Task):
     counted = "images"
     texts = "captions"
     told = "Captions written for {:,} test pictures."
+    likelihoods = ("nll", "nll_shuffled")
 
     def ask(self, split: Split, limit: int = 0) -> Asked:
         """Returns every image without a prompt, up to the limit, and the reference captions of these."""

@@ -42,6 +42,8 @@ class Questions(Task):
     True
     """
 
+    likelihoods = ("nll", "nll_image", "nll_image_shuffled")
+
     def ask(self, split: Split, limit: int = 0) -> Asked:
         """Returns a text for every sample, up to the limit, each an item of its own."""
         samples = split.samples[: limit or None]

@@ -119,6 +119,7 @@ class Task(abc.ABC):
       texts: what the model writes, in words: "captions", "answers".
       told: a sentence of the page's summary; {:,} is the number of texts.
       unread: what the page says of an answer that `read` could not read.
+      likelihoods: the keys of `predict`'s scores, some of which a split may lack.
       intervals: whether every score that has rows gets a bootstrap interval beside it, KEY_low and KEY_high.
     """
 
@@ -127,6 +128,7 @@ class Task(abc.ABC):
     texts: str = "answers"
     told: str = "Answers given to {:,} test questions."
     unread: str = "not readable"
+    likelihoods: tuple[str, ...] = ("nll",)
     intervals: bool = False
 
     # What is asked.

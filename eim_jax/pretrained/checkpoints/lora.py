@@ -32,7 +32,7 @@ def _tower(content: Content, target: Target) -> str:
     """Which tower a file is for: the one whose family's keys it names."""
     for name, config in _towers(target).items():
         rows, prefix = peft.rows_of(name, config)
-        known = {_numbered(f"{prefix}{key}".removesuffix(".weight")) for row in rows for key in row.theirs}
+        known = {_numbered(peft.module_of(f"{prefix}{key}")) for row in rows for key in row.theirs}
         if any(_numbered(module) in known for module in _modules(content)):
             return name
     return ""
@@ -85,7 +85,7 @@ def _other_layers(content: Content, target: Target, tower: str) -> list[str]:
     there, wanted = set(_modules(content)), set()
     for row in rows:
         for i in range(_towers(target)[tower].layers) if "{i}" in row.ours else [0]:
-            names = {prefix + key.removesuffix(".weight").replace("{i}", str(i)) for key in row.theirs}
+            names = {prefix + peft.module_of(key).replace("{i}", str(i)) for key in row.theirs}
             if row.ours.endswith("/kernel") and names & there:
                 wanted.add(row.ours.removesuffix("/kernel").replace("{i}", str(i)))
     own = set()
