@@ -16,8 +16,10 @@ from eim_jax.planning.targets import SMALLEST
 
 GPUS = (
     "clipcap_eim_coco@gpu:l4x1@ie",
+    "llama_adapter_eim_scienceqa@gpu:h100x8@ie",
     "lavin7b_scienceqa@gpu:h100x1@base",
     "lavin7b_eim_scienceqa@gpu:h100x8@ie",
+    "lavin7b_eim_scienceqa@gpu:h100x2x8@ie",
     "lavin7b_eim_chat@gpu:rtx4090x1@ie",
 )
 HEAD = (
