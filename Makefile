@@ -1,5 +1,5 @@
 # make demo    trains baseline and EIM on the embedded miniature world, ends with a score table and report.html
-# make test    runs the tests (make exhaustive: the further cases that CI runs too)
+# make test    runs the tests (make exhaustive: further cases of them)
 # make install installs alone, e.g. on the hosts of a cluster
 # make docs    builds the documentation into site/
 # They make .venv in this folder and install into it what they need, pinned by constraints.txt.
@@ -49,13 +49,13 @@ exhaustive: .venv/test$(EXTRAS)
 
 # What is compared in numbers, as processors with other vector instructions compute it (tests/close.py).
 ISA ?= AVX2
-NUMERIC := $(addprefix tests/test_,$(addsuffix .py,decode xent dense connector fold))
+NUMERIC := $(addprefix tests/test_,$(addsuffix .py,decode xent dense connector))
 isa: .venv/test$(EXTRAS)
 	XLA_FLAGS="$(BRIEF) --xla_cpu_max_isa=$(ISA)" $(BIN)/python -m pytest -n 2 --dist loadfile $(NUMERIC)
 
 # The live comparison with PyTorch and transformers, full-size towers included.
 parity: .venv/parity$(EXTRAS)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/parity
+	XLA_FLAGS="$(BRIEF)" $(BIN)/python -m pytest -n 2 --dist loadfile tests/parity
 
 # Full-size stages compiled for TPUs that are not here: one config a recipe; FITS=topology takes all.
 FITS ?= topology and not slow

@@ -88,7 +88,7 @@ def metrics(workdir):
 
 
 def losses(workdir):
-    return {(r["stage_index"], r["step"]): r["loss"] for r in metrics(workdir)}
+    return {(r["stage_index"], r["step"]): r["loss"] for r in metrics(workdir) if r["step"]}
 
 
 def results(workdir):
@@ -142,10 +142,10 @@ def pair(runs):
 
 @pytest.fixture(scope="module")
 def stopped(runs):
-    """Four processes of two devices, one of which got SIGTERM in the last stage."""
-    run = Run(runs / "stopped", 4, 2)
+    """Two processes of two devices, one of which got SIGTERM in the last stage."""
+    run = Run(runs / "stopped", 2, 2)
     run.until(lambda: (2, 1) in losses(run.workdir))
-    run.processes[2].signal(signal.SIGTERM)
+    run.processes[1].signal(signal.SIGTERM)
     run.codes = run.ended()
     return run
 
@@ -202,20 +202,20 @@ def test_one_process_speaks_for_all(pair):
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step_with_the_state_saved(stopped):
     assert all(code not in (0, -signal.SIGTERM, -signal.SIGABRT) for code in stopped.codes), stopped.codes
-    steps = {line for i in range(4) for line in stopped.said(i).splitlines() if "the same command continues" in line}
+    steps = {line for i in range(2) for line in stopped.said(i).splitlines() if "the same command continues" in line}
     assert len({line[line.index("stopped after") :] for line in steps}) == 1, steps
-    assert all("the same command continues" in stopped.said(i) for i in range(4))
+    assert all("the same command continues" in stopped.said(i) for i in range(2))
 
 
 @pytest.mark.parametrize(
     ("processes", "devices"),
     [
-        pytest.param(2, 2, id="2x2"),
-        pytest.param(1, 8, id="1x8", marks=pytest.mark.exhaustive),
+        pytest.param(1, 8, id="1x8"),
+        pytest.param(4, 2, id="4x2", marks=pytest.mark.exhaustive),
         pytest.param(1, 1, id="1x1", marks=pytest.mark.exhaustive),
     ],
 )
-def test_a_checkpoint_of_four_processes_continues_on_other_numbers_of_processes(
+def test_a_checkpoint_of_two_processes_continues_on_other_numbers_of_processes(
     runs, alone, stopped, processes, devices
 ):
     here = runs / f"elastic{processes}x{devices}"

@@ -58,6 +58,7 @@ def test_compiled_table_accounts_for_every_argument(tmp_path, capsys):
     assert "| ie | none | 2 | 1 |" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_tiny_run_measures_itself(tmp_path):
     options = ["--run", "--size", "tiny", "--batch", "2", "--accumulate", "2", "--quant", "nf4", "--steps", "2"]
     (record,) = lavin_step.main([*options, "--dtype", "float32", "--json", str(tmp_path / "run.json")])

@@ -186,6 +186,7 @@ def test_a_run_that_diverges_stops_naming_term_step_and_samples_and_saves_nothin
     assert not (tmp_path / "eim" / "checkpoints" / f"0-{stage}" / "result").exists()
 
 
+@pytest.mark.exhaustive  # test_mesh_numbers compares a mesh of all axes with one device
 def test_one_device_gives_the_eight_devices_losses(finished, config, tmp_path):
     """Sharding changes where numbers lie, not what they are."""
     inputs = finished[0]

@@ -74,8 +74,7 @@ def encode_split(
         raise ValueError(f"max_tokens is {max_tokens}: needs room for a response token and EOS")
     if tokenizer.eos_token_id is None:
         raise ValueError("this tokenizer has no EOS token: set eos_token in its tokenizer_config.json")
-    samples, end = split.samples, rows.end_of(tokenizer, seam)
-    parts, empty = [], []
+    samples, parts, empty = split.samples, [], []
     with _progress(f"tokenising {split.name}", len(samples)) as advance:
         # A part at a time: lists of numbers take ten times the memory of arrays.
         for first in range(0, max(len(samples), 1), _CHUNK):
@@ -85,6 +84,7 @@ def encode_split(
                 whole = rows.whole_rows(prompts, answers, tokenizer, seam, f"tokenising {split.name}")
             except rows.RowError as error:
                 raise ValueError(f"split {split.name!r}: sample {some[error.row].id}: {error}") from error
+            end = rows.end_of(tokenizer, seam)  # only now: a template's error has named its sample
             empty += [sample.id for sample, row in zip(some, whole, strict=True) if row.start == len(row.ids)]
             longest = [max(max_tokens, text_only) if sample.image is None else max_tokens for sample in some]
             found = [
