@@ -92,6 +92,7 @@ def test_the_card_says_what_was_trained_on_what_how_well_and_how(lavin):
     for folder in ("lm_with_image", "lm_text_only", "llava"):
         assert (out / folder / "README.md").read_text() == card
         assert f"`{folder}/`" in card
+    assert "without contrastive losses, on the towers" in card and "(EIM)" not in card.partition("## Data")[0]
     assert "| base | `st/.*`, `lm/adapter/.*` | 1 base | 2 steps | 8 |" in card
     assert "\n`miniature_qa`: scenes `8`, form `QCM-EA`.\n" in card
     assert "python -m eim_jax.main --config=mine" in card and "jax `0`" in card

@@ -11,6 +11,7 @@ from eim_jax.commands.exported_lora import TERMS_FOLDER, VISION_FOLDER
 from eim_jax.commands.trained_arms import read_record
 from eim_jax.config import Data, Stage, patterns
 from eim_jax.data.datasets import data_set
+from eim_jax.losses.table import queues_of
 from eim_jax.reporting.scores import table
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.files import read_json
@@ -41,13 +42,16 @@ def text(inputs: Inputs, arm: str, folders: Sequence[str], notes: Sequence[str] 
     """
     config = inputs.config
     run, scores = read_record(inputs.workdir), inputs.workdir / arm / "scores_test.json"
+    stages = [(name, config.stages[name]) for name in config.arm[arm].sequence]
+    contrastive = queues_of(*(stage for _, stage in stages))
+    how = "in stages, with contrastive losses against queues (EIM)" if contrastive else "without contrastive losses"
     parts = [
         _front(inputs),
         f"# {config.arm[arm].description or arm}",
-        f"Trained by eim_jax {metadata.version('eim_jax')} in stages with losses of their own (EIM), on the towers "
+        f"Trained by eim_jax {metadata.version('eim_jax')} {how}, on the towers "
         f"`{config.towers.clip}` and `{config.towers.lm}`; arm `{arm}`.",
         "## What was trained",
-        _stages([(name, config.stages[name]) for name in config.arm[arm].sequence]),
+        _stages(stages),
         "## Data",
         _data(config.data, len(inputs.train) if inputs.train is not None else None),
         "## Scores",
