@@ -1,5 +1,6 @@
 """Queues on disk and on devices: content, order, refusal."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,11 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from close import assert_close
 from jax.sharding import PartitionSpec
 
+from eim_jax.config import Losses
 from eim_jax.losses import queue_steps, queues
+from eim_jax.losses.neighbours import similarities
 from eim_jax.losses.queues import BadRow, Queue, StaleQueue
+from eim_jax.losses.table import LOSSES
+from eim_jax.models.batch import Batch
 from eim_jax.parallel.sharding import make_mesh
 
 N, T, V, D = 37, 5, 11, 6
@@ -342,3 +348,27 @@ def test_the_queue_and_its_loss_need_no_heavy_package():
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, "-c", code, f"{folder}/q"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("center", ["none", "mean"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_the_nearest_keys_are_those_of_float64(dtype, center):
+    """int8's codes alone would put rows of another scale in another order."""
+    rng = np.random.default_rng(4)
+    features = rng.standard_normal((N, D)) ** 3 + 1
+    query = rng.standard_normal((4, D)) + 1
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    mean = unit(features).mean(0) if center == "mean" else 0.0
+    want = unit(unit(query) - mean) @ unit(unit(features) - mean).T
+    loss = dataclasses.replace(LOSSES["st"], query=lambda forward: forward.batch.features[:, 0])
+    batch = Batch(index=jnp.arange(4), features=jnp.asarray(query, jnp.float32)[:, None])
+    queue = Queue.of(features.astype(np.float32), dtype=jnp.dtype(dtype), center=center)
+    found = np.asarray(similarities(tiny.model()[0], Losses(), loss, {}, batch, queue))
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-6 if dtype == "float32" else 1 / 127)
+    if dtype == "int8":
+        codes = unit(unit(query) - mean) @ np.asarray(queue.keys, np.float64).T
+        assert (codes.argmax(1) != want.argmax(1)).any()  # or the scale would decide nothing here
+    np.testing.assert_array_equal(found.argmax(1), want.argmax(1))
