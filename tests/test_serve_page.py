@@ -11,20 +11,11 @@ pytest.importorskip("openai", reason="the extra test brings OpenAI's client")
 pytest.importorskip("uvicorn", reason="--mode=serve needs the extra serve")
 playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by Playwright: make browser")
 
-from test_serve import World  # noqa: E402
-from tiny import config_of  # noqa: E402
+from test_serve import world as world  # noqa: E402 the fixture
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    fields = {"data.scenes": 16, "decode.methods": ("greedy",), "decode.max_tokens": 8, "decode.batch": 8}
-    made = World(config_of("miniature", **fields), tmp_path_factory.mktemp("run"), neighbours=True)
-    yield made
-    made.engine.stop()
 
 
 @pytest.fixture(scope="module")

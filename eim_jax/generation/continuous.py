@@ -26,11 +26,13 @@ from eim_jax.generation.decode_state import (
     DecodeConfig,
     Decoded,
     State,
+    admit,
     advance,
     begin,
     decoded,
     extend,
     prefill,
+    put_rows,
     stops,
 )
 from eim_jax.generation.sampler import check
@@ -135,16 +137,8 @@ def _admit(lm, config, eos_id, period_id, mesh, params, held: _Places, read: LMI
     new = begin(cache, read.last_position, config.max_tokens)
     new = extend(config, stops(config, eos_id, period_id), new, logits, index)
 
-    def put(a: Array, b: Array) -> Array:
-        return a.at[places].set(b, mode="drop")
-
-    fields = ("last", "position", "tokens", "length", "total", "done")
-    state = held.state._replace(
-        cache=held.state.cache.admit(places, cache).place(mesh),
-        **{name: put(getattr(held.state, name), getattr(new, name)) for name in fields},
-    )
-    steer = jax.tree.map(lambda a, b: a.at[:, places].set(b, mode="drop"), held.steer, read.steer)
-    return _Places(state, steer, put(held.index, index))
+    state, steer = admit(held.state, held.steer, new, read.steer, cache, places, mesh)
+    return _Places(state, steer, put_rows(held.index, index, places))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=6)

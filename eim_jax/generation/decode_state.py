@@ -207,6 +207,39 @@ def extend(
     return append(ends, state, logits, token, config.max_tokens)
 
 
+def put_rows(old: Array, new: Array, places: Int[Array, "g"]) -> Array:
+    """Returns [r ...] with the rows of [g ...] at these places; a row whose place does not exist is dropped."""
+    return old.at[places].set(new, mode="drop")
+
+
+def admit(
+    state: State,
+    steer: Steering | None,
+    new: State,
+    new_steer: Steering | None,
+    cache: Cache,
+    places: Int[Array, "g"],
+    mesh: Mesh | None,
+) -> tuple[State, Steering | None]:
+    """Puts texts whose prefixes have been read into places of a running batch.
+
+    Args:
+      state: of the batch's rows.
+      steer: the batch's steering, None where the LM takes none.
+      new: of the texts.
+      new_steer: the texts' own steering.
+      cache: the texts' keys and values.
+      places: the rows to put them in; a text whose place does not exist is dropped.
+      mesh: over which the cache lies.
+    """
+    fields = ("last", "position", "tokens", "length", "total", "done")
+    state = state._replace(
+        cache=state.cache.admit(places, cache).place(mesh),
+        **{name: put_rows(getattr(state, name), getattr(new, name), places) for name in fields},
+    )
+    return state, jax.tree.map(lambda a, b: a.at[:, places].set(b, mode="drop"), steer, new_steer)
+
+
 def append(
     ends: Sequence[int],
     state: State,

@@ -16,7 +16,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from eim_jax.generation.decode_state import State, advance, append, begin, log_probability, nucleus, prefill
+from eim_jax.generation.decode_state import (
+    State,
+    admit,
+    advance,
+    append,
+    begin,
+    log_probability,
+    nucleus,
+    prefill,
+    put_rows,
+)
 from eim_jax.models.adapters.adapter import Steering
 from eim_jax.models.kv_cache import init_cache
 from eim_jax.models.vlm import LMInput
@@ -130,15 +140,8 @@ def _admit(lm, ends, mesh, params, held: _Held, read: LMInput, places, settings:
     new = begin(cache, read.last_position, most)
     new, logprobs = _extend(ends, new, settings, logits, jnp.zeros((len(places), most), jnp.float32))
 
-    def put(a: Array, b: Array) -> Array:
-        return a.at[places].set(b, mode="drop")
-
-    fields = ("last", "position", "tokens", "length", "total", "done")
-    state = held.state._replace(
-        cache=held.state.cache.admit(places, cache).place(mesh),
-        **{name: put(getattr(held.state, name), getattr(new, name)) for name in fields},
-    )
-    steer = jax.tree.map(lambda a, b: a.at[:, places].set(b, mode="drop"), held.steer, read.steer)
+    state, steer = admit(held.state, held.steer, new, read.steer, cache, places, mesh)
+    put = functools.partial(put_rows, places=places)
     return _Held(state, steer, jax.tree.map(put, held.settings, settings), put(held.logprobs, logprobs))
 
 
