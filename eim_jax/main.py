@@ -1,8 +1,6 @@
 """The one door: `python -m eim_jax.main --config=configs/miniature.py --workdir=runs/miniature`."""
 
 import dataclasses
-import difflib
-import os
 import shlex
 import sys
 import time
@@ -12,14 +10,13 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from eim_jax import __version__
 from eim_jax import config as settings
-from eim_jax.commands.help import MODES, fields, general, presets
+from eim_jax.commands import command_line, errors
+from eim_jax.commands.help import MODES
 from eim_jax.parallel import processes, signals
 from eim_jax.utils.console import console, duration, shown
-from eim_jax.utils.files import Damaged, DiskFull, full_disk, user_path
+from eim_jax.utils.files import user_path
 from eim_jax.utils.this_machine import machine, seconds_alive, versions
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes; plan and prepare need none.")
@@ -67,12 +64,6 @@ _HEARTBEAT = flags.DEFINE_integer(
     "Seconds after which a silent process is lost and all others end.",
     lower_bound=5,
 )
-_MEMORY = (
-    "What takes less in training: --config.stages.NAME.accumulate=2 (the same batch in two parts), "
-    "--config.towers.remat=full (more computation), a smaller config.stages.NAME.batch (in a new workdir). "
-    "In scoring and captions: a smaller --config.decode.batch. --mode=plan says what each stage takes."
-)
-
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ("float32", "bfloat16", "float16"), "For export: of the weights in the models' folders."
 )
@@ -281,94 +272,8 @@ def _arm(config: settings.Config) -> str:
     return name
 
 
-def _define_config(argv: list[str]) -> None:
-    """--config is a file; without it, the config of the workdir's run, whose fields can be overridden all the same."""
-    from eim_jax.losses import table  # noqa: F401 a config names a weight for each loss of this table
-
-    workdir = _given(argv, "workdir")
-    saved = settings.read_saved(user_path(workdir)) if workdir and _given(argv, "config") is None else None
-    if saved is not None:
-        from eim_jax.training import kinds
-
-        config_flags.DEFINE_config_dict("config", kinds.to_config_dict(saved))
-    else:
-        config_flags.DEFINE_config_file("config", None, "A preset or a file; any field: --config.data.max_tokens=30.")
-
-
-def _given(argv: list[str], flag: str) -> str | None:
-    """A flag's value before flags are parsed: --flag=value or --flag value."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, sign, value = word.partition("=")
-        if name in (f"--{flag}", f"-{flag}"):
-            return value if sign else following
-    return None
-
-
-def _help(argv: list[str]) -> str | None:
-    """What the command line is asked to say of itself, None for a run."""
-    if "--version" in argv:
-        return (
-            f"eim_jax {__version__} (" + ", ".join(f"{k} {v}" for k, v in versions().items() if k != "eim_jax") + ")\n"
-        )
-    if "--help=config" in argv:
-        return fields()
-    if {"--help", "-h", "-help"} & set(argv):
-        own = flags.FLAGS.flags_by_module_dict()[__name__]
-        return general({flag.name: flag for flag in own})
-    return None
-
-
-def _presets_as_files(argv: list[str]) -> list[str]:
-    """The arguments with --config=NAME, or --config NAME, of a preset as the file that it is (NAME:ARG as FILE:ARG)."""
-    given, known = _given(argv, "config"), presets()
-    if given is None:
-        return argv
-    name, colon, argument = given.partition(":")
-    if sum(word.partition("=")[0] in ("--config", "-config") for word in argv) > 1:
-        sys.exit("error: --config is given more than once: a run has one config")
-    if not name:
-        sys.exit(f"error: --config={given} names nothing: give a preset ({', '.join(known)}) or a Python file")
-    if Path(name).suffix or os.sep in name:
-        file = f"{user_path(name)}{colon}{argument}" if name.startswith("~") else given
-        return _with_config(argv, given, file)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"presets are {', '.join(known)}"
-        sys.exit(f"error: --config={name} is no preset and no Python file; {hint}")
-    return _with_config(argv, given, f"{known[name]}{colon}{argument}")
-
-
-def _with_config(argv: list[str], given: str, file: str) -> list[str]:
-    return [file if word == given else f"--config={file}" if word == f"--config={given}" else word for word in argv]
-
-
 def _parse(argv: list[str]) -> list[str]:
-    """Flags; a misspelt config field is one line that names the nearest valid one."""
-    if said := _help(argv):
-        sys.stdout.write(said)
-        sys.exit(0)
-    argv = _presets_as_files(argv)
-    try:
-        _define_config(argv)
-    except settings.ConfigError as error:
-        sys.exit(f"error: {error}")
-    except Damaged as error:
-        sys.exit(f"error: {error}, given --config")
-    flags.FLAGS.set_gnu_getopt(True)  # flags may stand behind the images of --mode=caption
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, ValueError) as error:  # ValueError: the field is no name at all
-        file = _given(argv, "config")
-        if file is not None:
-            alone = flags.FlagValues()  # the file as it stands, without what the command line changes
-            command = [argv[0], f"--config={file}"]
-            holder = config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=command)
-            alone(command)
-            for field in (a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")):
-                message = settings.explain_unknown(holder.value, field)
-                if message:
-                    sys.exit(f"error: {message}")
-        raise error
+    return command_line.parse(argv, flags.FLAGS.flags_by_module_dict()[__name__])
 
 
 def cli() -> None:
@@ -381,7 +286,9 @@ def cli() -> None:
         except app.UsageError as error:
             raise app.UsageError(shown(str(error))) from None
         except Exception as error:
-            message = traceback.format_exc() if _TRACEBACK.value else _in_words(error, _WORKDIR.value or _OUT.value)
+            message = (
+                traceback.format_exc() if _TRACEBACK.value else errors.in_words(error, _WORKDIR.value or _OUT.value)
+            )
             if message is None and jax.distributed.is_initialized():
                 message = traceback.format_exc()
             if message is None:
@@ -399,7 +306,7 @@ def cli() -> None:
             raise
 
     signals.began(seconds_alive())
-    continues = _given(sys.argv, "mode") in (None, "train", "prepare")
+    continues = command_line.given(sys.argv, "mode") in (None, "train", "prepare")
     try:
         with signals.handled(f"the same command {'continues' if continues else 'starts again'}"):
             app.run(run_main, flags_parser=_parse)
@@ -407,27 +314,6 @@ def cli() -> None:
         if isinstance(stop.code, str):
             sys.exit(shown(stop.code))
         raise
-
-
-def _in_words(error: Exception, place: str | None) -> str | None:
-    """An error whose cause lies outside the program, as one message that says what to do; None for another."""
-    shows = f"({type(error).__name__}; --traceback shows where)"
-    if (reason := full_disk(error)) is not None:
-        if not isinstance(error, DiskFull):
-            what = place or "a file of this run"
-            reason = f"{what} cannot be written: {reason}. Make room there; then the same command continues"
-        return f"error: {reason}\n{shows}"
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
-        words = next(iter(str(error).splitlines()), "")[:300]
-        return f"error: out of memory while {signals.activity()}: {words}\n{_MEMORY}\n{shows}"
-    if isinstance(error, ValueError | OSError | FloatingPointError):
-        return f"error: {error}\n{shows}"
-    if isinstance(error, jax.errors.JaxRuntimeError) and jax.distributed.is_initialized():
-        return (
-            f"error: a program stopped on the devices: {error}\nIf another process was lost, the same command on "
-            f"every host continues from the last checkpoint.\n{traceback.format_exc()}"
-        )
-    return None
 
 
 def _fail(message: str | int) -> None:

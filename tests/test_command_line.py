@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 
 from eim_jax import __version__, main
+from eim_jax.commands import command_line
 from eim_jax.commands import help as texts
 from eim_jax.config import Config, flatten, listing
 from eim_jax.training import kinds
@@ -21,7 +22,7 @@ OWN = {flag.name: flag for flag in flags.FLAGS.flags_by_module_dict()[main.__nam
 
 def said(*arguments: str) -> str:
     """What `eim_jax ARGUMENTS` prints before it would run anything."""
-    text = main._help(["eim_jax", *arguments])
+    text = command_line.said(["eim_jax", *arguments], list(OWN.values()))
     assert text is not None
     return text
 
@@ -69,16 +70,16 @@ def test_version_names_what_decides_the_numbers():
 
 @pytest.mark.parametrize("form", [["--config=photos"], ["--config", "photos"]])
 def test_a_preset_is_a_name(form):
-    [*_, word] = main._presets_as_files(["eim_jax", *form])
+    [*_, word] = command_line.presets_as_files(["eim_jax", *form])
     file = Path(word.removeprefix("--config="))
     assert file.samefile(ROOT / "configs" / "photos.py")
 
 
 def test_files_stay_files_and_an_unknown_preset_names_the_nearest():
     for word in ("--config=configs/photos.py", "--config=mine.py:argument", "--workdir=photos"):
-        assert main._presets_as_files(["eim_jax", word]) == ["eim_jax", word]
+        assert command_line.presets_as_files(["eim_jax", word]) == ["eim_jax", word]
     with pytest.raises(SystemExit, match="did you mean photos"):
-        main._presets_as_files(["eim_jax", "--config=photo"])
+        command_line.presets_as_files(["eim_jax", "--config=photo"])
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_files_stay_files_and_an_unknown_preset_names_the_nearest():
 )
 def test_an_empty_or_second_config_is_said(words, match):
     with pytest.raises(SystemExit, match=match):
-        main._presets_as_files(["eim_jax", *words])
+        command_line.presets_as_files(["eim_jax", *words])
 
 
 def test_the_console_command_reads_the_same_flags():

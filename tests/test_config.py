@@ -7,7 +7,7 @@ import mains
 import pytest
 
 from eim_jax import config as settings
-from eim_jax import main
+from eim_jax.commands import command_line
 from eim_jax.config import Arm, Config, ConfigError, LossWeights, Stage, checks
 from eim_jax.training import kinds
 
@@ -172,9 +172,9 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, flag, message):
 
 
 def test_a_workdir_may_stand_behind_a_space():
-    assert main._given(["main", "--workdir", "runs/a", "--mode=eval"], "workdir") == "runs/a"
-    assert main._given(["main", "--mode=eval", "--workdir=runs/a=b"], "workdir") == "runs/a=b"
-    assert main._given(["main", "--workdirs=x"], "workdir") is None
+    assert command_line.given(["main", "--workdir", "runs/a", "--mode=eval"], "workdir") == "runs/a"
+    assert command_line.given(["main", "--mode=eval", "--workdir=runs/a=b"], "workdir") == "runs/a=b"
+    assert command_line.given(["main", "--workdirs=x"], "workdir") is None
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from eim_jax import main
+from eim_jax.commands import errors
 from eim_jax.losses.queues import Queue, manifest
 from eim_jax.parallel import signals
 from eim_jax.training.checkpoint import StageCheckpoints
@@ -92,7 +92,7 @@ def test_whoever_finds_the_disk_full_the_message_is_one_line_with_the_folder(tmp
             raise error
         except Exception as cause:
             raise RuntimeError("a library's own") from cause
-    message = main._in_words(error, str(tmp_path))
+    message = errors.in_words(error, str(tmp_path))
     assert (
         message is not None
         and message.startswith(f"error: {tmp_path} cannot be written")
@@ -110,7 +110,7 @@ def test_whoever_finds_the_disk_full_the_message_is_one_line_with_the_folder(tmp
 )
 def test_exhausted_memory_names_what_the_run_did_and_the_fields_that_help(error, tmp_path):
     signals.doing("compiling")
-    message = main._in_words(error, str(tmp_path))
+    message = errors.in_words(error, str(tmp_path))
     signals.doing("starting")
     assert message is not None and "out of memory while compiling" in message
     for field in ("stages.NAME.accumulate", "stages.NAME.batch", "towers.remat", "decode.batch"):
@@ -118,7 +118,7 @@ def test_exhausted_memory_names_what_the_run_did_and_the_fields_that_help(error,
 
 
 def test_an_error_of_the_program_itself_keeps_its_traceback():
-    assert main._in_words(RuntimeError("a defect"), None) is None
-    assert main._in_words(ValueError("config.x: wrong"), None) == (
+    assert errors.in_words(RuntimeError("a defect"), None) is None
+    assert errors.in_words(ValueError("config.x: wrong"), None) == (
         "error: config.x: wrong\n(ValueError; --traceback shows where)"
     )

@@ -7,7 +7,7 @@ import pytest
 from test_coco import caption, photo, write
 from test_instruct import alpaca
 
-from eim_jax import main
+from eim_jax.commands import command_line
 from eim_jax.data.data_set import exists
 from eim_jax.data.datasets.coco import COCO, CocoFields, load_coco
 from eim_jax.data.datasets.instruct import load_instruct
@@ -38,9 +38,9 @@ def test_every_reader_expands_the_home_folder(home):
 
 
 def test_a_config_file_under_the_home_folder_is_found(home):
-    assert main._presets_as_files(["eim_jax", "--config=~/a.py:b"]) == ["eim_jax", f"--config={home}/a.py:b"]
-    assert main._presets_as_files(["eim_jax", "--config", "~/a.py"]) == ["eim_jax", "--config", f"{home}/a.py"]
-    assert main._presets_as_files(["eim_jax", "--config=a/b.py"]) == ["eim_jax", "--config=a/b.py"]
+    assert command_line.presets_as_files(["eim_jax", "--config=~/a.py:b"]) == ["eim_jax", f"--config={home}/a.py:b"]
+    assert command_line.presets_as_files(["eim_jax", "--config", "~/a.py"]) == ["eim_jax", "--config", f"{home}/a.py"]
+    assert command_line.presets_as_files(["eim_jax", "--config=a/b.py"]) == ["eim_jax", "--config=a/b.py"]
 
 
 def test_without_a_home_folder_a_path_is_as_it_stands(monkeypatch):

@@ -23,7 +23,7 @@ from typing import Any
 import hypothesis
 from hypothesis import strategies as st
 
-from eim_jax import main
+from eim_jax.commands import errors
 from eim_jax.utils.console import shown
 
 from . import mutations
@@ -173,7 +173,7 @@ def _judged(form: Format, files: Files, folder: pathlib.Path, said: io.StringIO)
         where, whole = _place(error), traceback.format_exc()
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             return Outcome(ELSE, f"asked for more memory than there is\n{whole}", where)
-        message = main._in_words(error, str(folder))
+        message = errors.in_words(error, str(folder))
         if message is None:
             return Outcome(ELSE, f"a traceback\n{whole}", where)
         return _named(form, files, folder, message, where, whole)
