@@ -71,9 +71,10 @@ def batches(
 
     Each batch's texts are cut to the smallest of at most `buckets` widths that holds the longest of them in all
     processes; with 1, all batches are as wide as `encoded`. With `window` > 1, batches are of similar lengths
-    (order.Order). A `packer` says which samples of a batch share a row of slots; the batch it packs is as wide as the
-    longest text, one that it cannot pack is as without it. With `place`, which puts a batch on the devices, it yields (batch, place(batch)), two ahead of the
-    step in a thread of their own; the state is always that of the pair last returned.
+    (order.Order). A `packer` says which samples of a batch share a row of slots; a batch that it packs is as wide as
+    the longest text, one that fits none of its shapes stays as it would be without it. With `place`, which puts a batch
+    on the devices, it yields (batch, place(batch)), two ahead of the step in a thread of their own; the state is always
+    that of the pair last returned.
 
     Raises:
       ValueError: an argument cannot be meant; while iterating, an image cannot be read: its id and file are named.

@@ -193,10 +193,7 @@ def _shapes(lengths: list[Int[np.ndarray, "p k"]], alone, most: int, work) -> tu
     tried = np.unique(np.linspace(shortest, 2 * longest, _TRIED).astype(int) // 8 * 8 + 8)
     needed = {
         int(room): np.array(
-            [
-                k + 1 if parts.max() > room else max(first_fit(part, int(room))[2] for part in parts)
-                for parts in lengths
-            ]
+            [k + 1 if parts.max() > room else max(first_fit(part, int(room))[2] for part in parts) for parts in lengths]
         )
         for room in tried
     }
@@ -206,8 +203,8 @@ def _shapes(lengths: list[Int[np.ndarray, "p k"]], alone, most: int, work) -> tu
         for rows in np.unique(found)
         if rows <= k and rows * room**2 <= k * max(longest, 8) ** 2
     ]
-    fits = np.array([needed[shape.length] <= shape.rows for shape in candidates]).reshape(len(candidates), -1)
-    costs = np.where(fits, [[work(shape)] for shape in candidates] if candidates else 0.0, np.inf)
+    fits = np.array([needed[shape.length] <= shape.rows for shape in candidates], bool).reshape(-1, len(lengths))
+    costs = np.where(fits, np.array([work(shape) for shape in candidates], float)[:, None], np.inf)
     chosen: list[int] = []
     best = np.asarray(alone, float)
     while candidates and len(chosen) < most:

@@ -10,7 +10,6 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from eim_jax.models.packing import Packing
 
-
 READINGS = ("image", "text")  # an image with its text, or the text alone
 
 

@@ -1,12 +1,13 @@
 """Whether a stage packs its texts (`config.data.pack`), and into which rows."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from eim_jax.config import ConfigError, Stage
-from eim_jax.data.batch_order import Order
+from eim_jax.data import loader
 from eim_jax.data.packing import PAYS, Packer, choose
 from eim_jax.losses import objective
 from eim_jax.models.lora import plain
@@ -17,7 +18,7 @@ from eim_jax.training.setup import Inputs
 
 
 def stage_packer(
-    inputs: Inputs, vlm: VLM, stage: Stage, params: dict[str, Any], order: Order, name: str
+    inputs: Inputs, vlm: VLM, stage: Stage, params: dict[str, Any], drawn: Mapping[str, Any], name: str
 ) -> tuple[Packer | None, str]:
     """Decides how a stage's batches are packed, from lengths alone, so that a resumed run decides the same.
 
@@ -26,7 +27,7 @@ def stage_packer(
       vlm: the arm's modules.
       stage: whose losses say what the LM reads.
       params: all leaves, or their shapes.
-      order: of its batches.
+      drawn: what `loader.order_of` takes by name.
       name: the stage's, for messages.
 
     Returns:
@@ -37,7 +38,7 @@ def stage_packer(
     """
     data = inputs.config.data
     readings = sorted(objective.readings(stage, inputs.config.losses))
-    if data.pack == "off" or not readings or order.lengths is None:
+    if data.pack == "off" or not readings:
         return None, ""
     if not reads_packed(vlm):
         family = vlm.lm.config.model_type
@@ -47,6 +48,8 @@ def stage_packer(
                 "`packed`: set config.data.pack=off, or give the family that argument (docs/guides/padding.md)"
             )
         return None, f"{name}: not packed: the language model ({family}) reads one sample a row"
+    order = loader.order_of(inputs.samples, inputs.encoded, **drawn)
+    assert order.lengths is not None, "what the language model reads is text"
     pictured = np.fromiter((sample.image is not None for sample in inputs.samples.samples), bool, order.samples)
     lengths = {reading: order.lengths + before(vlm, params, pictured, reading) for reading in readings}
     batches = [order.rows(step) for step in range(order.samples // order.batch_size)]

@@ -91,7 +91,7 @@ WARM, MEASURED = 2, 5  # steps that are slower than those to come, and steps by 
 
 
 class Program(NamedTuple):
-    """A stage's step for one width of texts, or for texts packed into some rows, and the FLOPs of its matrix products, of all devices together."""
+    """A stage's step for one width of texts or shape of packed rows, and its matrix products' FLOPs on all devices."""
 
     compiled: Any
     flops: float
@@ -337,8 +337,7 @@ def _batches(inputs: Inputs, vlm: VLM, stage: Stage, index: int, info: StageInfo
         "buckets": config.data.buckets,
         "window": config.data.length_window,
     }
-    order = loader.order_of(inputs.samples, inputs.encoded, **drawn)
-    packer, said = stage_packer(inputs, vlm, stage, params, order, info.name)
+    packer, said = stage_packer(inputs, vlm, stage, params, drawn, info.name)
     if said:
         console.print(said, soft_wrap=True)
     return loader.batches(
@@ -381,7 +380,7 @@ def _compile(stage: str, step: Any, arguments: tuple, shape: tuple, before: int,
     width, *packed = shape
     if before == (most if width else 1):
         raise RuntimeError(
-            f"stage {stage}: texts of shape {shape} are one beyond the {before} that config.data.buckets allows: "
+            f"stage {stage}: texts of {width} tokens are a width beyond the {before} that config.data.buckets allows: "
             "this is a defect of eim_jax, please report it"
         )
     texts = f" for texts of {width} tokens" if width and (most > 1 or packed) else ""
