@@ -57,6 +57,7 @@ def batches(
     threads: int = 4,
     buckets: int = 1,
     window: int = 1,
+    before: int = 0,
     place: Callable[[Batch], Any] | None = None,
 ) -> grain.DatasetIterator:
     """Returns an iterator of `Batch` of NumPy arrays with get_state / set_state (resumes exactly) and close.
@@ -71,6 +72,8 @@ def batches(
     processes; with 1, all batches are as wide as `encoded`. With `window` > 1, batches are of similar lengths
     (order.Order). With `place`, which puts a batch on the devices, it yields (batch, place(batch)), two ahead of the
     step in a thread of their own; the state is always that of the pair last returned.
+
+    The field "before" holds the rows of the `before` batches ahead of a batch, -1 where there were none.
 
     Raises:
       ValueError: an argument cannot be meant; while iterating, an image cannot be read: its id and file are named.
@@ -87,7 +90,12 @@ def batches(
 
     def load_step(step: int, _: int) -> Any:  # a Batch, still of NumPy arrays: not of jax.Array
         rows = order.rows(step)
-        return load(rows[own], order.width(rows))
+        batch = load(rows[own], order.width(rows))
+        if "before" not in fields:
+            return batch
+        none = np.full(batch_size, -1, np.int32)
+        earlier = [order.rows(step - k) if step >= k else none for k in range(1, before + 1)]
+        return batch._replace(before=np.stack(earlier, axis=1)[own])
 
     steps = grain.MapDataset.range(steps_per_epoch(split, batch_size) * (epochs or 1))
     # Without an end, the one epoch of steps is repeated: map then still sees 0, 1, 2, ...

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from eim_jax.config import Losses, Stage
 from eim_jax.losses.kinds import Forward, Loss
+from eim_jax.losses.negatives import BatchRows, negatives_of
 from eim_jax.losses.queues import Queue
 from eim_jax.losses.table import losses_of, weights
 from eim_jax.models.batch import Batch
@@ -18,6 +19,12 @@ from eim_jax.models.vlm import VLM
 def fields(stage: Stage, settings: Losses) -> frozenset[str]:
     """The batch fields that the stage's losses read ("image" may be served as cached "features")."""
     return frozenset({"index"}).union(*(loss.fields(settings) for loss in losses_of(stage)))
+
+
+def before(stage: Stage, settings: Losses) -> int:
+    """How many earlier batches' rows a batch of the stage has to hold."""
+    contrasts = [loss for loss in losses_of(stage) if "before" in loss.fields(settings)]
+    return max((negatives_of(settings, loss.name).before for loss in contrasts), default=0)
 
 
 def losses_as_averaged(stage: Stage) -> list[Loss]:
@@ -65,13 +72,21 @@ def make_objective(vlm: VLM, stage: Stage, settings: Losses, mesh: Mesh | None =
       mesh: over which batches and queues lie.
 
     Returns:
-      (params, batch, queues {kind: Queue}, normalisers, key of dropout or None) -> (loss f32[], metrics {name: f32[]}).
+      (params, batch, queues {kind: Queue}, normalisers, key of dropout or None, the rows of the update that the batch
+      is a micro-batch of, None: it is the whole) -> (loss f32[], metrics {name: f32[]}).
       Loss and metrics are shares of the whole batch's means, so that they add up over micro-batches.
     """
     active, losses = weights(stage), {loss.name: loss for loss in losses_as_averaged(stage)}
 
-    def objective(params: dict, batch: Batch, queues: dict[str, Queue], norms: dict, key: Array | None):
-        forward = Forward(vlm, settings, params, batch, key, mesh)
+    def objective(
+        params: dict,
+        batch: Batch,
+        queues: dict[str, Queue],
+        norms: dict,
+        key: Array | None,
+        whole: BatchRows | None = None,
+    ):
+        forward = Forward(vlm, settings, params, batch, key, mesh, whole)
         total, metrics = jnp.float32(0.0), {}
         for name, weight in active.items():
             loss = losses[name]

@@ -13,13 +13,14 @@ from eim_jax.utils.console import console
 CONE = 0.5  # length of the mean unit key, from which it is the mean that keeps keys from being told apart
 
 
-def tell_queue(inputs: Inputs, loss: Loss, queue: Queue) -> dict[str, float]:
+def tell_queue(inputs: Inputs, loss: Loss, queue: Queue, batch: int = 1) -> dict[str, float]:
     """Prints a queue's health, and what the loss that reads it lies between.
 
     Args:
       inputs: the run's.
       loss: it.
       queue: its.
+      batch: samples of an update, where its negatives are those of a batch.
 
     Returns:
       {"mean_norm", "mean_cosine", and where keys are contrasted "floor", "chance"}.
@@ -30,8 +31,10 @@ def tell_queue(inputs: Inputs, loss: Loss, queue: Queue) -> dict[str, float]:
     chosen = getattr(loss, "positives", None)  # a loss of another kind may have none
     positives = "alone" if chosen is None else chosen(settings)
     if positives != "alone":
+        chosen = getattr(loss, "negatives", None)
+        among = None if chosen is None else chosen(settings).like(batch, queue.count)
         options = {"tau": settings.tau, "positives": positives, "mesh": inputs.mesh, "chunk": settings.chunk}
-        between = contrast(queue, similarity=cast(Similarity, settings.similarity), **options)
+        between = contrast(queue, similarity=cast(Similarity, settings.similarity), among=among, **options)
         centred = queue.center is not None
         advice = f"config.losses.center={loss.name}:mean takes the mean from keys and queries"
         if centred or found.mean_norm < CONE:
