@@ -14,7 +14,8 @@ import numpy as np
 
 from eim_jax.evaluation.metrics import metric_of
 from eim_jax.utils.console import console
-from experiments import report, results
+from experiments import results
+from experiments.cells import Row, cell
 from experiments.claims import CLAIMS, judge
 from experiments.design import DECLARED, NLL_MARGIN, TESTED, Declared
 from experiments.two_way import FEWEST, MOST, Layout, difference, holm, seeds_for
@@ -166,6 +167,20 @@ def first(found: Found) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read(out: Path, rows: Sequence[Row]) -> Found:
+    """The finished cells of these rows, at equal steps.
+
+    Raises ValueError where the seeds of a row were trained from other towers or data, or on another platform.
+    """
+    found = {}
+    for row in {row.name: row for row in rows}.values():
+        seeds = {results.load(file)["seed"] for file in sorted((out / "miniature").glob(f"{row.name}-s*.json"))}
+        cells = {seed: results.read(out, cell(row, "miniature", seed)) for seed in sorted(seeds)}
+        found[row.name] = {seed: one for seed, one in cells.items() if one is not None}
+        results.check_alike(row.name, found[row.name])
+    return found
+
+
 def _signed(metric: str, value: float) -> str:
     how = metric_of(metric)
     return f"{value * how.factor:+.{how.decimals}f}".replace("-", "−")
@@ -182,7 +197,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--first", action="store_true", help="of the first design: the power beside each verdict")
     parser.add_argument("--out", type=Path, default=results.OUT)
     options = parser.parse_args(arguments)
-    found = report.read(options.out, "miniature", "steps", MOST)
+    of_first = [row for claim in CLAIMS if claim.effect for row in (claim.worse, claim.better) if row.at("miniature")]
+    of_second = [row for claim in DECLARED for pair in claim.pairs for row in pair]
+    found = read(options.out, of_first if options.first else of_second)
     target = options.out / ("miniature-power.md" if options.first else "miniature-design.md")
     target.write_text(first(found) if options.first else markdown(found), encoding="utf-8")
     console.print(str(target), soft_wrap=True)
