@@ -59,7 +59,7 @@ class World:
             arms[name] = ServedArm(name, self.inputs, *model)
         self.engine = Engine(arms, max_waiting=256)
         self.engine.start()
-        self.nearest = NearestKeys(self.inputs, arms) if neighbours else None
+        self.nearest = NearestKeys(self.inputs, arms.values()) if neighbours else None
         test = load_split(config, "test", workdir)
         self.pictures = [test.images[row] for row in range(4)]
 
