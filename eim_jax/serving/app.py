@@ -117,7 +117,7 @@ class Routes:
             "run": service.workdir.name,
             "progress": {**dataclasses.asdict(progress), "over": progress.over},
             "arms": arms,
-            "pending": service.pending,
+            "pending": dict(service.pending),
             "captions": captions(data),
             "several_turns": bool(arms) and several_turns(data),
             "decode": {"method": decode.methods[0], "beams": decode.beams, "top_p": decode.top_p},

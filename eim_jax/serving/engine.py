@@ -25,7 +25,7 @@ class Engine:
     def __init__(self, arms: Mapping[str, ServedArm], max_waiting: int) -> None:
         self.arms = dict(arms)
         self._workers = {name: ArmWorker(arm) for name, arm in arms.items()}
-        self._coming: queue.SimpleQueue[Job | Call | ServedArm | list[Job] | None] = queue.SimpleQueue()
+        self._coming: queue.SimpleQueue[Job | Call | ArmWorker | list[Job] | None] = queue.SimpleQueue()
         self._max_waiting, self._ended = max_waiting, False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
@@ -40,7 +40,7 @@ class Engine:
 
     def add(self, arm: ServedArm) -> None:
         """Takes another arm, which answers from now on: one that was trained meanwhile."""
-        self._coming.put(arm)
+        self._coming.put(ArmWorker(arm))
         self.call(arm.name, lambda served: None)
 
     @property
@@ -101,9 +101,9 @@ class Engine:
             if job is None:
                 self._ended = True
                 return
-            if isinstance(job, ServedArm):
-                self._workers[job.name] = ArmWorker(job)
-                self.arms[job.name] = job
+            if isinstance(job, ArmWorker):
+                self._workers[job.arm.name] = job
+                self.arms[job.arm.name] = job.arm
             elif isinstance(job, Job | list):
                 for each in job if isinstance(job, list) else [job]:
                     self._workers[each.arm].add(each)

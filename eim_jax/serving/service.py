@@ -69,7 +69,7 @@ class Service:
     @property
     def config(self) -> Config:
         """The run's, its seam settled once an arm is there."""
-        return next((arm.inputs.config for arm in self.engine.arms.values()), self._config)
+        return next((arm.inputs.config for arm in list(self.engine.arms.values())), self._config)
 
     @property
     def arms(self) -> dict[str, ServedArm]:
