@@ -22,6 +22,12 @@ def test_shellcheck_accepts_the_script(script):
     assert found.returncode == 0, found.stdout
 
 
+def test_hadolint_accepts_the_image():
+    checker = Path(sys.executable).with_name("hadolint")
+    found = subprocess.run([checker, LAUNCH / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout
+
+
 def test_the_image_copies_what_is_there_and_ends_by_the_signal_that_saves():
     lines = (LAUNCH / "Dockerfile").read_text().splitlines()
     copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
@@ -110,6 +116,8 @@ def test_the_jobset_is_whole():
     assert int(sides[0]) * int(sides[1]) == chips * spec["parallelism"]
     assert spec["completions"] == spec["parallelism"] and spec["completionMode"] == "Indexed"
     assert spec["backoffLimit"] == 0 and pod["restartPolicy"] == "Never"
+    user = re.search(r"^USER (\d+)$", (LAUNCH / "Dockerfile").read_text(), re.MULTILINE)[1]
+    assert pod["securityContext"]["fsGroup"] == int(user)  # else the run could not write its work directory
     mounted = {mount["name"] for mount in container["volumeMounts"]}
     assert mounted == {volume["name"] for volume in pod["volumes"]}
 
