@@ -49,3 +49,15 @@ def assert_trees_close(found, expected, off=1e-5, *, rtol=0.0):
     for (path, one), other in zip(jax.tree.leaves_with_path(expected), jax.tree.leaves(found), strict=True):
         name = jax.tree_util.keystr(path)
         assert_close(other, one, off, size=max(size_of(one), least), rtol=rtol, err_msg=name)
+
+
+def assert_most_probable(tokens, logits, off=2e-5):
+    """Asserts that greedy decoding chose these tokens, by logits of another forward pass over them.
+
+    Of two tokens that rounding cannot tell apart either may be chosen, so a token's logit may be below the largest of
+    its position by `off` of the largest |logit|: each of the two forwards is off by what assert_close allows.
+    """
+    logits = np.asarray(logits)
+    chosen = np.take_along_axis(logits, np.asarray(tokens)[..., None], axis=-1)[..., 0]
+    short = logits.max(-1) - chosen
+    assert (short <= off * size_of(logits)).all(), f"less probable by {short} at {np.argwhere(short > 0).tolist()}"

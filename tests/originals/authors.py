@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from close import size_of
 from shared_folders import shared
 
 _STORAGE = {"FloatStorage": "<f4", "HalfStorage": "<f2", "LongStorage": "<i8", "ByteStorage": "u1"}
@@ -95,6 +96,6 @@ def off(ours: Any, theirs: Any) -> float:
 
 
 def worst(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
-    """The largest difference of two flat trees of the same paths."""
+    """The largest difference of two flat trees of the same paths, as a fraction of the largest number in theirs."""
     assert ours.keys() == theirs.keys(), sorted(ours.keys() ^ theirs.keys())
-    return max(off(ours[path], theirs[path]) for path in theirs)
+    return max(off(ours[path], theirs[path]) for path in theirs) / size_of(*theirs.values())

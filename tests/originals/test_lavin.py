@@ -1,7 +1,8 @@
 """LaVIN's own numbers, as its authors' code runs and with the picture's own routing.
 
 Features, losses of batches, rows and micro-batches, all 93 gradients, six steps, and generation with its positions.
-The bounds are those that shared/originals/README.md gives; each is float32's rounding for the sums at hand.
+The bounds are float32's rounding as tests/close.py counts it: fractions of the largest number compared, those that
+shared/originals/README.md gives with room for a CPU that adds up in another order.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from authors import arrays, group, off, worst
+from close import assert_close
 from lavin_model import LaVIN, part
 
 from eim_jax.config import Decode, Losses
@@ -65,8 +67,8 @@ def test_features_and_visual_tokens_are_theirs(case):
         return seen, case.vlm.connect(params, seen)
 
     seen, connected = see(case.tree)
-    assert off(seen[pictured], case.held["clip_features"][pictured]) <= 2e-5
-    assert off(connected[pictured], case.held["visual_tokens"][pictured]) <= 5e-5  # sums over the features' errors
+    assert_close(seen[pictured], case.held["clip_features"][pictured], 2e-6)
+    assert_close(connected[pictured], case.held["visual_tokens"][pictured], 2e-6)  # sums over the features' errors
     # The two routings give different features of the same pictures: by 3 of 16 here.
     other = arrays(case.folder / ("batch_first.npz" if case.variant == "authors" else "authors.npz"))
     assert off(seen[pictured], other["clip_features"][pictured]) > 1
@@ -89,17 +91,17 @@ def test_logits_losses_and_all_gradients_are_theirs(case):
 
     logits, loss, slopes = run(case.start, case.frozen)
     scored = np.asarray(batch.supervised)
-    assert off(np.asarray(logits)[:2][scored[:2]], case.held["logits_scored_rows_0_1"]) <= 5e-6
-    assert off(loss, case.held["loss"]) <= 2e-6
-    assert worst(slopes, case.saved("grad_8")) <= 1e-7
+    assert_close(np.asarray(logits)[:2][scored[:2]], case.held["logits_scored_rows_0_1"], 2e-6)
+    assert_close(loss, case.held["loss"], 5e-7)
+    assert worst(slopes, case.saved("grad_8")) <= 5e-6
 
 
 def test_the_loss_of_each_row_and_of_each_four_is_theirs(case):
     batch, loss = case.rows(ALL), objective_of(case)
     each = [loss(part(batch, [row])) for row in ALL]
-    assert off(each, case.held["row_loss"]) <= 2e-6
+    assert_close(each, case.held["row_loss"], 5e-7)
     fours = [loss(part(batch, rows)) for rows in (ALL[:4], ALL[4:])]
-    assert off(fours, case.held["loss_of_fours"]) <= 2e-6
+    assert_close(fours, case.held["loss_of_fours"], 5e-7)
 
 
 def gradient(case, batch, **fields):
@@ -130,8 +132,8 @@ def test_micro_batches_of_four_give_their_accumulated_gradient(stepped):
     case = stepped
     metrics, slopes = gradient(case, part(case.rows(ALL), FOURS), accumulate=2, loss_mean="microbatch")
     expected = theirs_accumulated(case, 4)
-    assert worst({path: slopes[path] for path in expected}, expected) <= 1e-7
-    assert off(metrics["loss"], case.held["loss_of_fours"].mean()) <= 2e-6
+    assert worst({path: slopes[path] for path in expected}, expected) <= 5e-6
+    assert_close(metrics["loss"], case.held["loss_of_fours"].mean(), 5e-7)
 
 
 def test_the_mean_of_rows_gives_the_gradient_of_micro_batches_of_one():
@@ -139,7 +141,7 @@ def test_the_mean_of_rows_gives_the_gradient_of_micro_batches_of_one():
     case = lavin("batch_first")
     expected = theirs_accumulated(case, 1)
     _, rows = gradient(case, case.rows(ALL), loss_mean="rows")
-    assert worst({path: rows[path] for path in expected}, expected) <= 1e-7
+    assert worst({path: rows[path] for path in expected}, expected) <= 5e-6
     tokens = case.saved("grad_8")
     whole = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in tokens.values()))
     gap = np.sqrt(sum(float(jnp.sum((rows[path] - tokens[path]) ** 2)) for path in rows))
@@ -151,16 +153,16 @@ def test_micro_batches_of_one_are_the_mean_of_rows_and_parts_of_the_tokens_mean_
     case = lavin("batch_first")
     expected = theirs_accumulated(case, 1)
     _, ones = gradient(case, case.rows(ALL), accumulate=8, loss_mean="microbatch")
-    assert worst({path: ones[path] for path in expected}, expected) <= 1e-7
+    assert worst({path: ones[path] for path in expected}, expected) <= 5e-6
     _, tokens = gradient(case, case.rows(ALL), accumulate=2)
-    assert worst(tokens, case.saved("grad_8")) <= 1e-7
+    assert worst(tokens, case.saved("grad_8")) <= 5e-6
 
 
 def test_six_steps_end_at_their_leaves(stepped):
     case = stepped
     stage = case.stage()
     rates = partition.learning_rate(stage, 6)
-    assert off([rates(i) for i in range(6)], case.held["train_lrs"]) <= 1e-8
+    assert_close([rates(i) for i in range(6)], case.held["train_lrs"], 1e-6)
     made = assemble(case.vlm, stage, Losses(), case.params, 6, lambda kind: None)
     trained, state, losses = jax.tree.map(jnp.copy, made.trained), made.init_state(), []
     whole = case.rows(ALL)
@@ -168,18 +170,18 @@ def test_six_steps_end_at_their_leaves(stepped):
         batch = part(whole, ALL[4 * (i % 2) :][:4])
         trained, state, metrics = made.step(trained, state, made.frozen, batch, {}, jax.random.key(0), jnp.int32(i))
         losses.append(metrics["loss"])
-    assert off(losses, case.held["train_losses"]) <= 2e-6
+    assert_close(losses, case.held["train_losses"], 5e-7)
     # The authors' run saved its checkpoint after these three epochs of two steps.
     after = case.checkpoint("checkpoint-2.pth") if case.variant == "authors" else case.saved("after_6_steps")
-    assert worst(trained, after) <= 5e-6
-    assert worst(trained, case.start) > 1e-2
+    assert worst(trained, after) <= 2e-6
+    assert worst(trained, case.start) > 5e-3
 
 
 @pytest.mark.parametrize("rows", ["picture", "text", "mixed"])
 def test_generated_tokens_and_logits_are_theirs_with_their_positions(case, rows):
     theirs = group(arrays(case.folder / "generate.npz"), f"{case.variant}/{rows}")
     ours, batch, read = _generated(case, theirs, Decode(rope="lavin"))
-    assert off(ours, theirs["logits"]) <= 5e-6
+    assert_close(ours, theirs["logits"], 2e-6)
     np.testing.assert_array_equal(ours.argmax(-1), theirs["tokens"])
     for i in range(len(batch.tokens)):
         index = theirs[f"rope_index_row{i}"]
@@ -192,7 +194,7 @@ def test_generated_tokens_and_logits_are_theirs_with_their_positions(case, rows)
 def test_generation_by_default_is_the_training_forward(case, rows):
     theirs = group(arrays(case.folder / "generate.npz"), f"{case.variant}/{rows}")
     ours, _, _ = _generated(case, theirs, Decode())
-    assert off(ours[0], theirs["logits_of_training_forward"]) <= 5e-6
+    assert_close(ours[0], theirs["logits_of_training_forward"], 2e-6)
     assert 0.1 < off(ours[:, 1:], theirs["logits"][:, 1:]) < 1  # what a position too low does
 
 
@@ -237,7 +239,7 @@ def test_a_scale_is_a_factor_of_what_the_adapters_add():
         return vlm.token_logits(tree, seen, batch.tokens, batch.valid, has_image=batch.has_image)
 
     scaled = logits(dataclasses.replace(case.vlm, lm=lm, visual=visual), case.params)
-    assert off(scaled, logits(case.vlm, double)) <= 5e-5
+    assert_close(scaled, logits(case.vlm, double))
     assert off(scaled, logits(case.vlm, case.params)) > 0.1
 
 
