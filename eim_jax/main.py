@@ -273,7 +273,9 @@ def _arm(config: settings.Config) -> str:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    return command_line.parse(argv, flags.FLAGS.flags_by_module_dict()[__name__])
+    # Run by `python -m`, this module is registered under the file's name.
+    own = flags.FLAGS.find_module_defining_flag(_MODE.name)
+    return command_line.parse(argv, flags.FLAGS.flags_by_module_dict()[own])
 
 
 def cli() -> None:

@@ -95,9 +95,10 @@ def test_an_empty_or_second_config_is_said(words, match):
         command_line.presets_as_files(["eim_jax", *words])
 
 
-def test_the_console_command_reads_the_same_flags():
+@pytest.mark.parametrize("module", ["eim_jax", "eim_jax.main"])
+def test_either_command_reads_the_same_flags(module):
     done = subprocess.run(
-        [sys.executable, "-m", "eim_jax", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == said("--help")
 
