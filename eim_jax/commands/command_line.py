@@ -31,7 +31,7 @@ def _define_config(argv: list[str]) -> None:
 
 
 def given(argv: list[str], flag: str) -> str | None:
-    """A flag's value before flags are parsed: --flag=value or --flag value."""
+    """Returns a flag's value before flags are parsed (--flag=value, --flag value); None where it is not given."""
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         name, sign, value = word.partition("=")
         if name in (f"--{flag}", f"-{flag}"):
@@ -40,7 +40,12 @@ def given(argv: list[str], flag: str) -> str | None:
 
 
 def said(argv: list[str], own: Sequence[flags.Flag]) -> str | None:
-    """What the command line is asked to say of itself and of its `own` flags, None for a run."""
+    """Returns what the command line is asked to say of itself (--version, --help, --help=config); None for a run.
+
+    Args:
+      argv: the command's words, its own name first.
+      own: the flags that --help lists.
+    """
     if "--version" in argv:
         return (
             f"eim_jax {__version__} (" + ", ".join(f"{k} {v}" for k, v in versions().items() if k != "eim_jax") + ")\n"
@@ -53,7 +58,11 @@ def said(argv: list[str], own: Sequence[flags.Flag]) -> str | None:
 
 
 def presets_as_files(argv: list[str]) -> list[str]:
-    """The arguments with --config=NAME, or --config NAME, of a preset as the file that it is (NAME:ARG as FILE:ARG)."""
+    """Returns the words with --config=NAME, or --config NAME, of a preset as its file (NAME:ARG as FILE:ARG).
+
+    Raises:
+      SystemExit: no preset has that name, the name is empty, or --config is given twice.
+    """
     asked, known = given(argv, "config"), presets()
     if asked is None:
         return argv
@@ -77,9 +86,17 @@ def _with_config(argv: list[str], asked: str, file: str) -> list[str]:
 
 
 def parse(argv: list[str], own: Sequence[flags.Flag]) -> list[str]:
-    """Reads all flags, of which the command's `own` are shown by --help.
+    """Reads all flags and the config; --help and --version are answered here, and end the process.
 
-    A misspelt config field is one line that names the nearest valid one.
+    Args:
+      argv: the command's words, its own name first.
+      own: the flags that --help lists.
+
+    Returns:
+      The words that are no flags, the command's name first.
+
+    Raises:
+      SystemExit: with one line that names what is wrong: a preset, a config's file, a misspelt field and the nearest.
     """
     if text := said(argv, own):
         sys.stdout.write(text)

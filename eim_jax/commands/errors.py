@@ -15,7 +15,12 @@ _MEMORY = (
 
 
 def in_words(error: Exception, place: str | None) -> str | None:
-    """An error whose cause lies outside the program, as one message that says what to do; None for another."""
+    """Returns what a user is told of an error whose cause lies outside the program; None for one of the program's own.
+
+    Args:
+      error: a full disk, exhausted memory, bad input, a program that stopped on the devices.
+      place: what the run writes into, for a full disk that names no file.
+    """
     shows = f"({type(error).__name__}; --traceback shows where)"
     if (reason := full_disk(error)) is not None:
         if not isinstance(error, DiskFull):
