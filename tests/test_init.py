@@ -81,8 +81,10 @@ def test_pictures_are_captioned_without_the_work_directory(exported, tmp_path):
     test = load_split(inputs.config, "test", tmp_path)
     test.images[0].save(tmp_path / "a.png")
     caption.caption(inputs.config, inputs.workdir, "baseline", [tmp_path / "a.png"], tmp_path / "run.json")
-    config = dataclasses.replace(inputs.config, init=str(out))
-    caption.caption(config, None, "baseline", [tmp_path / "a.png"], tmp_path / "init.json", init=True)
+    flags = ["--config=configs/miniature.py", "--mode=caption", f"--init={out / LEAVES}", str(tmp_path / "a.png")]
+    flags += [f"--out={tmp_path / 'init.json'}", "--arm=baseline", "--config.decode.methods=('greedy',)"]
+    code, said = mains.run([*flags, "--config.decode.max_tokens=6"], tmp_path / "said.txt")
+    assert code == 0 and "(an export of this package) fills" in said, said
     assert (tmp_path / "run.json").read_text() == (tmp_path / "init.json").read_text()
 
 

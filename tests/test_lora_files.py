@@ -118,6 +118,11 @@ def test_an_adapter_that_is_not_the_arms_is_refused_with_what_to_set(given, tmp_
         ({"r": "x"}, "r is 'x', not a number"),
     ):
         assert said in refused(asking(inputs, folder(tmp_path / "a", of_llama(), **settings))), said
+    ours = tmp_path / "export" / "lora" / "lm"
+    ours.mkdir(parents=True)
+    (tmp_path / "export" / LEAVES).touch()
+    folder(ours, of_llama(), rank_pattern={"qkv_proj": 9})  # as we write Phi-3's
+    assert f"in an export of this package: give {tmp_path / 'export' / LEAVES}" in refused(asking(inputs, ours))
     other = folder(tmp_path / "b", of_llama(names="qok"))
     assert "lora names: set that to ('lm/blocks.*/attn/k', 'lm/blocks.*/attn/out', 'lm/blocks.*/attn/q')" in refused(
         asking(inputs, other)

@@ -3,20 +3,18 @@
 import dataclasses
 import json
 
-import jax
 import mains
 import numpy as np
 import pytest
 from checkpoint_cases import LOGITS, changed, clip_folder, gpt2_folder, logits_of
+from close import assert_close
 from PIL import Image
 from tiny import config_of
 
-from eim_jax.models.connector import make_st
-from eim_jax.pretrained import (
-    WeightsError,
-    torch_files,
-)
-from eim_jax.training import initial, setup
+from eim_jax.commands.exporting import write_arm
+from eim_jax.pretrained import WeightsError, torch_files
+from eim_jax.training import setup
+from eim_jax.training.arm import run_arm
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
@@ -40,6 +38,8 @@ def clipcap(shared_original, tmp_path):
                 "arm.baseline.st": args["mapping_type"],
                 "arm.baseline.st_tokens": args["prefix_length"],
                 "arm.baseline.st_layers": args["num_layers"],
+                "arm.baseline.st_clip_length": args["prefix_length_clip"],
+                "arm.baseline.normalize_prefix": args["normalize_prefix"],
                 "init": str(case / "weights.pt"),
                 **changes,
             },
@@ -49,32 +49,43 @@ def clipcap(shared_original, tmp_path):
     return make
 
 
-def test_clipcaps_mlp_gives_the_authors_logits(clipcap, tmp_path):
-    case, config = clipcap("clipcap_mlp")
+@pytest.mark.parametrize("mapper", ["mlp", "transformer"])
+def test_clipcaps_files_give_the_authors_logits(clipcap, tmp_path, mapper):
+    case, config = clipcap(f"clipcap_{mapper}")
     inputs = setup.load(config, tmp_path, data=False)
     vlm, params = setup.start(inputs, config.arm["baseline"])
     theirs = np.load(case / "forward.npz")
     visual, logits = logits_of(vlm, params, theirs["prefix"], theirs["tokens"], theirs["mask"])
-    np.testing.assert_allclose(visual, theirs["mapped"], atol=LOGITS, rtol=0)
+    assert_close(visual, theirs["mapped"], LOGITS)
     seen = theirs["mask"] > 0
-    np.testing.assert_allclose(np.asarray(logits)[seen], theirs["logits"][seen], atol=LOGITS, rtol=0)
+    assert_close(np.asarray(logits)[seen], theirs["logits"][seen], LOGITS)
+    if mapper == "transformer":
+        other = dataclasses.replace(config.arm["baseline"], st_clip_length=7)
+        with pytest.raises(WeightsError, match=r"makes 8 tokens .* set config\.arm\..*\.st_clip_length=8"):
+            setup.start(inputs, other)
 
 
-def test_clipcaps_transformer_gives_the_authors_logits(clipcap, tmp_path):
-    case, config = clipcap("clipcap_transformer")
-    theirs = np.load(case / "forward.npz")
-    inputs = setup.load(dataclasses.replace(config, init=""), tmp_path, data=False)
-    vlm = setup.model(inputs, config.arm["baseline"])
-    # prefix_length_clip is 8 here; the arm's own is 10.
-    vlm = dataclasses.replace(vlm, st=make_st(dataclasses.replace(vlm.st.config, clip_length=8)))
-    inputs = dataclasses.replace(inputs, config=config)
-    drawn = {**inputs.towers, **setup.fresh(vlm, jax.random.key(0))}
-    held = {path: leaf.dtype for path, leaf in drawn.items()}
-    params = drawn | initial.read(inputs, config.arm["baseline"], vlm, drawn, held)
-    visual, logits = logits_of(vlm, params, theirs["prefix"], theirs["tokens"], theirs["mask"])
-    np.testing.assert_allclose(visual, theirs["mapped"], atol=LOGITS, rtol=0)
-    seen = theirs["mask"] > 0
-    np.testing.assert_allclose(np.asarray(logits)[seen], theirs["logits"][seen], atol=LOGITS, rtol=0)
+def test_training_goes_on_from_a_clipcap_file_and_its_export_is_read_again(clipcap, tmp_path):
+    case, config = clipcap("clipcap_mlp")
+    stage = {"steps": 2, "warmup_steps": 0, "batch": 16, "lr": 1e-4}
+    fields = {"towers.clip": config.towers.clip, "towers.lm": config.towers.lm, "init": config.init}
+    fields |= {"arms": ("baseline",), "arm.baseline.st_tokens": 5, "data.scenes": 16, "data.eval_limit": 4}
+    fields |= {"decode.methods": ("greedy",), "decode.max_tokens": 6, "decode.java": False}
+    config = config_of("miniature", **fields, **{f"stages.base.{field}": value for field, value in stage.items()})
+    inputs = setup.load(config, tmp_path / "run")
+    _, before = setup.start(inputs, config.arm["baseline"])
+    theirs = torch.load(case / "weights.pt", weights_only=True)
+    np.testing.assert_array_equal(before["st/up/kernel"], theirs["clip_project.model.0.weight"].numpy().T)
+    _, after = run_arm(inputs, "baseline")
+    for path in ("st/up/kernel", "lm/blocks_1/mlp/up/kernel"):
+        way = np.abs(np.asarray(after[path]) - np.asarray(before[path]))
+        assert 1e-5 < way.max() < 2.1e-4  # at most the rate a step: it begins at the file's weights
+    write_arm(inputs, "baseline", after, tmp_path / "out")
+    again = dataclasses.replace(config, init=str(tmp_path / "out"))
+    _, read = setup.start(dataclasses.replace(inputs, config=again), again.arm["baseline"])
+    assert read.keys() == after.keys()
+    for path, leaf in after.items():
+        np.testing.assert_array_equal(read[path], leaf, err_msg=path)
 
 
 def test_a_clipcap_file_is_captioned_by_without_a_work_directory(clipcap, tmp_path):

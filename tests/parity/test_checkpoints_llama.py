@@ -6,10 +6,12 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import mains
 import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_cases import FEATURES, LOGITS, changed, clip_folder, noise
+from close import assert_close
 from PIL import Image
 from safetensors.numpy import load_file
 from tiny import config_of
@@ -26,6 +28,7 @@ from eim_jax.pretrained import (
     fingerprint,
     load_lm,
     resolve,
+    torch_files,
 )
 from eim_jax.training import initial, partition, setup
 
@@ -69,7 +72,7 @@ def test_llama_adapter_gives_the_authors_logits_on_metas_own_weights(llama_adapt
     tokens, scored = theirs["examples"][:, 1:], theirs["labels"][:, 1:] > 0
     read = vlm.lm_input(partition.unflatten(params), jnp.asarray(tokens), jnp.asarray(theirs["mask"][:, 1:] > 0))
     logits = vlm.logits(partition.unflatten(params), vlm.run_lm(partition.unflatten(params), read))
-    np.testing.assert_allclose(np.asarray(logits)[:, :-1][scored], theirs["logits_scored"], atol=LOGITS, rtol=0)
+    assert_close(np.asarray(logits)[:, :-1][scored], theirs["logits_scored"], LOGITS)
 
 
 def test_what_contradicts_a_llama_adapter_file_is_named_by_field(llama_adapter, tmp_path):
@@ -85,6 +88,13 @@ def test_what_contradicts_a_llama_adapter_file_is_named_by_field(llama_adapter, 
         return str(error.value)
 
     assert "30 prompts" in refused(case / "adapter.pth", adapter_layers=2)
+
+    def of_13b(held):
+        held["adapter_query.weight"] = torch.zeros(30, 40)
+        held["layers.4.attention.gate"] = torch.zeros(1, 4, 1, 1)
+
+    other = refused(changed(case / "adapter.pth", tmp_path / "13b.pth", of_13b))
+    assert "on 5 layers of width 40, and config.towers.lm has 4 of width 32: set config.towers.lm to the one" in other
     v2 = changed(
         case / "adapter.pth",
         tmp_path / "v2.pth",
@@ -178,18 +188,17 @@ def test_lavin_gives_the_authors_features_and_logits(lavin, tmp_path):
     tree = partition.unflatten(params)
     pictured = authors["has_image"][:8] > 0
     seen = jax.jit(vlm.encode_image)(tree, jnp.asarray(authors["image"]))
-    np.testing.assert_allclose(np.asarray(seen)[pictured], theirs["clip_features"][pictured], atol=FEATURES, rtol=0)
+    assert_close(np.asarray(seen)[pictured], theirs["clip_features"][pictured], FEATURES)
     mapped = vlm.connect(tree, jnp.asarray(theirs["clip_features"]))
     tokens = theirs["visual_tokens"][pictured]
-    rounding = 1e-6 * np.abs(tokens).max()  # of two matrix products in float32
-    np.testing.assert_allclose(np.asarray(mapped)[pictured], tokens, atol=rounding, rtol=0)
+    assert_close(np.asarray(mapped)[pictured], tokens, 1e-6)  # two matrix products
     visual = vlm.connect(tree, seen)
     tokens, valid, scored = rows_of(theirs["inserted_ids"], theirs["inserted_labels"])
     logits = jax.jit(vlm.token_logits)(
         tree, visual, jnp.asarray(tokens), jnp.asarray(valid), has_image=jnp.asarray(pictured)
     )
     ours = np.asarray(logits)[:2][scored[:2]]
-    np.testing.assert_allclose(ours, theirs["logits_scored_rows_0_1"], atol=LOGITS, rtol=0)
+    assert_close(ours, theirs["logits_scored_rows_0_1"], LOGITS)
 
 
 def test_a_lavin_file_is_exported_read_again_and_folded(lavin, tmp_path):
@@ -210,7 +219,7 @@ def test_a_lavin_file_is_exported_read_again_and_folded(lavin, tmp_path):
     whole = vlm.lm.apply({"params": lm}, embeds, steer=steer, method="hidden")[0]
     config, folded = vlm.lm.config.adapter.fold(vlm.lm, lm, 1)
     plain = vlm.lm.clone(config=config)
-    np.testing.assert_allclose(plain.apply({"params": folded}, embeds, method="hidden")[0], whole, atol=1e-5)
+    assert_close(plain.apply({"params": folded}, embeds, method="hidden")[0], whole)
 
 
 def test_lavins_settings_are_compared_where_shapes_cannot(lavin, tmp_path):
@@ -223,6 +232,35 @@ def test_lavins_settings_are_compared_where_shapes_cannot(lavin, tmp_path):
     message = str(error.value)
     assert "config.arm.baseline.adapter_temperature is 10.0" in message and "set it to 5.0" in message
     assert "config.arm.baseline.adapter_rank is 8" in message and "set it to 4" in message
+
+
+def test_a_lavin_file_of_another_llama_or_clip_names_the_tower_to_set(lavin, tmp_path):
+    case, config = lavin()
+    inputs = setup.load(dataclasses.replace(config, init=""), tmp_path, data=False)
+
+    def refused(change) -> str:
+        held = torch_files.read(case / "checkpoint-start.pth")
+        change(held["model"])
+        torch.save(held, tmp_path / "other.pth")
+        asked = dataclasses.replace(config, init=str(tmp_path / "other.pth"))
+        with pytest.raises(WeightsError) as error:
+            setup.start(dataclasses.replace(inputs, config=asked), config.arm["baseline"])
+        return str(error.value)
+
+    def of_13b(held):  # wider, and a layer more
+        for key in [key for key in held if key.startswith("module.layers.2.")]:
+            held[key.replace("layers.2.", "layers.3.")] = held[key]
+        held["module.adapter_modality_embedding.weight"] = torch.zeros(2, 40)
+
+    message = refused(of_13b)
+    assert "on 4 layers of width 40, and config.towers.lm has 3 of width 32: set config.towers.lm to the one" in message
+    assert len(message.splitlines()) == 2  # and no list of shapes
+
+    def of_another_clip(held):
+        key = "module.backbone.visual.transformer.resblocks.0.adapter_attn.conv_A.weight"
+        held[key] = torch.zeros(4, 96, 1)
+
+    assert "on 8 layers of width 96, and config.towers.clip has 8 of width 128" in refused(of_another_clip)
 
 
 def shards_of(held: dict, parts: int) -> list[dict]:
@@ -296,17 +334,47 @@ def spoken_to(monkeypatch, capsys, lines, config, image) -> str:
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_lavin_and_llama_adapter_files_are_asked_as_they_are(lavin, llama_adapter, tmp_path, monkeypatch, capsys):
+def test_a_llama_adapter_file_talks_without_a_picture_and_says_why(llama_adapter, tmp_path, monkeypatch, capsys):
     picture = tmp_path / "a.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8)).save(picture)
+    Image.new("RGB", (30, 30)).save(picture)
     _, config = llama_adapter
     said = spoken_to(monkeypatch, capsys, ["Name a colour.", f"/image {picture}"], config, None)
     assert "was trained on text alone: it has no st/*" in said and "a new conversation" not in said
     with pytest.raises(ConfigError, match="trained on text alone"):
         spoken_to(monkeypatch, capsys, [], config, picture)
-    _, config = lavin()
-    said = spoken_to(monkeypatch, capsys, ["What is this?"], config, picture)
-    assert "LaVIN's checkpoint) fills" in said and "error" not in said
+
+
+def asked(name: str, config, more: list[str], tmp_path) -> str:
+    """What the README's command says to one question, by a checkpoint in place of a finished run."""
+    (tmp_path / "asked.txt").write_text("What is this?\n")
+    arm = ("adapter_rank", "adapter_temperature", "adapter_layers", "st_hidden", "st_heads")
+    flags = [f"--config=configs/{name}.py", "--mode=chat", f"--init={config.init}", *more]
+    flags += [f"--config.towers.{field}={getattr(config.towers, field)}" for field in ("clip", "lm", "scan")]
+    flags += [f"--config.arm.baseline.{field}={getattr(config.arm['baseline'], field)}" for field in arm]
+    process = mains.Main([*flags, "--config.decode.max_tokens=3"], tmp_path / "said.txt", stdin=tmp_path / "asked.txt")
+    assert process.wait() == 0, process.said()
+    return process.said()
+
+
+def test_a_lavin_file_on_metas_llama_is_asked_about_a_picture(lavin, tmp_path):
+    picture = tmp_path / "a photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8)).save(picture)
+    said = asked("lavin7b_scienceqa", lavin()[1], [str(picture)], tmp_path)
+    assert "LaVIN's checkpoint) fills" in said and "a photo.png" in said
+
+
+def test_a_llama_adapter_file_on_pytorch_model_bin_is_asked(llama_adapter, shared_original, tmp_path):
+    case, config = llama_adapter
+    bins = tmp_path / "bins"
+    export_lm(bins, load_lm(case / "7B"))
+    torch.save(
+        {k: torch.from_numpy(x) for k, x in load_file(bins / "model.safetensors").items()}, bins / "pytorch_model.bin"
+    )
+    (bins / "model.safetensors").unlink()
+    (bins / "tokenizer.model").symlink_to(shared_original("tokenizers") / "llama" / "tokenizer.model")
+    config = dataclasses.replace(config, towers=dataclasses.replace(config.towers, lm=str(bins)))
+    said = asked("llama_adapter_scienceqa", config, [], tmp_path)
+    assert "LLaMA-Adapter's checkpoint) fills" in said and "it has no st/*" in said
 
 
 def v2_visual(width=16, dim=32, seen=12, blocks=2, queries=10) -> dict:
@@ -362,4 +430,4 @@ def test_llama_adapter_v2_s_visual_part_sees_as_theirs(llama_adapter, tmp_path):
     torch.manual_seed(1)
     seen = torch.randn(2, 5, 12)
     ours = vlm.st.apply({"params": partition.unflatten(params)["st"]}, jnp.asarray(seen.numpy()))
-    np.testing.assert_allclose(ours, v2_sees(visual, seen).numpy(), atol=1e-5)
+    assert_close(ours, v2_sees(visual, seen).numpy())

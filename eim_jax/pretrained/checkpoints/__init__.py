@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from eim_jax.models.hugging_face import WeightsError
 from eim_jax.pretrained import json_files, peft, reader, torch_files, weight_files
 from eim_jax.pretrained.checkpoints.clipcap import CLIPCAP
-from eim_jax.pretrained.checkpoints.form import Content, Form, Target
+from eim_jax.pretrained.checkpoints.form import EXPORT, Content, Form, Target
 from eim_jax.pretrained.checkpoints.lavin import LAVIN
 from eim_jax.pretrained.checkpoints.llama_adapter import LLAMA_ADAPTER
 from eim_jax.pretrained.checkpoints.lora import PEFT
@@ -26,7 +26,7 @@ from eim_jax.pretrained.checkpoints.ours import OURS
 __all__ = ["FORMS", "RECORD", "Checkpoint", "Content", "Form", "Target", "file_of", "open_checkpoint"]
 
 FORMS: tuple[Form, ...] = (OURS, LAVIN, CLIPCAP, LLAMA_ADAPTER, PEFT)
-EXPORT, RECORD = "trained.safetensors", "arm.json"
+RECORD = "arm.json"
 
 
 class Checkpoint(NamedTuple):

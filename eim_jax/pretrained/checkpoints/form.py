@@ -12,6 +12,7 @@ from eim_jax.models.language import family_of
 from eim_jax.pretrained.reader import Leaf, leaves_of
 
 Shape = tuple[int, ...]
+EXPORT = "trained.safetensors"  # the file of --mode=export that has all that training changed or added
 
 
 class Target(NamedTuple):
@@ -39,6 +40,23 @@ class Target(NamedTuple):
         if held == wanted:
             return []
         return [f"config.arm.{self.name}.{field_name} is {held!r}, and {why}: set it to {wanted!r}"]
+
+
+def other_tower(config: Any, field_name: str, width: int, layers: int) -> list[str]:
+    """Returns a line on a checkpoint whose tower has another width or depth than the config's, or none.
+
+    Args:
+      config: the tower's shape.
+      field_name: the field of config.towers that names it.
+      width: the checkpoint's; layers too.
+      layers: its number of blocks.
+    """
+    if (width, layers) == (config.width, config.layers):
+        return []
+    return [
+        f"it was trained on {layers} layers of width {width}, and config.towers.{field_name} has {config.layers} of "
+        f"width {config.width}: set config.towers.{field_name} to the one that it was trained on"
+    ]
 
 
 class Content(NamedTuple):

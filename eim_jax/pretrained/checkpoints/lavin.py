@@ -9,10 +9,11 @@ from collections.abc import Collection
 import numpy as np
 
 from eim_jax.models.hugging_face import SAME, TRANSPOSE, Layout, dense_rows
-from eim_jax.pretrained.checkpoints.form import Content, Form, Target
+from eim_jax.pretrained.checkpoints.form import Content, Form, Target, count, other_tower
 from eim_jax.pretrained.reader import Leaf, leaves_of
 
-_LM, _VISUAL = "layers.{}.adapter_attn.", "backbone.visual.transformer.resblocks.{}.adapter_attn."
+_BLOCKS = "backbone.visual.transformer.resblocks."
+_LM, _VISUAL = "layers.{}.adapter_attn.", f"{_BLOCKS}{{}}.adapter_attn."
 _MODALITY = "adapter_modality_embedding.weight"
 _DOWN = Layout(lambda a: a[0][..., 0].T, lambda x: [x.T[..., None]])  # a convolution of kernel size 1: [r, d, 1]
 
@@ -70,6 +71,11 @@ def _problems(content: Content, target: Target) -> list[str]:
     )
     if found:
         return found
+    width = shapes.get(_MODALITY, (target.lm.width,))[-1]
+    found += other_tower(target.lm, "lm", width, count(shapes, "layers."))
+    if target.arm.visual_adapter:
+        seen = shapes.get(f"{_VISUAL.format(0)}conv_A.weight", (0, target.visual.width))[1]
+        found += other_tower(target.visual, "clip", seen, count(shapes, _BLOCKS))
     ranks = {shape[0] for key, shape in shapes.items() if key.endswith("conv_A.weight") and "adapter_attn" in key}
     if len(ranks) == 1:
         found += target.differs("adapter_rank", ranks.pop(), "the file's adapters have another rank")

@@ -5,9 +5,10 @@ inside LLaMA, which ours lacks: such a file is refused by these keys.
 """
 
 import re
+from collections.abc import Collection
 
 from eim_jax.models.hugging_face import FUSED, Layout, Row, dense_rows, norm_rows
-from eim_jax.pretrained.checkpoints.form import Content, Form, Target, count
+from eim_jax.pretrained.checkpoints.form import Content, Form, Target, count, other_tower
 from eim_jax.pretrained.reader import Leaf, leaves_of
 
 _QUERY = "adapter_query.weight"
@@ -41,6 +42,12 @@ def _before_layers(content: Content) -> str:
     return "llama." if any(key.startswith("llama.layers.") for key in content.shapes) else ""
 
 
+def _depth(keys: Collection[str]) -> int:
+    """The number of LLaMA's layers by its highest gate: of the lower ones a file may have none."""
+    numbers = (re.fullmatch(r"(?:llama\.)?layers\.(\d+)\.attention\.gate", key) for key in keys)
+    return max((1 + int(found[1]) for found in numbers if found), default=0)
+
+
 def _leaves(content: Content, target: Target) -> dict[str, Leaf]:
     tokens = target.shapes["lm/adapter/tokens"].shape
     layout = Layout(lambda a: a[0].reshape(tokens), lambda x: [x.reshape(-1, x.shape[-1])])
@@ -57,7 +64,8 @@ def _problems(content: Content, target: Target) -> list[str]:
     found = target.differs("adapter", "prompts", "the file holds LLaMA-Adapter's prompts")
     if found:
         return found
-    if len(prompts := shapes[_QUERY]) == 2 and prompts[1] == target.lm.width:
+    if len(prompts := shapes[_QUERY]) == 2:
+        found += other_tower(target.lm, "lm", prompts[1], _depth(shapes) or target.lm.layers)
         held = arm.st_tokens * arm.adapter_layers
         if prompts[0] != held:
             found.append(

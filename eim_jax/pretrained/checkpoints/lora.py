@@ -6,7 +6,7 @@ from typing import Any
 
 from eim_jax.models.lora import A
 from eim_jax.pretrained import peft
-from eim_jax.pretrained.checkpoints.form import Content, Form, Target
+from eim_jax.pretrained.checkpoints.form import EXPORT, Content, Form, Target
 from eim_jax.pretrained.reader import Leaf
 
 # What changes the forward in a way that a low-rank term alone does not, or the weights beneath it.
@@ -59,6 +59,10 @@ def _problems(content: Content, target: Target) -> list[str]:
     if isinstance(begun, str) and begun.startswith(_CHANGES_BASE):
         found.append(f"its init_lora_weights is {begun!r:.40}: it belongs to other weights than the base's own")
     if found:
+        if (
+            whole := next((at / EXPORT for at in content.path.parents[:3] if (at / EXPORT).is_file()), None)
+        ) is not None:
+            return [*found, f"it stands in an export of this package: give {whole}, which has all of its arm"]
         return [
             *found,
             "merge it in PEFT (merge_and_unload), save_pretrained that, and set config.towers to it",
