@@ -6,6 +6,7 @@ Both sides start from the same visual embeddings, use a key-value cache and gene
 
 import argparse
 
+import gemm_rates
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +61,7 @@ def main() -> None:
     ]
     shape = f"{options.prefix} visual + {options.tokens} new tokens, batch {options.batch}, float32"
     report(f"Decoding with GPT-2 small, {shape}", pairs, options.repeats)
+    print(f"\n{gemm_rates.table()}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from eim_jax.utils.cpu import cpu_model, vector_units
+
 
 class Pair(NamedTuple):
     """One row of the table: two functions that do the same work and return when it is done."""
@@ -36,7 +38,8 @@ def version(package: str) -> str:
 def machine(*packages: str) -> str:
     """The date, the machine and the packages' versions, for the head of a table."""
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    place = f"{platform.machine()}, {cores()} core(s), Python {platform.python_version()}"
+    place = f"{cpu_model()} ({', '.join(vector_units()) or platform.machine()}), {cores()} core(s)"
+    place += f", Python {platform.python_version()}"
     return f"{datetime.date.today()}, {place}, {versions}"
 
 

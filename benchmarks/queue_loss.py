@@ -12,12 +12,13 @@ import datetime
 import importlib.metadata
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
 import threading
 import time
+
+from eim_jax.utils.cpu import cpu_model, vector_units
 
 TAU = 0.07
 VARIANTS = {
@@ -70,7 +71,8 @@ def table(args: argparse.Namespace) -> None:
     for worker in workers.values():
         worker.communicate()
     size = args.keys * args.width * 4
-    print(f"{datetime.date.today()} | {cpu_model()}, {os.cpu_count()} cores, {args.threads} threads")
+    cpu = f"{cpu_model()} ({', '.join(vector_units())}), {os.cpu_count()} cores, {args.threads} threads"
+    print(f"{datetime.date.today()} | {cpu}")
     print(" ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "torch", "numpy")))
     print(f"$ python benchmarks/queue_loss.py {' '.join(sys.argv[1:])}")
     print(f"batch {args.batch}, {args.keys} keys of width {args.width} in float32: {size / 2**20:.0f} MiB\n")
@@ -85,7 +87,12 @@ def table(args: argparse.Namespace) -> None:
     ratios = [one / floor for one, floor in zip(seconds["one pass"], floors, strict=True)]
     print(f"\nThe one pass takes {statistics.median(ratios):.2f} times the higher floor (median over turns).")
     ratios = [t / one for t, one in zip(seconds["torch"], seconds["one pass"], strict=True)]
-    print(f"PyTorch takes {statistics.median(ratios):.2f} times as long as the one pass (median over turns).")
+    print(
+        f"PyTorch takes {statistics.median(ratios):.2f} times as long as the one pass (median over turns).\n",
+        flush=True,
+    )
+    rates = pathlib.Path(__file__).with_name("gemm_rates.py")
+    subprocess.run([sys.executable, str(rates)], env=environment, check=True)
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -186,13 +193,6 @@ def watch():
     yield above
     done.set()
     thread.join()
-
-
-def cpu_model() -> str:
-    """The processor's name, as far as the system tells it."""
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A trained linear layer's product: Flax's values to the bit, its weight gradient without a transpose."""
+"""A trained linear layer's product: Flax's float32 values to the bit, its weight gradient without a transpose."""
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,12 @@ def test_values_and_gradients_are_flaxs(ours, theirs, features, dtype):
         return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
 
     ((_, y), gradients), ((_, want), slopes) = run(ours), run(theirs)
-    np.testing.assert_array_equal(y, want)
-    assert_trees_close(gradients, slopes, 1e-6, rtol=1e-6)
+    if dtype == jnp.float32:
+        np.testing.assert_array_equal(y, want)
+        assert_trees_close(gradients, slopes, 1e-6, rtol=1e-6)
+    else:  # rounded at other places than Flax's; against float64 in test_products.py
+        np.testing.assert_allclose(y.astype(jnp.float32), want.astype(jnp.float32), atol=2e-2, rtol=1e-2)
+        assert_trees_close(gradients, slopes, 1e-1, rtol=2e-2)
 
 
 def test_only_what_the_backward_pass_needs_is_kept():

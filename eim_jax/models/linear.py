@@ -8,8 +8,9 @@ import functools
 
 import jax
 from flax import linen as nn
-from jax import lax
 from jaxtyping import Array, Float
+
+from eim_jax.models.products import product, sum_over_rows
 
 
 def linear(
@@ -29,7 +30,7 @@ def linear(
 
 @jax.custom_vjp
 def _product(x, kernel):
-    return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return product(x, kernel, ((x.ndim - 1,), (0,)))
 
 
 def _forward(x, kernel):
@@ -44,10 +45,9 @@ def _backward(kept, dy):
     if kernel is not None:
         inner = kernel.ndim - 1
         outputs = tuple(range(dy.ndim - inner, dy.ndim)), tuple(range(1, kernel.ndim))
-        dx = lax.dot_general(dy, kernel, (outputs, ((), ())))
+        dx = product(dy, kernel, outputs)
     if x is not None:
-        rows = tuple(range(x.ndim - 1))
-        dkernel = lax.dot_general(x, dy, ((rows, rows), ((), ())))
+        dkernel = sum_over_rows(x, dy, x.ndim - 1)
     return dx, dkernel
 
 

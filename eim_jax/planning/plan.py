@@ -19,6 +19,7 @@ from eim_jax.config import Config, ConfigError, Stage
 from eim_jax.data import loader
 from eim_jax.losses.table import queues_of
 from eim_jax.models.language import family_of
+from eim_jax.models.products import compiling_for
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel.sharding import make_mesh, param_shardings, parts_of
 from eim_jax.planning import gpus
@@ -167,7 +168,8 @@ def _stage_plan(
     trained, state, frozen, batch, queues, _, _ = program.arguments
     held = [local_bytes(part) for part in (trained, frozen, state, batch, queues, program.kept)]
     console.print(f"compiling {arm} {name} for {target.name}", soft_wrap=True)
-    traced = program.step.trace(*program.arguments)
+    with compiling_for(target.platform):
+        traced = program.step.trace(*program.arguments)
     done, devices, notes = work(traced.jaxpr), len(target.devices), []
     capacity = int(USABLE * target.chip.memory)
     sent = dict.fromkeys(KINDS, 0.0)
@@ -224,7 +226,8 @@ def _with_builds(
         if kind.name not in encoders:
             console.print(f"compiling the encoder of {kind.symbol} for {target.name}", soft_wrap=True)
             step, arguments = queue_encoder(inputs, vlm, kind, towers)
-            encoders[kind.name] = (arguments[3].shape[1], *_encoder_temporaries(step, arguments))
+            with compiling_for(target.platform):
+                encoders[kind.name] = (arguments[3].shape[1], *_encoder_temporaries(step, arguments))
         rows, temporaries, known = encoders[kind.name]
         peak = beside + temporaries
         builds.append(Build(kind.symbol, rows, temporaries, peak, known and peak <= plan.capacity))

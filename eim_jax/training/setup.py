@@ -40,8 +40,15 @@ from eim_jax.parallel.signals import doing
 from eim_jax.pretrained.tokenizer import bos_id
 from eim_jax.training import initial, joint_space, low_rank, partition
 from eim_jax.training.partition import Flat
-from eim_jax.training.tower_form import attention_on_mesh, describe_attention, resolve_dtype, resolve_form
+from eim_jax.training.tower_form import (
+    attention_on_mesh,
+    describe_attention,
+    faster_dtype,
+    resolve_dtype,
+    resolve_form,
+)
 from eim_jax.utils.console import console
+from eim_jax.utils.cpu import vector_units
 from eim_jax.utils.files import user_path
 from eim_jax.utils.images import FITS, IMAGENET_MEAN, IMAGENET_STD, Fit
 
@@ -208,6 +215,8 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
         f"device(s), {dtype.name}",
         soft_wrap=True,
     )
+    if said := faster_dtype(dtype, platform_of(mesh.devices.flat[0]), vector_units()):
+        console.print(said, soft_wrap=True)
     if said := describe_attention(lm.config.attention):
         console.print(said, soft_wrap=True)
     console.print(f"pictures are normalised by {_statistics(config, pictures)}", soft_wrap=True)

@@ -1,0 +1,73 @@
+"""Matrix products in bfloat16, each in the form that is fast on what it is compiled for.
+
+A CPU with bf16 units (AMX, AVX-512 BF16) is reached by XLA's compiler only through a product of bf16 operands with a
+float32 result, and where both operands are summed over their rows only if these rows lie on two axes: other forms run
+at float32's rate (`python benchmarks/gemm_rates.py` shows both). Accelerators have bf16 results and any axes at full
+speed. Products in float32 are lax.dot_general's to the bit everywhere.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+_PLATFORM: contextvars.ContextVar[str] = contextvars.ContextVar("platform", default="")
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Inside, products take the form of this platform ("cpu", "tpu", "cuda"), not of the devices that are here.
+
+    >>> x = jnp.ones((2, 2), jnp.bfloat16)
+    >>> with compiling_for("tpu"):
+    ...     traced = str(jax.make_jaxpr(lambda x: product(x, x, ((1,), (0,))))(x))
+    >>> "float32" in traced
+    False
+    """
+    before = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(before)
+
+
+def wants_float32(dtype: Any) -> bool:
+    """Whether a product of operands of this dtype is faster with a float32 result, rounded afterwards."""
+    return dtype == jnp.bfloat16 and (_PLATFORM.get() or jax.default_backend()) == "cpu"
+
+
+def product(a: Array, b: Array, contract: tuple[Sequence[int], Sequence[int]]) -> Array:
+    """Returns a times b, summed over the axes `contract` of each, in their own dtype; added up in float32."""
+    wide = jnp.float32 if wants_float32(a.dtype) else None
+    return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=wide).astype(a.dtype)
+
+
+def sum_over_rows(a: Float[Array, "*n d"], b: Float[Array, "*n c"], rows: int, dtype: Any = None) -> Array:
+    """Returns the sum of a's rows times b's, [d c] with any axes behind `rows` of each: a kernel's gradient.
+
+    Args:
+      a: what a layer read.
+      b: the gradient of what it gave, in a's dtype.
+      rows: how many of the leading axes count rows.
+      dtype: of the result; None: of the operands.
+    """
+    dtype = dtype or a.dtype
+    wide = wants_float32(a.dtype)
+    if wide and rows == 1:
+        a, b = (_on_two_axes(x) for x in (a, b))
+        rows = 2
+    axes = tuple(range(rows))
+    wide = wide or dtype != a.dtype
+    found = lax.dot_general(a, b, ((axes, axes), ((), ())), preferred_element_type=jnp.float32 if wide else None)
+    return found.astype(dtype)
+
+
+def _on_two_axes(x: Array) -> Array:
+    """[n ...] as [2 n/2 ...]; a row of zeros, which adds nothing, makes an odd n even."""
+    x = jnp.pad(x, [(0, x.shape[0] % 2)] + [(0, 0)] * (x.ndim - 1)) if x.shape[0] % 2 else x
+    return x.reshape(2, x.shape[0] // 2, *x.shape[1:])
