@@ -85,6 +85,7 @@ def test_the_papers_coco_settings():
         ("mesh", ("a", 1, 1), r"config.mesh: \('a', 1, 1\) is not \(data, fsdp, tensor\)"),
         ("mesh", (1, 1.5, 1), r"config.mesh: \(1, 1.5, 1\) is not"),
         ("data.buckets", 0, "config.data.buckets: 0 is not in 1 .. 64"),
+        ("data.pack", "yes", "config.data.pack: 'yes' is none of off, on, auto"),
         ("data.length_window", 0, "config.data.length_window: 0 is not in 1 .."),
         ("profile", "15:10", "config.profile: '15:10' is not first:end of some steps, such as '10:15'"),
         ("profile", "ten", "config.profile: 'ten' is not first:end"),

@@ -152,11 +152,31 @@ def test_texts_are_cut_to_the_configured_number_of_widths_and_steps_are_traced_b
     assert list(trace.parent.glob("*.xplane.pb"))
 
 
+def test_a_packed_stage_has_the_losses_of_one_that_is_not_and_says_what_it_saves(config, tmp_path, capsys):
+    found, padding = [], []
+    for pack in ("off", "on"):
+        run = dataclasses.replace(
+            config,
+            data=dataclasses.replace(config.data, pack=pack),
+            towers=dataclasses.replace(config.towers, dropout=0.0),
+            arm={"eim": dataclasses.replace(config.arm["eim"], sequence=("lm",))},
+            stages={"lm": dataclasses.replace(config.stages["lm"], steps=4, batch=32)},
+        )
+        run_arm(loading.load(run, tmp_path / pack), "eim")
+        lines = read_metrics(tmp_path / pack / "eim" / "metrics.jsonl")
+        found.append([line["loss/lm"] for line in lines])
+        padding.append(lines[-1]["padding"])
+    assert found[1] == pytest.approx(found[0], rel=1e-3) and padding[1] < padding[0]
+    said = capsys.readouterr().out
+    assert re.search(r"lm: packed: \d+% of the .* \d+% when samples share rows \(.* slots, 8 a batch\): \d", said)
+    assert re.search(r"compiled lm for packed texts \(text \d+ x \d+ slots\)", said)
+
+
 def test_a_width_beyond_the_configured_number_is_an_error(config):
     with pytest.raises(RuntimeError, match="stage lm: texts of 9 tokens are a width beyond the 2 that"):
-        one_stage._compile("lm", None, (), 9, 2, 2)
+        one_stage._compile("lm", None, (), (9,), 2, 2)
     with pytest.raises(RuntimeError, match="a defect of eim_jax"):
-        one_stage._compile("st", None, (), 0, 1, 4)  # without texts there is one
+        one_stage._compile("st", None, (), (0,), 1, 4)  # without texts there is one
 
 
 def test_a_second_start_restores_the_results_without_training(finished, monkeypatch):

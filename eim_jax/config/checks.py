@@ -77,6 +77,7 @@ _CHOICES = {
     "data.on_bad": ("error", "drop"),
     "data.seam": ("auto", "one_string", "spaced", "apart", "tokenizer"),
     "data.cut": ("balanced", "end"),
+    "data.pack": ("off", "on", "auto"),
     "data.scored": ("test", "val", "train"),
     "eval.split": ("val", "test"),
     "eval.method": ("greedy", "beam", "nucleus", "none"),

@@ -54,6 +54,9 @@ class Data:
     # Texts of a batch are cut to the smallest of so many lengths that holds them; the step is compiled once for each.
     buckets: int = 4  # 1: every batch is as long as the longest text
     length_window: int = 1  # batches whose samples are put together by length (then take 8 buckets); 1: none
+    # Samples of a batch share rows of slots, each seeing itself alone: off | on | auto (where it pays: see the log).
+    # The same losses and gradients up to rounding (with dropout, other draws): see docs/guides/padding.md.
+    pack: str = "off"
     ignore_token: int = -1  # loss_base does not score tokens of this id (ClipCap: 0, GPT-2's "!"); -1: scores all
     eos: bool = True  # supervise an end-of-text token (ClipCap itself does not: it needs decode.stop_at_period)
     cache_features: bool = True  # keep a frozen CLIP's features on disk instead of recomputing them every epoch

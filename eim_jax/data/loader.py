@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from eim_jax.data.batch_order import Order
+from eim_jax.data.packing import Packer
 from eim_jax.data.samples import Split
 from eim_jax.data.tokenize import Encoded
 from eim_jax.models.batch import Batch
@@ -58,6 +59,7 @@ def batches(
     buckets: int = 1,
     window: int = 1,
     place: Callable[[Batch], Any] | None = None,
+    packer: Packer | None = None,
 ) -> grain.DatasetIterator:
     """Returns an iterator of `Batch` of NumPy arrays with get_state / set_state (resumes exactly) and close.
 
@@ -69,8 +71,10 @@ def batches(
 
     Each batch's texts are cut to the smallest of at most `buckets` widths that holds the longest of them in all
     processes; with 1, all batches are as wide as `encoded`. With `window` > 1, batches are of similar lengths
-    (order.Order). With `place`, which puts a batch on the devices, it yields (batch, place(batch)), two ahead of the
-    step in a thread of their own; the state is always that of the pair last returned.
+    (order.Order). A `packer` says which samples of a batch share a row of slots; a batch that it packs is as wide as
+    the longest text, one that fits none of its shapes stays as it would be without it. With `place`, which puts a batch
+    on the devices, it yields (batch, place(batch)), two ahead of the step in a thread of their own; the state is always
+    that of the pair last returned.
 
     Raises:
       ValueError: an argument cannot be meant; while iterating, an image cannot be read: its id and file are named.
@@ -80,14 +84,13 @@ def batches(
     load = _Loader.make(split, encoded, frozenset(fields), features, image_size, fit)
     part = batch_size // process_count
     own = slice(process_index * part, (process_index + 1) * part)
-    order = Order(len(split), batch_size, seed, mixture=split.mixture)
-    if encoded is not None and set(fields) & set(_TEXT_FIELDS):
-        order = dataclasses.replace(order, lengths=encoded.valid.sum(1), window=window)
-        order = order.with_widths(buckets) if buckets > 1 else order
+    order = order_of(split, encoded, fields=fields, batch_size=batch_size, seed=seed, buckets=buckets, window=window)
 
     def load_step(step: int, _: int) -> Any:  # a Batch, still of NumPy arrays: not of jax.Array
         rows = order.rows(step)
-        return load(rows[own], order.width(rows))
+        packing = packer(rows, own) if packer else None
+        width = order.width(rows) if packing is None else order.widths and order.widths[-1]
+        return load(rows[own], width)._replace(packing=packing)
 
     steps = grain.MapDataset.range(steps_per_epoch(split, batch_size) * (epochs or 1))
     # Without an end, the one epoch of steps is repeated: map then still sees 0, 1, 2, ...
@@ -97,6 +100,24 @@ def batches(
         pairs = loaded.map(lambda batch: (batch, place(batch)))
         loaded = grain.experimental.ThreadPrefetchIterDataset(pairs, prefetch_buffer_size=_PLACED)
     return iter(loaded)
+
+
+def order_of(
+    split: Split,
+    encoded: Encoded | None,
+    *,
+    fields: Collection[str],
+    batch_size: int,
+    seed: int,
+    buckets: int = 1,
+    window: int = 1,
+) -> Order:
+    """Returns the order of `batches` with the same arguments."""
+    order = Order(len(split), batch_size, seed, mixture=split.mixture)
+    if encoded is not None and set(fields) & set(_TEXT_FIELDS):
+        order = dataclasses.replace(order, lengths=encoded.valid.sum(1), window=window)
+        order = order.with_widths(buckets) if buckets > 1 else order
+    return order
 
 
 def _check_numbers(batch_size, epochs, process_index, process_count, buckets, window) -> None:
@@ -206,7 +227,7 @@ class _Loader:
         image_of = np.fromiter((-1 if s.image is None else s.image for s in split.samples), np.int32, len(split))
         return cls(split, encoded, fields, features, image_size, fit, image_of)
 
-    def __call__(self, rows: Int[np.ndarray, "b"], width: int | None) -> tuple:
+    def __call__(self, rows: Int[np.ndarray, "b"], width: int | None) -> Any:
         loaded: dict[str, np.ndarray] = {}
         for name in _TEXT_FIELDS:
             if name in self.fields:

@@ -50,6 +50,7 @@ class NextTokenLoss:
             batch.read("valid"),
             has_image=batch.has_image,
             dropout=forward.dropout(0),
+            packing=batch.packed("image"),
         )
         head, axis = vlm.head_weights(params)
         supervised = _supervised(vlm, batch)
@@ -58,6 +59,10 @@ class NextTokenLoss:
         tokens, cap = batch.read("tokens"), vlm.logit_cap
         value, _ = head_xent(hidden, head, tokens, supervised, vocab_axis=axis, cap=cap, mesh=forward.mesh)
         return value, {}
+
+    def readings(self, settings: Losses) -> frozenset[str]:
+        """What it lets the LM read of a batch (`batch.READINGS`)."""
+        return frozenset({"image"})
 
     def check(self, config: Config) -> None:
         """Takes any settings."""

@@ -29,8 +29,13 @@ def _query(forward: Forward) -> Float[Array, "b d"]:
         visual=image[0],
         has_image=image[1],
         dropout=forward.dropout(1),
+        packing=batch.packed(_reading(forward.settings)),
     )
     return _at_eos(hidden, tokens, valid)
+
+
+def _reading(settings: Losses) -> str:
+    return "image" if settings.lm_with_image else "text"
 
 
 def _at_eos(hidden: Float[Array, "b _ d"], tokens: Array, valid: Array) -> Float[Array, "b d"]:
@@ -45,6 +50,10 @@ class LastTokenLoss(ContrastiveLoss):
     def fields(self, settings: Losses) -> frozenset[str]:
         """Text alone, or with `lm_with_image` the image before it; all rows take part either way."""
         return self.needs | ({"image", "has_image"} if settings.lm_with_image else set())
+
+    def readings(self, settings: Losses) -> frozenset[str]:
+        """What it lets the LM read of a batch (`batch.READINGS`)."""
+        return frozenset({_reading(settings)})
 
     def positives(self, settings: Losses) -> Positives:
         """With `lm_distil` the own key alone, no other key at all."""

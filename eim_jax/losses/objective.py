@@ -20,6 +20,15 @@ def fields(stage: Stage, settings: Losses) -> frozenset[str]:
     return frozenset({"index"}).union(*(loss.fields(settings) for loss in losses_of(stage)))
 
 
+def readings(stage: Stage, settings: Losses) -> frozenset[str]:
+    """What the stage's losses let the language model read, as far as they can read it packed (`batch.READINGS`).
+
+    A loss of one's own that does not say it has no method `readings`: it reads each sample in a row of its own.
+    """
+    asked = (getattr(loss, "readings", None) for loss in losses_of(stage))
+    return frozenset({}).union(*(ask(settings) for ask in asked if ask is not None))
+
+
 def losses_as_averaged(stage: Stage) -> list[Loss]:
     """The stage's losses, each as the stage's `loss_mean` has it; a loss that is a mean over rows stays as it is."""
     found = []

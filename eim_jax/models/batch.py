@@ -8,6 +8,10 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from eim_jax.models.packing import Packing
+
+READINGS = ("image", "text")  # an image with its text, or the text alone
+
 
 class Batch(NamedTuple):
     """One batch of samples; a field that the stage does not need is None.
@@ -22,6 +26,12 @@ class Batch(NamedTuple):
     image: UInt8[Array, "b h w 3"] | None = None  # resized and cropped as CLIP does; normalised on the device
     features: Float[Array, "b n v"] | None = None  # cached `see` of a frozen CLIP
     has_image: Bool[Array, "b"] | None = None  # False: a text-only row, masked out of loss_IE and loss_ST
+    # Where several samples share a row of slots, by what the LM reads (READINGS); None: each has a row of its own.
+    packing: dict[str, Packing] | None = None
+
+    def packed(self, reading: str) -> Packing | None:
+        """Returns where the samples lie while the LM reads this; None: each in a row of its own."""
+        return None if self.packing is None else self.packing.get(reading)
 
     def read(self, field: str) -> Any:
         """Returns a field that has to be there.

@@ -27,6 +27,7 @@ from eim_jax.config import Decode
 from eim_jax.models.adapters.adapter import Steering
 from eim_jax.models.layers import Block
 from eim_jax.models.lora import Tuned, dropout_of, plain
+from eim_jax.models.packing import Packing
 from eim_jax.models.quant import quantised_shapes
 from eim_jax.parallel.sharding import by_row, whole_over_fsdp
 from eim_jax.utils.images import normalise
@@ -258,22 +259,42 @@ class VLM:
                 steer = _apply(self.lm, {"params": params["lm"]}, visual, pictured, method="steer")
         return LMInput(embeds, valid, positions, steer, newest)
 
-    def run_lm(self, params: dict, read: LMInput, dropout: Array | None = None) -> Float[Array, "b s d"]:
-        """Returns LM_block's output for what `lm_input` gave; `dropout` is a key, None = deterministic."""
+    def run_lm(
+        self, params: dict, read: LMInput, dropout: Array | None = None, packing: Packing | None = None
+    ) -> Float[Array, "b s d"]:
+        """Returns LM_block's output for what `lm_input` gave.
+
+        Args:
+          params: the whole tree.
+          read: each sample in a row of its own.
+          dropout: a key, None = deterministic.
+          packing: the blocks run over rows that several samples share, which changes nothing but what padding gives:
+            zeros.
+
+        Raises:
+          ValueError: with `packing`, a row has more slots than the LM's context.
+        """
         dropout = dropout if "lm" in self.noisy else None
+        if packing is None:
+            rows: dict[str, Any] = {"embeds": read.embeds, "valid": read.valid, "positions": read.positions}
+        else:
+            slots, context = read.embeds.shape[1], self.lm.config.context
+            if slots > context:
+                raise ValueError(f"{slots} tokens do not fit the language model's context of {context}")
+            exchange = packing.exchange(read.valid)
+            embeds = by_row(exchange.pack(read.embeds), self.mesh)
+            rows = {"embeds": embeds, "positions": exchange.pack(read.positions), "packed": exchange}
         with nn.intercept_methods(self._on_mesh):
             hidden, _ = _apply(
                 self.lm,
                 {"params": params["lm"]},
-                read.embeds,
-                valid=read.valid,
-                positions=read.positions,
+                **rows,
                 train=dropout is not None,
                 method="hidden",
                 rngs=None if dropout is None else {"dropout": dropout},
                 **({} if read.steer is None else {"steer": read.steer}),
             )
-        return by_row(hidden, self.mesh)
+        return by_row(hidden if packing is None else exchange.unpack(hidden), self.mesh)
 
     def lm_block(
         self,
@@ -284,10 +305,11 @@ class VLM:
         visual: Float[Array, "b m d"] | None = None,
         has_image: Bool[Array, "b"] | None = None,
         dropout: Array | None = None,
+        packing: Packing | None = None,
     ) -> Float[Array, "b _ d"]:
         """Returns LM_block's output; the text's are the last t columns, the arguments are those of `lm_input`."""
         found = self.lm_input(params, tokens, valid, visual=visual, has_image=has_image)
-        return self.run_lm(params, found, dropout)
+        return self.run_lm(params, found, dropout, packing)
 
     def token_logits(
         self,
@@ -320,14 +342,15 @@ class VLM:
         *,
         has_image: Bool[Array, "b"] | None = None,
         dropout: Array | None = None,
+        packing: Packing | None = None,
     ) -> Float[Array, "b t d"]:
         """Returns LM_block's output from which the head predicts: [:, i] has read the visual tokens and tokens[:, :i].
 
         Where `starts` says that a row reads nothing before its text, [:, 0] of that row predicts nothing. The arguments
-        are those of `token_logits`.
+        are those of `token_logits`, and `run_lm`'s packing.
         """
         found = self.lm_input(params, tokens, valid, visual=visual, has_image=has_image)
-        hidden = self.run_lm(params, found, dropout)
+        hidden = self.run_lm(params, found, dropout, packing)
         before = hidden.shape[1] - tokens.shape[1]
         if not before:  # no BOS, and the image enters elsewhere: nothing predicts the first token
             return jnp.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)

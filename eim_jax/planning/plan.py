@@ -114,6 +114,8 @@ def plan(config: Config, target: Target, *, samples: int = 0, arms=(), only=()) 
     """
     mesh = make_mesh(config.mesh, target.devices)
     inputs, notes = abstract_inputs(config, mesh, samples, platform=target.platform)
+    if config.data.pack != "off":
+        notes.append("compiled with each sample in a row of its own; packed (config.data.pack) they take fewer slots")
     known = {stage for name in arms or config.arms for stage in config.arm[name].sequence}
     if unknown := [stage for stage in only if stage not in known]:
         raise ConfigError(f"--stages={','.join(unknown)}: the planned arms have {', '.join(sorted(known))}")

@@ -73,8 +73,12 @@ class Meter:
         """The batch of the step that comes, as NumPy arrays: its rows for messages, its padding."""
         self._latest = (number, np.asarray(batch.index))
         if batch.valid is not None:
-            self._spent["tokens"] += int(batch.valid.size)
-            self._spent["padded"] += int(batch.valid.size - batch.valid.sum())
+            real, empty = int(batch.valid.sum()), int(batch.valid.size - batch.valid.sum())
+            if batch.packing is not None:  # once for each time that the language model reads the texts
+                real *= len(batch.packing)
+                empty = sum(int((packing.segment < 0).sum()) for packing in batch.packing.values())
+            self._spent["tokens"] += real + empty
+            self._spent["padded"] += empty
 
     def add(self, metrics: dict, flops: float = 0.0) -> None:
         """The step's metrics, still on the device, and its FLOPs."""

@@ -29,6 +29,7 @@ from eim_jax.training.assembly import assemble
 from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.training.log import RunLog, StageInfo
 from eim_jax.training.monitor import Meter, check_finite
+from eim_jax.training.packing import stage_packer
 from eim_jax.training.partition import Flat
 from eim_jax.training.profile import Profile
 from eim_jax.training.queue_report import queue_name, tell_queue
@@ -90,7 +91,7 @@ WARM, MEASURED = 2, 5  # steps that are slower than those to come, and steps by 
 
 
 class Program(NamedTuple):
-    """A stage's step for one width of texts, and the FLOPs of its matrix products, of all devices together."""
+    """A stage's step for one width of texts or shape of packed rows, and its matrix products' FLOPs on all devices."""
 
     compiled: Any
     flops: float
@@ -136,7 +137,7 @@ class _StageRun:
         self.made = made._replace(trained={})  # a resumed stage would hold them beside those that it restores
         self.key = jax.random.fold_in(jax.random.key(config.seed, impl="rbg"), index)
         self.done, self.seconds = 0, 0.0
-        self.programs: dict[int, Program] = {}  # one for each width of texts
+        self.programs: dict[tuple, Program] = {}  # one for each width of texts, or shape of packed rows
         self.told = False  # what the time before the first step went to
         self.warm = (0.0, 0)  # seconds and steps up to where the pace is measured
         self.meter = Meter(info, inputs.samples, _peak_rate(inputs))
@@ -269,19 +270,18 @@ class _StageRun:
         self.meter.rows(number, batch)
         made = self.made
         arguments = (self.trained, self.opt_state, made.frozen, placed, made.queues, self.key, jnp.int32(number))
-        width = 0 if batch.tokens is None else batch.tokens.shape[1]
-        if width not in self.programs:  # compiled ahead of time: another shape is an error, not a silent compilation
+        shape = _shape_of(batch)
+        if shape not in self.programs:  # compiled ahead of time: another shape is an error, not a silent compilation
             with self.meter.apart():
                 buckets = self.inputs.config.data.buckets
-                self.programs[width] = _compile(
-                    self.info.name, made.step, arguments, width, len(self.programs), buckets
-                )
+                alike = sum(bool(other[1:]) == bool(shape[1:]) for other in self.programs)
+                self.programs[shape] = _compile(self.info.name, made.step, arguments, shape, alike, buckets)
         with self.meter.stepping(), jax.profiler.StepTraceAnnotation("train", step_num=number):
-            self.trained, self.opt_state, metrics = self.programs[width].compiled(*arguments)
+            self.trained, self.opt_state, metrics = self.programs[shape].compiled(*arguments)
         if not self.told:
             jax.block_until_ready(metrics)
             self._tell_start()
-        return metrics, self.programs[width].flops
+        return metrics, self.programs[shape].flops
 
     def _tell_start(self) -> None:
         """Says what the time before the first step went to, since the process began or since the stage before."""
@@ -330,12 +330,20 @@ def _batches(inputs: Inputs, vlm: VLM, stage: Stage, index: int, info: StageInfo
     if features is not None:
         needed = (needed - {"image"}) | {"features"}
     part, parts = processes.data_part(mesh)
+    drawn: dict[str, Any] = {
+        "fields": needed,
+        "batch_size": stage.batch,
+        "seed": config.seed * 1000 + index,
+        "buckets": config.data.buckets,
+        "window": config.data.length_window,
+    }
+    packer, said = stage_packer(inputs, vlm, stage, params, drawn, info.name)
+    if said:
+        console.print(said, soft_wrap=True)
     return loader.batches(
         inputs.samples,
         inputs.encoded,
-        fields=needed,
-        batch_size=stage.batch,
-        seed=config.seed * 1000 + index,
+        **drawn,
         epochs=-(-info.steps // (len(inputs.samples) // stage.batch)),
         features=features,
         image_size=vlm.visual.config.image_size,
@@ -343,9 +351,8 @@ def _batches(inputs: Inputs, vlm: VLM, stage: Stage, index: int, info: StageInfo
         process_index=part,
         process_count=parts,
         threads=config.data.threads,
-        buckets=config.data.buckets,
-        window=config.data.length_window,
         place=lambda batch: place_batch(batch, mesh),
+        packer=packer,
     )
 
 
@@ -361,14 +368,25 @@ def _peak_rate(inputs: Inputs) -> float:
     return 0.0 if chip is None or inputs.dtype != jnp.bfloat16 else chip.flops * inputs.mesh.size
 
 
-def _compile(stage: str, step: Any, arguments: tuple, width: int, before: int, most: int) -> Program:
-    """The stage's step for texts of `width` tokens, of which there are at most `most`."""
+def _shape_of(batch: Batch) -> tuple:
+    """What tells a stage's programs apart: the text's width, and for packed texts each reading's rows."""
+    width = 0 if batch.tokens is None else batch.tokens.shape[1]
+    packed = batch.packing or {}
+    return (width, *((name, *packed[name].segment.shape[1:]) for name in sorted(packed)))
+
+
+def _compile(stage: str, step: Any, arguments: tuple, shape: tuple, before: int, most: int) -> Program:
+    """The stage's step for texts of this shape (`_shape_of`); packed or not, there are at most `most` each."""
+    width, *packed = shape
     if before == (most if width else 1):
         raise RuntimeError(
             f"stage {stage}: texts of {width} tokens are a width beyond the {before} that config.data.buckets allows: "
             "this is a defect of eim_jax, please report it"
         )
-    texts = f" for texts of {width} tokens" if width and most > 1 else ""
+    texts = f" for texts of {width} tokens" if width and (most > 1 or packed) else ""
+    if packed:
+        rows = ", ".join(f"{name} {count} x {length} slots" for name, count, length in packed)
+        texts = f" for packed texts ({rows})"
     console.print(f"compiling {stage}{texts}", soft_wrap=True)
     doing(f"compiling {stage}")
     begun = time.monotonic()

@@ -55,7 +55,8 @@ class DecoderLM(Protocol):
     """A decoder language model as linen module: its parts are called one by one, `lm.apply(variables, x, method=...)`.
 
     Its `init` takes tokens [b t]. A family that takes adapters has a method `steer(visual, has_image)` too, which
-    returns `config.adapter.steer(...)`, and gives what it returned to its blocks when `hidden` gets it.
+    returns `config.adapter.steer(...)`, and gives what it returned to its blocks when `hidden` gets it. One whose
+    `hidden` takes `packed` too (packing.Exchange) can read several samples in one row (`config.data.pack`).
     """
 
     config: DecoderConfig

@@ -24,6 +24,7 @@ from eim_jax.models.hugging_face import (
 from eim_jax.models.kv_cache import Cache, visible
 from eim_jax.models.language.family import Family
 from eim_jax.models.layers import ACTIVATIONS, BlockConfig, layer_norm
+from eim_jax.models.packing import Exchange
 from eim_jax.models.stacks import make_blocks, run_blocks
 
 
@@ -107,6 +108,7 @@ class GPT2(nn.Module):
         positions: Int[Array, "b t"] | None = None,
         cache: Cache | None = None,
         train: bool = False,
+        packed: Exchange | None = None,
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         """Returns LM_block's output (after ln_f) for input embeddings, and the cache that now holds these tokens.
 
@@ -116,12 +118,13 @@ class GPT2(nn.Module):
           positions: of each token; 0..t-1 by default. Must be given with a cache.
           cache: what was read before; these tokens take its next t slots.
           train: dropout is on; needs the rng "dropout".
+          packed: whose slots these are, where samples share rows; then with positions, and without `valid` and cache.
 
         Raises:
           ValueError: more tokens than positions, or a cache without positions.
         """
         c, (b, t) = self.config, embeds.shape[:2]
-        if t > c.context:
+        if packed is None and t > c.context:  # of packed rows each sample's own slots were counted
             raise ValueError(f"{t} tokens do not fit GPT-2's context of {c.context}")
         if positions is not None:
             position = self.position_embedding[positions]
@@ -132,7 +135,7 @@ class GPT2(nn.Module):
         x = embeds.astype(c.dtype) + position.astype(c.dtype)
         x = self.drop(x, deterministic=not train)
 
-        mask, flags = visible(cache, valid, b, t)
+        mask, flags = visible(cache, valid, b, t) if packed is None else (packed.mask, None)
         if cache is None or flags is None:  # without a cache there are no flags
             x, _ = run_blocks(self.blocks, x, mask=mask, train=train)
             return self.ln_f(x), None

@@ -17,6 +17,7 @@ from eim_jax.models.kv_cache import Cache, narrowed, visible
 from eim_jax.models.language.llama_block import LlamaBlock, LlamaConfig, make_blocks, rms_norm
 from eim_jax.models.language.rope import rotation
 from eim_jax.models.layers import NORMAL
+from eim_jax.models.packing import Exchange
 from eim_jax.models.quant import QDense
 from eim_jax.models.soft_cap import soft_cap
 
@@ -51,6 +52,7 @@ class Llama(nn.Module):
         cache: Cache | None = None,
         train: bool = False,
         steer: Steering | None = None,
+        packed: Exchange | None = None,
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         """Returns LM_block's output (after norm_f) for input embeddings, and the cache that now holds these tokens.
 
@@ -61,18 +63,19 @@ class Llama(nn.Module):
           cache: what was read before; these tokens take its next t slots.
           train: dropout (of an adapter) is on; needs the rng "dropout".
           steer: what the adapter needs, from `steer`; None is the LM without its adapter.
+          packed: whose slots these are, where samples share rows; then with positions, and without `valid` and cache.
 
         Raises:
           ValueError: more tokens than the context, or a cache without positions.
         """
         c, (b, t) = self.config, embeds.shape[:2]
-        if t > c.context:
+        if packed is None and t > c.context:  # of packed rows each sample's own slots were counted
             raise ValueError(f"{t} tokens do not fit the language model's context of {c.context}")
         if positions is None:
             if cache is not None:
                 raise ValueError("with a cache the positions of the new tokens must be given")
             positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-        mask, flags = visible(cache, valid, b, t)
+        mask, flags = visible(cache, valid, b, t) if packed is None else (packed.mask, None)
         start, kv = (None, None) if cache is None else (cache.length, cache.kv)
         x, kv, _ = self.run(
             embeds.astype(c.dtype),
@@ -83,6 +86,7 @@ class Llama(nn.Module):
             leaves=self._leaves(steer),
             steer=steer,
             kv=kv,
+            packed=packed,
         )
         return self.norm_f(x), None if cache is None or flags is None else Cache(kv, flags, cache.length + t)
 
@@ -130,6 +134,7 @@ class Llama(nn.Module):
         leaves: LayerLeaves | None = None,
         steer: Steering | None = None,
         kv=None,
+        packed: Exchange | None = None,
     ) -> tuple[Float[Array, "b t d"], Any, Any]:
         """Runs the blocks: (output before norm_f, cache slots in the form in which they came, the adapter's reports).
 
@@ -142,6 +147,7 @@ class Llama(nn.Module):
           leaves: the adapter's, by layer; None leaves it out.
           steer: what its `steer` returned.
           kv: the cache's slots.
+          packed: whose slots x has, where samples share rows; an adapter still gets each sample in a row of its own.
         """
         c = self.config
         turn, mask, which = _kinds(c, positions, mask, start)
@@ -153,7 +159,7 @@ class Llama(nn.Module):
                 leaves, steer = jax.tree.map(
                     lambda part: jnp.pad(part, [(first, 0)] + [(0, 0)] * (part.ndim - 1)), (leaves, steer)
                 )
-            x, (kv, reports) = blocks(x, turn, mask, train, start, leaves, steer, kv, which)
+            x, (kv, reports) = blocks(x, turn, mask, train, start, leaves, steer, kv, which, packed)
             return x, kv, reports
         slots, reports = [], []
         for i, block in enumerate(blocks):
@@ -161,7 +167,8 @@ class Llama(nn.Module):
             if i >= first:
                 leaf, row = (jax.tree.map(lambda part, i=i: part[i - first], tree) for tree in (leaves, steer))
             kind = None if which is None else which[i]
-            x, (new, report) = block(x, turn, mask, train, start, leaf, row, None if kv is None else kv[i], kind)
+            slot = None if kv is None else kv[i]
+            x, (new, report) = block(x, turn, mask, train, start, leaf, row, slot, kind, packed)
             slots.append(new)
             reports.append(report)
         reports = jax.tree.map(lambda *parts: jnp.stack(parts), *reports[first:])

@@ -157,10 +157,11 @@ class LlamaAttention(nn.Module):
         k, v = self.k(x).reshape(shape), self.v(x).reshape(shape)
         return self.k_norm(k) if self.config.qk_norm else k, v
 
-    def __call__(self, x, turn, mask, start, beside, kv):
+    def __call__(self, x, turn, mask, start, beside, kv, packed=None):
         """Attends from x [b t d] to x, or (kv given) to cache slots after writing x at slot `start`.
 
-        `beside` is an adapter's `attention_beside` without its first two arguments, or None.
+        `beside` is an adapter's `attention_beside` without its first two arguments, or None. Where samples share rows
+        (`packed`), it is asked of each in a row of its own.
         """
         c, (b, t, _) = self.config, x.shape
         k, v = self.keys_values(x)
@@ -180,9 +181,13 @@ class LlamaAttention(nn.Module):
         else:
             mixed = flash(whole, k, v, mask, choice).reshape(q.shape)
         if beside is not None:
-            more = beside(
-                lambda keys, values: _attend(q, keys.astype(k.dtype), values.astype(v.dtype), None, c.attention_cap)
-            )
+
+            def attend(keys, values):
+                rows = q if packed is None else packed.unpack(q)
+                seen = _attend(rows, keys.astype(k.dtype), values.astype(v.dtype), None, c.attention_cap)
+                return seen if packed is None else packed.pack(seen)
+
+            more = beside(attend)
             mixed = mixed if more is None else mixed + more
         return self.out(mixed.reshape(b, t, c.heads * c.head_width)), kv
 
@@ -236,21 +241,23 @@ class LlamaBlock(nn.Module):
         """Returns the attention's keys and values of x as it is, without norm and RoPE."""
         return self.attn.keys_values(x)
 
-    def __call__(self, x, turn, mask, train, start, leaf, row, kv, which=None):
+    def __call__(self, x, turn, mask, train, start, leaf, row, kv, which=None, packed=None):
         """Returns the output [b t d] and (the updated cache slots, what the adapter reports to its `steer`).
 
         `leaf` is the layer's part of the adapter's leaves, `row` its part of the steering; without leaves the block is
         the untouched LM's. Where layers differ, `turn` and `mask` have a leading axis of kinds, and `which` says the
-        layer's place on it.
+        layer's place on it. `packed` says whose slots x has, where samples share rows.
         """
         if which is not None:
             turn, mask = jax.tree.map(lambda kinds: kinds[which], (turn, mask))
         z, adapter, report, beside = self.norm_1(x), self.config.adapter, None, None
         if adapter is not None and leaf is not None:
             drop = functools.partial(self.drop, deterministic=not train)
-            z, report = adapter.attention_input(leaf, row, z, drop)
+            # An adapter knows samples, not slots: it reads each in a row of its own.
+            z, report = adapter.attention_input(leaf, row, z if packed is None else packed.unpack(z), drop)
+            z = z if packed is None else packed.pack(z)
             beside = functools.partial(adapter.attention_beside, leaf, row)
-        mixed, kv = self.attn(z, turn, mask, start, beside, kv)
+        mixed, kv = self.attn(z, turn, mask, start, beside, kv, packed)
         post = self.config.post_norms
         x = x + (self.post_1(mixed) if post else mixed)
         made = self.mlp(self.norm_2(x))
@@ -260,6 +267,6 @@ class LlamaBlock(nn.Module):
 def make_blocks(c: LlamaConfig):
     """A list of blocks, or one scanned block, as stacks.make_blocks."""
     every = nn.broadcast
-    axes = (every, every, every, every, 0, 0, 0, 0)
+    axes = (every, every, every, every, 0, 0, 0, 0, every)
     # Argument 4 of __call__ (self is 0) is the Python bool `train`.
     return stack(LlamaBlock, c, c.layers, scan=c.scan, remat=c.remat, static=(4,), axes=axes)
