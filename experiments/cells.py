@@ -91,7 +91,9 @@ class Row:
 
     `overrides` hold for both scales, relative to the family's config: "sequence", "prompts", ... are fields of the
     arm, dotted names fields of the config. `paper` maps a score's key to the paper's value, in the paper's unit.
-    `shares` are the parts of the row's steps that its stages get, where they are not `share`'s.
+    `shares` are the parts of the row's steps that its stages get, where they are not `share`'s. `seeds` is how many
+    a design gives it, where one does; `base` the row whose time it gets in budget "time" (pace.py), if not its
+    family's.
     """
 
     name: str
@@ -103,6 +105,8 @@ class Row:
     paper: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
     scales: tuple[str, ...] = SCALES
+    seeds: int = 0
+    base: str = ""
 
     def at(self, scale: str, budget: str = "") -> bool:
         """Whether the row exists at this scale, with this budget.

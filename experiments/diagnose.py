@@ -99,7 +99,8 @@ def diagnose(inputs: Inputs, arm: str, test: Split) -> list[dict]:
 
 def objective(inputs: Inputs, vlm: VLM, stage: Stage) -> Callable[[Flat, Batch, dict], jax.Array]:
     """(parameters, batch, queues) -> the stage's loss, without dropout."""
-    loss = make_objective(vlm, stage, inputs.config.losses, inputs.mesh)
+    settings = replace(inputs.config.losses, negatives="queue")  # whatever the row trained against
+    loss = make_objective(vlm, stage, settings, inputs.mesh)
 
     def of(params: Flat, batch: Batch, queues: dict) -> jax.Array:
         return loss(partition.unflatten(params), batch, queues, normalisers(vlm, stage, batch), None)[0]

@@ -115,13 +115,13 @@ def _weights(ids: tuple) -> np.ndarray:
 
     The same for every row and metric of one test set, so that differences stay paired.
     """
-    _, scene = np.unique([_scene(item) for item in ids], return_inverse=True)
+    _, scene = np.unique([scene_of(item) for item in ids], return_inverse=True)
     number = scene.max() + 1
     drawn = np.random.default_rng(number).multinomial(number, np.full(number, 1 / number), size=REPLICATES)
     return drawn.astype(np.float64)[:, scene]
 
 
-def _scene(item: object) -> str:
+def scene_of(item: object) -> str:
     """What a test item is about.
 
     MME's questions about pictures of one name, and the miniature's two about one scene, are drawn together, since what

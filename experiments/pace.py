@@ -32,7 +32,7 @@ def paces(out: Path, rows: list[Row], scale: str, *, keep: bool = True) -> dict[
     nothing was measured.
     """
     known = _known(out, scale)
-    bases = {row.name: row for table in TABLES.values() for row in table.rows if row.name in BASES.values()}
+    bases = {row.name: row for table in TABLES.values() for row in table.rows}
 
     def seconds(row: Row) -> float:
         found = [results.read(out, cell(row, scale, seed, "steps")) for seed in range(SEEDS)]
@@ -45,7 +45,7 @@ def paces(out: Path, rows: list[Row], scale: str, *, keep: bool = True) -> dict[
     for row in rows:
         key = cell(row, scale, 0, "steps").hash
         if key not in known:
-            known[key] = round(seconds(bases[BASES[row.family]]) / seconds(row), 4)
+            known[key] = round(seconds(bases[row.base or BASES[row.family]]) / seconds(row), 4)
         found[row.name] = known[key]
     if keep:
         (out / scale).mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def measured(out: Path, rows: list[Row], scale: str) -> dict[str, float]:
     known = _known(out, scale)
     keys = {row.name: cell(row, scale, 0, "steps").hash for row in rows}
     found = {name: known[key] for name, key in keys.items() if key in known}
-    return found | {name: 1.0 for name in keys if name in BASES.values()}
+    return found | {row.name: 1.0 for row in rows if row.name == (row.base or BASES[row.family])}
 
 
 def _known(out: Path, scale: str) -> dict[str, float]:

@@ -160,6 +160,29 @@ LM_DISTIL_CENTRED = Row(
     overrides={**LM_DISTIL.overrides, **CENTRED},
 )
 ALL_CENTRED = Row("all-centred", "all three losses centred", "clipcap", overrides={"losses.center": "mean"})
+# Is a queue of all data worth it? What a query is contrasted with, at the same keys
+EIM_BATCH = Row("eim-batch", "EIM, in-batch negatives", "clipcap", overrides={"losses.negatives": "batch"})
+
+
+def _negatives(name: str, title: str, word: str) -> Row:
+    overrides = {**NO_LM.overrides, "losses.negatives": word}
+    return Row(f"no-lm-{name}", f"no LM stage, {title}", "clipcap", overrides=overrides)
+
+
+NEGATIVES = (
+    (_negatives("batch", "in-batch negatives", "batch"), "in-batch negatives"),
+    (_negatives("1", "a queue of 1 % of the data", "1%"), "a queue of 1 % of the data"),
+    (_negatives("10", "a queue of 10 % of the data", "10%"), "a queue of 10 % of the data"),
+    (_negatives("recent", "the keys of the 8 batches before", "recent-8"), "the keys of the 8 batches before"),
+)
+# LLaVA's recipe: the projector by captions first, then projector and LM, loss_base all along
+LLAVA = Row(
+    "llava",
+    "LLaVA's two stages",
+    "clipcap",
+    overrides={**FEATURES_ST.overrides, "stages.st.losses.st": 0.0, "stages.st.losses.base": 1.0},
+    shares={"st": 0.25},
+)
 TAU = Row("tau-0.2", "tau 0.2", "clipcap", overrides={"losses.tau": 0.2})
 SPLIT_EVEN = Row("split-even", "steps divided evenly over the stages", "clipcap", shares={"st": 1.0, "lm": 1.0})
 SPLIT_ST = Row("split-st", "ST stage as long as the last", "clipcap", shares={"st": 1.0})

@@ -20,13 +20,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from eim_jax.training.log import read_metrics
 from eim_jax.utils.console import console, duration
-from experiments import results
+from experiments import design, results
 from experiments.cells import BUDGETS, DEFAULT, SCALES, Cell, Row, cell
 from experiments.pace import paces
 from experiments.tables import TABLES, rows_of
 
+SECOND = ", ".join(table.name for table in design.TABLES)
+TABLE = f"all (but those of the second design: {SECOND}), or some of {', '.join(TABLES)}, separated by commas"
 RUNS = Path("runs/experiments")
 HUGE_PAGES = "glibc.malloc.hugetlb=1"  # less time on the CPU (benchmarks/huge_pages.py)
+SEEDS = 5  # of rows whose number nothing says
 HEADS = ("Bleu_4", "accuracy/Avg", "mme/sum", "mme/total")  # the score that the terminal shows
 
 
@@ -49,9 +52,11 @@ def main(arguments: list[str] | None = None) -> None:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", default="all", help=f"all, or some of {', '.join(TABLES)}, separated by commas")
+    parser.add_argument("--table", default="all", help=TABLE)
     parser.add_argument("--scale", choices=SCALES, default="miniature")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 ... N-1")
+    parser.add_argument(
+        "--seeds", type=int, help="seeds 0 ... N-1; default: a row's own number, where it has one, or 5"
+    )
     parser.add_argument("--rows", default="", help="only these rows, separated by commas")
     budget = (
         "steps (the miniature's default): every row the same number of steps; "
@@ -72,14 +77,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     known = {row.name for table in TABLES.values() for row in table.rows}
     if strange := [name for name in options.rows.split(",") if name and name not in known]:
         parser.error(f"--rows={strange[0]}: no such row; there are {', '.join(sorted(known))}")
-    if options.seeds < 1 or options.jobs < 1:
+    if (options.seeds is not None and options.seeds < 1) or options.jobs < 1:
         parser.error("--seeds and --jobs are at least 1")
     return options
 
 
 def chosen(options: argparse.Namespace) -> list[Row]:
     """The rows that are asked for."""
-    tables = list(TABLES.values()) if options.table == "all" else [TABLES[name] for name in options.table.split(",")]
+    first = [table for table in TABLES.values() if table not in design.TABLES]  # "all" is the first design's
+    tables = first if options.table == "all" else [TABLES[name] for name in options.table.split(",")]
     rows = rows_of(tables, options.scale, options.budget)
     return [row for row in rows if row.name in options.rows.split(",")] if options.rows else rows
 
@@ -87,12 +93,17 @@ def chosen(options: argparse.Namespace) -> list[Row]:
 def cells(rows: list[Row], options: argparse.Namespace) -> list[Cell]:
     """The rows' cells, whole seeds first, each cell once."""
     pace = paces(options.out, rows, options.scale, keep=not options.dry) if options.budget == "time" else {}
-    found = {}
-    for seed in range(options.seeds):
-        for row in rows:
+    found, most = {}, {row.name: _seeds(row, options.seeds) for row in rows}
+    for seed in range(max(most.values(), default=0)):
+        for row in (row for row in rows if seed < most[row.name]):
             one = cell(row, options.scale, seed, options.budget, pace.get(row.name, 1.0))
             found.setdefault(one.hash, one)
     return list(found.values())
+
+
+def _seeds(row: Row, asked: int | None) -> int:
+    """A row's seeds: those asked for, of a row whose design gives it a number no more than that."""
+    return min(asked or row.seeds, row.seeds) if row.seeds else asked or SEEDS
 
 
 def command(one: Cell, workdir: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from experiments import (
     cone,
     controls,
+    design,
     open_questions,
     table02,
     table03,
@@ -30,6 +31,7 @@ ALL = (
     open_questions.TABLE,
     open_questions.QUESTIONS,
     cone.TABLE,
+    *design.TABLES,
     tuning.TABLE,
     tuning.QUESTIONS,
 )

@@ -82,6 +82,10 @@ class Losses:
     # Which keys are a query's own: self (the paper) | group (all captions of the image) | mask (siblings not in the
     # denominator) | others (the image's other captions, the own key in neither sum); by loss: "self, lm:others".
     positives: str = "self"
+    # What a query is contrasted with besides its own key: queue (all others, the paper) | batch (the update's other
+    # samples) | 10% (a fixed part of the queue) | recent-8 (the keys of so many batches before); by loss: "queue,
+    # ie:batch". See docs/concepts/queues.md.
+    negatives: str = "queue"
     # What is taken from a queue's keys and queries before they are normalised: none (the paper) | mean (of the queue's
     # keys, for features that nearly all point one way; see docs/concepts/cone.md); by loss: "lm:mean, st:mean".
     center: str = "none"
@@ -91,7 +95,7 @@ class Losses:
     queue_dtype: str = "auto"  # float32 | bfloat16 | int8 (a scale a row) | auto (float32 on CPU, bfloat16 elsewhere)
 
     def of(self, field: str, loss: str) -> str:
-        """What `positives` or `center` is for one loss.
+        """What `positives`, `negatives` or `center` is for one loss.
 
         Args:
           field: its name.

@@ -58,6 +58,7 @@ def batches(
     threads: int = 4,
     buckets: int = 1,
     window: int = 1,
+    before: int = 0,
     place: Callable[[Batch], Any] | None = None,
     packer: Packer | None = None,
 ) -> grain.DatasetIterator:
@@ -76,6 +77,8 @@ def batches(
     on the devices, it yields (batch, place(batch)), two ahead of the step in a thread of their own; the state is always
     that of the pair last returned.
 
+    The field "before" holds the rows of the `before` batches ahead of a batch, -1 where there were none.
+
     Raises:
       ValueError: an argument cannot be meant; while iterating, an image cannot be read: its id and file are named.
     """
@@ -90,7 +93,12 @@ def batches(
         rows = order.rows(step)
         packing = packer(rows, own) if packer else None
         width = order.width(rows) if packing is None else order.widths and order.widths[-1]
-        return load(rows[own], width)._replace(packing=packing)
+        batch = load(rows[own], width)._replace(packing=packing)
+        if "before" not in fields:
+            return batch
+        none = np.full(batch_size, -1, np.int32)
+        earlier = [order.rows(step - k) if step >= k else none for k in range(1, before + 1)]
+        return batch._replace(before=np.stack(earlier, axis=1)[own])
 
     steps = grain.MapDataset.range(steps_per_epoch(split, batch_size) * (epochs or 1))
     # Without an end, the one epoch of steps is repeated: map then still sees 0, 1, 2, ...

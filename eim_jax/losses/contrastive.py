@@ -59,6 +59,7 @@ def queue_nce(
     groups: Int[Array, "N"] | None = None,
     scale: Float[Array, "N"] | None = None,
     center: Float[Array, "D"] | None = None,
+    among: Int[Any, "m"] | None = None,
     chunk: int = 0,
     mesh: Mesh | None = None,
 ) -> NCE:
@@ -83,6 +84,9 @@ def queue_nce(
       scale: [N], of int8 codes: scale[j] * keys[j] is the key.
       center: [D], taken from the queries, after they are normalised and before they are once more under the cosine; of
         the keys it was taken before (losses/centering.py).
+      among: [m], rows of the queue that are a query's negatives in place of all, beside its own key, which always
+        counts and counts once; -1 stands for none, a row that stands twice counts twice. NumPy's are fixed when the
+        program is compiled: then each device reads those alone that it holds. None: all `count` rows.
       chunk: keys read at a time; 0: 1024 on CPU, 32768 elsewhere.
       mesh: the rows of `keys`, `groups` and `scale` lie over its ("data", "fsdp") axes; each device passes over its own
         rows, and only [b] and [b D] move.
@@ -107,16 +111,21 @@ def queue_nce(
     grouped = positives in ("group", "mask", "others")
     _check_arguments(keys, count, similarity, positives, groups, scale, center, parts_of(mesh))
     _check_values(keys, index, count, similarity, scale)
+    _check_among(among, count)
     on_cpu = (mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()) == "cpu"
-    rows = min(chunk or (1024 if on_cpu else 32768), keys.shape[0] // parts_of(mesh))
+    fixed = isinstance(among, np.ndarray)
+    if fixed:
+        among = _by_device(among, keys.shape[0], parts_of(mesh))
+    read = keys.shape[0] // parts_of(mesh) if among is None else among.shape[0] // (parts_of(mesh) if fixed else 1)
+    rows = min(chunk or (1024 if on_cpu else 32768), read)
 
     weights = jnp.ones(query.shape[0]) if weights is None else weights.astype(jnp.float32)
     counted = weights != 0
     q = jnp.where(counted[:, None], query, 0).astype(jnp.float32)  # also stops the gradient of uncounted rows
     q = as_queries(q, similarity, center)
-    how = Pass(count, rows, positives, mesh, on_cpu)
+    how = Pass(count, rows, positives, mesh, on_cpu, fixed)
     groups = groups if grouped else None
-    loss, (rank, score, effective) = cast(Any, _rowwise(how, q / tau, keys, index, groups, scale))
+    loss, (rank, score, effective) = cast(Any, _rowwise(how, q / tau, keys, index, groups, scale, among))
 
     def total(x):
         return jnp.sum(jnp.where(counted, weights * x, 0))
@@ -149,6 +158,31 @@ def _check_arguments(keys, count, similarity, positives, groups, scale, center, 
         raise ValueError(f"center of shape {center.shape}: keys of {keys.shape[1]} numbers have a mean of as many")
     if positives in ("group", "mask", "others") and groups is None:
         raise ValueError(f'positives="{positives}" needs one group id a key (groups=)')
+
+
+def _check_among(among, count: int) -> None:
+    """Raises ValueError for negatives that are no list of rows of the queue."""
+    if among is None:
+        return
+    if among.ndim != 1 or not among.shape[0]:
+        raise ValueError(f"among of shape {among.shape}: it lists the rows of at least one negative, [m]")
+    if isinstance(among, np.ndarray) and not ((among >= -1) & (among < count)).all():
+        row = int(among[(among < -1) | (among >= count)][0])
+        raise ValueError(f"among holds row {row}: the queue has rows 0 to {count - 1}, and -1 stands for none")
+
+
+def _by_device(among: Int[np.ndarray, "m"], held: int, shards: int) -> Int[np.ndarray, "shards_longest"]:
+    """Fixed rows, those of each device together, filled up with -1 to the longest list."""
+    among = among.astype(np.int32)
+    if shards == 1:
+        return among
+    device = np.where(among < 0, -1, among // (held // shards))
+    longest = max(1, int(np.bincount(device[device >= 0], minlength=shards).max()))
+    found = np.full((shards, longest), -1, np.int32)
+    for number in range(shards):
+        own = among[device == number]
+        found[number, : len(own)] = own
+    return found.ravel()
 
 
 def _check_values(keys, index, count: int, similarity: str, scale) -> None:
@@ -190,22 +224,22 @@ def _unit(x: Float[Array, "b D"]) -> Float[Array, "b D"]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rowwise(how, u, keys, index, groups, scale):
-    return _forward(how, u, keys, index, groups, scale)[0]
+def _rowwise(how, u, keys, index, groups, scale, among):
+    return _forward(how, u, keys, index, groups, scale, among)[0]
 
 
-def _forward(how, u, keys, index, groups, scale):
+def _forward(how, u, keys, index, groups, scale, among):
     passed = functools.partial(one_pass, how)
     if how.mesh is not None:
         held, whole = PartitionSpec(ROWS), PartitionSpec()
-        specs = (whole, held, whole, held, held)
+        specs = (whole, held, whole, held, held, held if how.apart else whole)
         passed = jax.shard_map(passed, mesh=how.mesh, in_specs=specs, out_specs=whole)
-    loss, gradient, *diagnostics = passed(u, keys, index, groups, scale)
+    loss, gradient, *diagnostics = passed(u, keys, index, groups, scale, among)
     return (loss, tuple(diagnostics)), gradient
 
 
 def _backward(how, gradient, cotangents):
-    return cotangents[0][:, None] * gradient, None, None, None, None
+    return cotangents[0][:, None] * gradient, None, None, None, None, None
 
 
 _rowwise.defvjp(_forward, _backward)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from eim_jax.config import Config, Losses
 from eim_jax.losses.contrastive import Similarity
+from eim_jax.losses.negatives import BatchRows, Negatives, negatives_of
 from eim_jax.losses.online_softmax import Positives
 from eim_jax.losses.queues import Queue
 from eim_jax.models.batch import Batch
@@ -87,12 +88,21 @@ class Forward:
       batch: its fields as the stage's losses need them.
       key: of dropout; None: none.
       mesh: over which batch and queues lie.
+      whole: the rows of the update that the batch is a micro-batch of; None: it is the whole.
     """
 
     def __init__(
-        self, vlm: VLM, settings: Losses, params: dict, batch: Batch, key: Array | None = None, mesh: Mesh | None = None
+        self,
+        vlm: VLM,
+        settings: Losses,
+        params: dict,
+        batch: Batch,
+        key: Array | None = None,
+        mesh: Mesh | None = None,
+        whole: BatchRows | None = None,
     ):
         self.vlm, self.settings, self.params, self.batch, self.mesh = vlm, settings, params, batch, mesh
+        self.whole = BatchRows.of(batch) if whole is None else whole
         self._key = key
 
     @functools.cached_property
@@ -162,7 +172,14 @@ class ContrastiveLoss:
 
     def fields(self, settings: Losses) -> frozenset[str]:
         """The batch fields that it reads besides `index`, under these settings."""
-        return self.needs | ({"has_image"} if self.needs_image else set())
+        return self.needs | ({"has_image"} if self.needs_image else set()) | self._before(settings)
+
+    def _before(self, settings: Losses) -> set[str]:
+        return {"before"} if self.negatives(settings).before else set()
+
+    def negatives(self, settings: Losses) -> Negatives:
+        """Which keys it contrasts with besides a query's own."""
+        return negatives_of(settings, self.name)
 
     def positives(self, settings: Losses) -> Positives:
         """Which keys count as a query's own."""
@@ -184,6 +201,7 @@ class ContrastiveLoss:
             similarity=cast(Similarity, settings.similarity),
             weights=batch.read("has_image").astype(jnp.float32) if self.needs_image else None,
             positives=self.positives(settings),
+            among=self.negatives(settings).rows(forward.whole, queue.count),
             chunk=settings.chunk,
             mesh=forward.mesh,
         )

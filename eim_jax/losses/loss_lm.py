@@ -49,7 +49,7 @@ class LastTokenLoss(ContrastiveLoss):
 
     def fields(self, settings: Losses) -> frozenset[str]:
         """Text alone, or with `lm_with_image` the image before it; all rows take part either way."""
-        return self.needs | ({"image", "has_image"} if settings.lm_with_image else set())
+        return super().fields(settings) | ({"image", "has_image"} if settings.lm_with_image else set())
 
     def readings(self, settings: Losses) -> frozenset[str]:
         """What it lets the LM read of a batch (`batch.READINGS`)."""
@@ -60,9 +60,14 @@ class LastTokenLoss(ContrastiveLoss):
         return "alone" if settings.lm_distil else super().positives(settings)
 
     def check(self, config: Config) -> None:
-        """Raises ConfigError for `lm_distil` under the dot product, which has no least loss."""
+        """Raises ConfigError for `lm_distil` with chosen negatives, or the dot product, which has no least loss."""
         if config.losses.lm_distil and config.losses.similarity != "cosine":
             raise ConfigError("config.losses.lm_distil needs config.losses.similarity='cosine'")
+        if config.losses.lm_distil and config.losses.of("negatives", self.name) != "queue":
+            raise ConfigError(
+                "config.losses.lm_distil has no negatives, config.losses.negatives="
+                f"{config.losses.negatives!r} chooses some of loss_LM: leave one of them out"
+            )
 
 
 LAST_TOKENS = QueueKind(

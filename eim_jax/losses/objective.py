@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from eim_jax.config import Losses, Stage
 from eim_jax.losses.kinds import Forward, Loss
+from eim_jax.losses.negatives import BatchRows, negatives_of
 from eim_jax.losses.queues import Queue
 from eim_jax.losses.table import losses_of, weights
 from eim_jax.models.batch import Batch
@@ -27,6 +28,12 @@ def readings(stage: Stage, settings: Losses) -> frozenset[str]:
     """
     asked = (getattr(loss, "readings", None) for loss in losses_of(stage))
     return frozenset({}).union(*(ask(settings) for ask in asked if ask is not None))
+
+
+def before(stage: Stage, settings: Losses) -> int:
+    """How many earlier batches' rows a batch of the stage has to hold."""
+    contrasts = [loss for loss in losses_of(stage) if "before" in loss.fields(settings)]
+    return max((negatives_of(settings, loss.name).before for loss in contrasts), default=0)
 
 
 def losses_as_averaged(stage: Stage) -> list[Loss]:
@@ -74,13 +81,21 @@ def make_objective(vlm: VLM, stage: Stage, settings: Losses, mesh: Mesh | None =
       mesh: over which batches and queues lie.
 
     Returns:
-      (params, batch, queues {kind: Queue}, normalisers, key of dropout or None) -> (loss f32[], metrics {name: f32[]}).
+      (params, batch, queues {kind: Queue}, normalisers, key of dropout or None, the rows of the update that the batch
+      is a micro-batch of, None: it is the whole) -> (loss f32[], metrics {name: f32[]}).
       Loss and metrics are shares of the whole batch's means, so that they add up over micro-batches.
     """
     active, losses = weights(stage), {loss.name: loss for loss in losses_as_averaged(stage)}
 
-    def objective(params: dict, batch: Batch, queues: dict[str, Queue], norms: dict, key: Array | None):
-        forward = Forward(vlm, settings, params, batch, key, mesh)
+    def objective(
+        params: dict,
+        batch: Batch,
+        queues: dict[str, Queue],
+        norms: dict,
+        key: Array | None,
+        whole: BatchRows | None = None,
+    ):
+        forward = Forward(vlm, settings, params, batch, key, mesh, whole)
         total, metrics = jnp.float32(0.0), {}
         for name, weight in active.items():
             loss = losses[name]

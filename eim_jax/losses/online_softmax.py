@@ -22,13 +22,17 @@ TIE = 1e-6  # scores closer than this fraction of |u||k_y| tie: twice the roundi
 
 
 class Pass(NamedTuple):
-    """What is fixed when the pass is compiled: the queue's real rows, keys read at a time, the positives, the mesh."""
+    """What is fixed when the pass is compiled: the queue's real rows, keys read at a time, the positives, the mesh.
+
+    `apart`: of the rows `among` which negatives are, each device is given its own.
+    """
 
     count: int
     chunk: int
     positives: Positives
     mesh: Mesh | None
     on_cpu: bool
+    apart: bool = False
 
 
 class _Softmax(NamedTuple):
@@ -67,7 +71,7 @@ class _Own(NamedTuple):
     tie: Float[Array, "b"]  # a key that scores this much ranks before the own key
 
 
-def one_pass(how: Pass, u, keys, index, groups, scale):
+def one_pass(how: Pass, u, keys, index, groups, scale, among=None):
     """Reads every key once; under shard_map, every key that this device holds, and the results are the same on all.
 
     Args:
@@ -77,11 +81,14 @@ def one_pass(how: Pass, u, keys, index, groups, scale):
       index: [b], the own key's row in the whole queue.
       groups: [N] or None.
       scale: [N] of int8 codes, else None.
+      among: [m] rows of the whole queue that are read in place of all, the own one aside, which is always read, once;
+        those that another device holds, or -1, are passed over. None: all rows.
 
     Returns:
       loss [b], dloss/du [b D], rank of the own key [b], its score u.k_y [b], and 1 / sum_j p_j^2 [b].
     """
     (b, width), held = u.shape, keys.shape[0]
+    span = held if among is None else among.shape[0]
     axes = ROWS if how.mesh is not None else ()
     first = lax.axis_index(axes) * held if axes else 0  # this device's first key in the whole queue
     u, score_of, weighted_sum = _products(u, keys.dtype, how.on_cpu)
@@ -95,12 +102,22 @@ def one_pass(how: Pass, u, keys, index, groups, scale):
     def step(i, carry):
         softmax, positive, rank = carry
         # A slice cannot be shorter at the end: the last one starts early, and `fresh` leaves out its keys already seen.
-        start = jnp.minimum(i * how.chunk, held - how.chunk)
-        block = lax.dynamic_slice_in_dim(stored, start, how.chunk)
+        start = jnp.minimum(i * how.chunk, span - how.chunk)
+        slot = start + jnp.arange(how.chunk)
+        if among is None:
+            place, at = first + slot, None
+            fresh = ((slot >= i * how.chunk) & (place < how.count))[None, :]
+        else:
+            place = lax.dynamic_slice_in_dim(among, start, how.chunk)
+            mine, at = _place(place, first, held)
+            fresh = ((slot >= i * how.chunk) & mine)[None, :] & (place[None, :] != index[:, None])
+
+        def cut(array):
+            return lax.dynamic_slice_in_dim(array, start, how.chunk) if at is None else array[at]
+
+        block = cut(stored)
         block = lax.bitcast_convert_type(block, keys.dtype) if stored is not keys else block
-        place = start + jnp.arange(how.chunk)
-        fresh = ((place >= i * how.chunk) & (first + place < how.count))[None, :]
-        by = None if scale is None else lax.dynamic_slice_in_dim(scale, start, how.chunk)[None]
+        by = None if scale is None else cut(scale)[None]
         scores = score_of(block) if by is None else score_of(block) * by
         scores = jnp.where(fresh, scores, MASKED)
 
@@ -109,8 +126,8 @@ def one_pass(how: Pass, u, keys, index, groups, scale):
 
         rivals = scores >= own.tie[:, None]
         if groups is not None and own.group is not None:
-            same = (lax.dynamic_slice_in_dim(groups, start, how.chunk)[None, :] == own.group[:, None]) & fresh
-            sibling = same & ((first + place)[None, :] != index[:, None])
+            same = (cut(groups)[None, :] == own.group[:, None]) & fresh
+            sibling = same & (place[None, :] != index[:, None])
             rivals &= ~sibling
             if how.positives == "mask":
                 scores = jnp.where(sibling, MASKED, scores)
@@ -125,12 +142,15 @@ def one_pass(how: Pass, u, keys, index, groups, scale):
     empty = _Softmax(jnp.full(b, MASKED), jnp.zeros(b), jnp.zeros((b, width)), jnp.zeros(b))
     start = (empty, empty if how.positives in ("group", "others") else None, jnp.zeros(b, jnp.int32))
     start = lax.pcast(start, axes, to="varying") if axes else start
-    softmax, positive, rank = lax.fori_loop(0, -(-held // how.chunk), step, start)
+    softmax, positive, rank = lax.fori_loop(0, -(-span // how.chunk), step, start)
     if axes:
         softmax, rank = softmax.merge(axes), lax.psum(rank, axes)
         positive = positive.merge(axes) if positive is not None else None
     if how.positives == "others" and positive is not None:
-        softmax, positive = _with_the_lonely(own, softmax, positive)
+        softmax, positive = _with_own(own, softmax, positive, only=positive.top <= MASKED)
+    elif among is not None:
+        softmax, positive = _with_own(own, softmax, positive)
+    rank = rank if among is None else rank + 1
     loss, gradient = _loss_and_gradient(how, u, own, softmax, positive)
     effective = softmax.total * softmax.total / softmax.square
     return jnp.maximum(loss, 0), gradient, rank.astype(jnp.float32), own.score, effective
@@ -160,14 +180,19 @@ def _own_keys(u, keys, index, groups, scale, first, axes) -> _Own:
     return _Own(key, group, score, tie)
 
 
-def _with_the_lonely(own: _Own, softmax: _Softmax, positive: _Softmax) -> tuple[_Softmax, _Softmax]:
-    """Gives queries without a sibling their own key back: else their loss would be the distance to nothing."""
-    score = jnp.where(positive.top <= MASKED, own.score, MASKED)[:, None]  # MASKED adds nothing
+def _with_own(
+    own: _Own, softmax: _Softmax, positive: _Softmax | None, only: Array | None = None
+) -> tuple[_Softmax, _Softmax | None]:
+    """Adds the own key to what queries are contrasted with, and to their positives.
+
+    To all queries, or to some: those without a sibling, whose loss would be the distance to nothing.
+    """
+    score = (own.score if only is None else jnp.where(only, own.score, MASKED))[:, None]  # MASKED adds nothing
 
     def weigh(e):
         return e * own.key
 
-    return softmax.add(score, weigh), positive.add(score, weigh)
+    return softmax.add(score, weigh), None if positive is None else positive.add(score, weigh)
 
 
 def _loss_and_gradient(how: Pass, u, own: _Own, softmax: _Softmax, positive: _Softmax | None):

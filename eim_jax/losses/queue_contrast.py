@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from eim_jax.losses.contrastive import Similarity, queue_nce
 from eim_jax.losses.online_softmax import Positives, keys_at
@@ -43,6 +43,7 @@ def contrast(
     tau: float = 0.07,
     similarity: Similarity = "cosine",
     positives: Positives = "self",
+    among: Int[np.ndarray, "m"] | None = None,
     mesh: Mesh | None = None,
     chunk: int = 0,
 ) -> Contrast:
@@ -53,6 +54,7 @@ def contrast(
       tau: the temperature.
       similarity: "cosine" or "dot". Under "dot" a longer query lowers the loss: there the floor bounds nothing.
       positives: "self", "group", "mask" or "others"; with "alone" nothing is contrasted.
+      among: the rows that are negatives, as `queue_nce`; None: all.
       mesh: the one over which the queue was placed.
       chunk: keys read at a time, as `queue_nce`.
 
@@ -65,8 +67,9 @@ def contrast(
     every = np.arange(count) if count <= SAMPLE else np.random.default_rng(0).choice(count, SAMPLE, replace=False)
     rows = np.sort(every).astype(np.int32)  # NumPy's: every process of several has the same
     options = (tau, similarity, positives, mesh, chunk)
-    floor = float(_loss(queue, rows, np.float32(1), *options))
-    equal = float(np.log(count)) if positives == "self" else float(_loss(queue, rows, np.float32(0), *options))
+    floor = float(_loss(queue, rows, np.float32(1), among, *options))
+    known = positives == "self" and among is None
+    equal = float(np.log(count)) if known else float(_loss(queue, rows, np.float32(0), among, *options))
     return Contrast(floor, equal, len(rows))
 
 
@@ -83,8 +86,8 @@ def _keys(queue: Queue, rows: Array, mesh: Mesh | None) -> Float[Array, "s D"]:
     return found(queue.keys, queue.scale, rows)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
-def _loss(queue: Queue, rows, length, tau, similarity, positives, mesh, chunk) -> Float[Array, ""]:
+@functools.partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
+def _loss(queue: Queue, rows, length, among, tau, similarity, positives, mesh, chunk) -> Float[Array, ""]:
     """The mean loss of the keys in these rows as queries, times `length`: 0 makes them as similar to one key as to all.
 
     A centred queue's mean is taken from its keys already.
@@ -99,6 +102,7 @@ def _loss(queue: Queue, rows, length, tau, similarity, positives, mesh, chunk) -
         positives=positives,
         groups=queue.groups,
         scale=queue.scale,
+        among=among,
         mesh=mesh,
         chunk=chunk,
     )

@@ -209,6 +209,7 @@ class Queue:
         similarity: Similarity = "cosine",
         positives: Positives = "self",
         weights: Float[Array, "b"] | None = None,
+        among: Int[Any, "m"] | None = None,
         mesh: Mesh | None = None,
         chunk: int = 0,
     ) -> NCE:
@@ -221,6 +222,7 @@ class Queue:
           similarity: "cosine" (the query is normalised here) or "dot".
           positives: "self" (the paper), "group", "mask", "others" or "alone".
           weights: [b], of each query's loss; 0 leaves it out.
+          among: [m], rows that are the negatives in place of all; `index`, for in-batch negatives. None: all rows.
           mesh: the one over which the queue was placed.
           chunk: keys read at a time; 0: 1024 on CPU, 32768 elsewhere.
 
@@ -246,6 +248,7 @@ class Queue:
             groups=self.groups,
             scale=self.scale,
             center=self.center,
+            among=among,
             chunk=chunk,
             mesh=mesh,
         )

@@ -22,6 +22,7 @@ from eim_jax.losses.loss_base import BASE
 from eim_jax.losses.loss_ie import IE
 from eim_jax.losses.loss_lm import LM
 from eim_jax.losses.loss_st import ST
+from eim_jax.losses.negatives import FORMS, parse
 
 # Their order is that of logs and charts, and of the terms in a stage's sum.
 LOSSES |= {loss.name: loss for loss in (BASE, IE, ST, LM)}
@@ -66,17 +67,29 @@ def check(config: Config) -> None:
                     f"config.stages.{where}.losses.{name}: no such loss; {hint} A loss of your own is entered in "
                     "eim_jax.losses.table.LOSSES before the run starts"
                 )
-    for field in ("positives", "center"):
+    for field in ("positives", "negatives", "center"):
         for name in by_loss(getattr(config.losses, field))[1]:
             known = [loss.name for loss in LOSSES.values() if loss.queue is not None]
             if name not in known:
                 raise ConfigError(
                     f"config.losses.{field}: {name!r} is no loss with a queue; there are {', '.join(known)}"
                 )
+    _check_negatives(config.losses.negatives)
     for loss in LOSSES.values():
         loss.check(config)
         if loss.queue is not None:
             center_of(loss.queue, config.losses)
+
+
+def _check_negatives(setting: str) -> None:
+    for_all, named = by_loss(setting)
+    if len(named) < setting.count(":"):
+        raise ConfigError(f"config.losses.negatives: {setting!r} names a loss twice")
+    for word in ([for_all] if for_all or not named else []) + list(named.values()):
+        if parse(word) is None:
+            raise ConfigError(
+                f"config.losses.negatives: {word!r} is none of {FORMS}; for some losses alone: 'ie:batch, lm:10%'"
+            )
 
 
 def center_of(queue: QueueKind, settings: Losses) -> Center:

@@ -26,6 +26,7 @@ class Batch(NamedTuple):
     image: UInt8[Array, "b h w 3"] | None = None  # resized and cropped as CLIP does; normalised on the device
     features: Float[Array, "b n v"] | None = None  # cached `see` of a frozen CLIP
     has_image: Bool[Array, "b"] | None = None  # False: a text-only row, masked out of loss_IE and loss_ST
+    before: Int[Array, "b k"] | None = None  # rows at this place of the k batches before; -1: there was none
     # Where several samples share a row of slots, by what the LM reads (READINGS); None: each has a row of its own.
     packing: dict[str, Packing] | None = None
 

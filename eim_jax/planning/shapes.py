@@ -188,6 +188,7 @@ def batch_shapes(inputs: Inputs, vlm: VLM, stage: Stage, params: Flat) -> Batch:
         "supervised": ((b, t), jnp.bool_),
         "image": (image.shape, image.dtype),
         "has_image": ((b,), jnp.bool_),
+        "before": ((b, objective.before(stage, inputs.config.losses)), jnp.int32),
     }
     if "image" in needed and reads_features(inputs, stage, params):
         tree = partition.unflatten({path: leaf for path, leaf in params.items() if path.startswith("visual/")})

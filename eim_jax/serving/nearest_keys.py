@@ -17,7 +17,7 @@ from eim_jax.serving.served_arm import ServedArm
 from eim_jax.training.setup import Inputs
 
 _SIDE = 160  # pixels of a training picture as the page shows it
-_FIELDS = {"image", "has_image"}  # what a picture alone gives
+_FIELDS = {"image", "has_image", "before"}  # what a picture alone gives, and what no query reads
 
 
 class NearestKeys:

@@ -7,19 +7,21 @@ from eim_jax.losses.contrastive import Similarity
 from eim_jax.losses.kinds import Loss
 from eim_jax.losses.queue_contrast import contrast
 from eim_jax.losses.queues import Queue
+from eim_jax.losses.table import weights
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.console import console
 
 CONE = 0.5  # length of the mean unit key, from which it is the mean that keeps keys from being told apart
 
 
-def tell_queue(inputs: Inputs, loss: Loss, queue: Queue) -> dict[str, float]:
+def tell_queue(inputs: Inputs, loss: Loss, queue: Queue, batch: int | None = None) -> dict[str, float]:
     """Prints a queue's health, and what the loss that reads it lies between.
 
     Args:
       inputs: the run's.
       loss: it.
       queue: its.
+      batch: samples of an update, where its negatives are those of a batch; None: of the largest that trains on it.
 
     Returns:
       {"mean_norm", "mean_cosine", and where keys are contrasted "floor", "chance"}.
@@ -30,8 +32,13 @@ def tell_queue(inputs: Inputs, loss: Loss, queue: Queue) -> dict[str, float]:
     chosen = getattr(loss, "positives", None)  # a loss of another kind may have none
     positives = "alone" if chosen is None else chosen(settings)
     if positives != "alone":
+        among, against = None, getattr(loss, "negatives", None)
+        if against is not None:
+            stages = [stage for stage in inputs.config.stages.values() if loss.name in weights(stage)]
+            batch = batch or max((stage.batch for stage in stages), default=1)
+            among = against(settings).like(batch, queue.count)
         options = {"tau": settings.tau, "positives": positives, "mesh": inputs.mesh, "chunk": settings.chunk}
-        between = contrast(queue, similarity=cast(Similarity, settings.similarity), **options)
+        between = contrast(queue, similarity=cast(Similarity, settings.similarity), among=among, **options)
         centred = queue.center is not None
         advice = f"config.losses.center={loss.name}:mean takes the mean from keys and queries"
         if centred or found.mean_norm < CONE:

@@ -131,7 +131,9 @@ class _StageRun:
         queue_of = functools.partial(inputs.queue, vlm)
         made = assemble(vlm, stage, config.losses, params, info.steps, queue_of, inputs.mesh)
         contrasts = [loss for loss in losses_of(stage) if loss.queue is not None]
-        self.queues = {loss.name: tell_queue(inputs, loss, made.queues[queue_name(loss)]) for loss in contrasts}
+        self.queues = {
+            loss.name: tell_queue(inputs, loss, made.queues[queue_name(loss)], stage.batch) for loss in contrasts
+        }
         doing(f"preparing {info.name}")
         self.trained, self.opt_state = made.trained, made.init_state()
         self.made = made._replace(trained={})  # a resumed stage would hold them beside those that it restores
@@ -351,6 +353,7 @@ def _batches(inputs: Inputs, vlm: VLM, stage: Stage, index: int, info: StageInfo
         process_index=part,
         process_count=parts,
         threads=config.data.threads,
+        before=objective.before(stage, config.losses),
         place=lambda batch: place_batch(batch, mesh),
         packer=packer,
     )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from eim_jax.config import Stage
+from eim_jax.losses.negatives import BatchRows
 from eim_jax.losses.objective import microbatch_normalisers, normalisers
 from eim_jax.models.vlm import VLM
 from eim_jax.training import partition
@@ -24,9 +25,9 @@ def make_step(vlm: VLM, stage: Stage, objective: Callable, tx: optax.GradientTra
     "microbatch" each divides by its own: the mean of their gradients. `train=False` switches dropout off.
     """
 
-    def loss_of(trained, frozen, batch, queues, norms, key):
+    def loss_of(trained, frozen, batch, queues, norms, key, *whole):
         params = partition.unflatten({**trained, **frozen})
-        return objective(params, batch, queues, norms, key if train else None)
+        return objective(params, batch, queues, norms, key if train else None, *whole)
 
     def gradients(trained, frozen, batch, queues, key):
         norms = normalisers(vlm, stage, batch)
@@ -36,16 +37,18 @@ def make_step(vlm: VLM, stage: Stage, objective: Callable, tx: optax.GradientTra
         # Every accumulate-th row: where each device's rows divide by accumulate, they stay on it.
         micro = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, stage.accumulate, *x.shape[1:]), 1, 0), batch)
 
+        whole = BatchRows.of(batch)
         own = stage.loss_mean == "microbatch"
         each = microbatch_normalisers(vlm, stage, micro) if own else {}
 
         def add(total, part):
             i, rows, counts = part
             divide = counts if own else norms
-            more = differentiate(trained, frozen, rows, queues, divide, jax.random.fold_in(key, i))
+            more = differentiate(trained, frozen, rows, queues, divide, jax.random.fold_in(key, i), whole)
             return jax.tree.map(jnp.add, total, more), None
 
-        shapes = jax.eval_shape(differentiate, trained, frozen, jax.tree.map(lambda x: x[0], micro), queues, norms, key)
+        first = jax.tree.map(lambda x: x[0], micro)
+        shapes = jax.eval_shape(differentiate, trained, frozen, first, queues, norms, key, whole)
         zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zero, (jnp.arange(stage.accumulate), micro, each))[0]
 

@@ -6,7 +6,7 @@ from eim_jax.config import Data
 from eim_jax.data.bad_items import BadItem
 from eim_jax.data.data_set import DataSet
 from eim_jax.data.datasets.instruct_prompt import single_turn
-from eim_jax.data.datasets.miniature import MiniatureFields
+from eim_jax.data.datasets.miniature import MiniatureFields, drawn
 from eim_jax.data.samples import Split
 
 
@@ -14,8 +14,10 @@ def _load(data: Data, own: MiniatureFields, name: str, cache: Path) -> tuple[Spl
     from eim_jax.data.miniature import chat  # here, because the miniature's tasks import from this package
 
     if name == "test":
-        return chat.load_yes_no(seed=0), []
-    return chat.load_chat(name, seed=0, samples=own.scenes if name == "train" else None), []
+        return chat.load_yes_no(0, *filter(None, [drawn(own, name)])), []
+    return chat.load_chat(name, seed=0, samples=drawn(own, name)), []
 
 
-MINIATURE_CHAT = DataSet("miniature_chat", MiniatureFields, _load, scored=("test",), prompt=single_turn)
+MINIATURE_CHAT = DataSet(
+    "miniature_chat", MiniatureFields, _load, scored=("test",), free_on_resume=("test_items",), prompt=single_turn
+)
