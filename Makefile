@@ -63,10 +63,9 @@ topology: .venv/test$(EXTRAS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check libtpu==0.0.51
 	$(BIN)/python -m pytest -n 0 -m "$(FITS)"
 
-# The page of `--mode=serve` in a real browser: a Chromium must be installed (apt-get install chromium).
+# The page of `--mode=serve` in a real browser, where there is one or apt-get may install one; else it says so.
 browser: .venv/test$(EXTRAS)
-	$(INSTALL) '.[train,serve,test]' playwright
-	XLA_FLAGS="$(QUICK)" $(BIN)/python -m pytest -n 0 tests/test_serve_page.py
+	XLA_FLAGS="$(QUICK)" scripts/browser.sh
 
 lint: .venv/test$(EXTRAS)
 	$(BIN)/ruff check .

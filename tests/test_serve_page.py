@@ -11,7 +11,7 @@ pytest.importorskip("openai", reason="the extra test brings OpenAI's client")
 pytest.importorskip("uvicorn", reason="--mode=serve needs the extra serve")
 playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by Playwright: make browser")
 
-from test_serve import world as world  # noqa: E402 the fixture
+from served import world as world  # noqa: E402 the fixture
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")

@@ -13,7 +13,7 @@ from typing import Any
 from lmms_eval.api.model import lmms
 from PIL import Image
 
-from eim_jax.commands.serve import served_arms
+from eim_jax.commands.arriving_arms import served_arm
 from eim_jax.commands.trained_arms import load_finished
 from eim_jax.config import ConfigError, read_saved
 from eim_jax.serving.chat_request import ChatRequest, Turn
@@ -62,7 +62,7 @@ class FinishedRun(lmms):
         if batch_size is not None and str(batch_size) != "1":  # 1 is lmms-eval's default, not a wish
             config = replace(config, decode=replace(config.decode, batch=int(batch_size)))
         self._inputs = load_finished(config, folder)
-        self._engine = Engine(served_arms(self._inputs, [self.name]), max_waiting=1 << 30)
+        self._engine = Engine({self.name: served_arm(self._inputs, self.name)}, max_waiting=1 << 30)
         self._arm = self._engine.arms[self.name]
         self._engine.start()
 

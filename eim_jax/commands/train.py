@@ -56,7 +56,9 @@ def _train(config: Config, workdir: Path, record: dict) -> None:
     spent = saved.get("seconds", 0.0)
     kept = {key: saved[key] for key in ("started", "finished", "seconds") if key in saved}
     identity = inputs.identity() | _test_pictures(config, workdir, test, saved.get("identity", {}))
-    record = {**record, "seam": inputs.config.data.seam, "identity": identity, **kept}
+    # What is ahead, for whoever follows the run from outside (reporting/progress.py).
+    ahead_of = {arm: [{"name": stage.name, "steps": stage.steps} for stage in plan] for arm, plan in plans.items()}
+    record = {**record, "seam": inputs.config.data.seam, "identity": identity, "plan": ahead_of, **kept}
     write_json(workdir / "run.json", record)
     news, table = False, {}
     for number, arm in enumerate(config.arms):

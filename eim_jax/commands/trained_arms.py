@@ -64,7 +64,7 @@ def after_stages(inputs: Inputs, arm: str) -> Iterator[tuple[str, VLM, Flat]]:
     vlm, params = setup.start(inputs, inputs.config.arm[arm])
     yield "start", vlm, params
     for i, name in enumerate(inputs.config.arm[arm].sequence):
-        with StageCheckpoints(inputs.workdir / arm / "checkpoints" / f"{i}-{name}") as store:
+        with StageCheckpoints(_folder(inputs.workdir, arm, i, name)) as store:
             if not store.finished:
                 raise ConfigError(
                     f"stage {name} of arm {arm} is not finished in {inputs.workdir}: run --mode=train first"
@@ -72,6 +72,19 @@ def after_stages(inputs: Inputs, arm: str) -> Iterator[tuple[str, VLM, Flat]]:
             leaves, _ = partition.split(params, partition.groups(inputs.config.stages[name], params))
             params = {**params, **store.result(leaves)[0]}
         yield name, vlm, params
+
+
+def unfinished_stage(config: Config, workdir: Path, arm: str) -> str | None:
+    """Returns the first stage of an arm that is not finished, None where all are; loads nothing."""
+    for i, name in enumerate(config.arm[arm].sequence):
+        with StageCheckpoints(_folder(workdir, arm, i, name)) as store:
+            if not store.finished:
+                return name
+    return None
+
+
+def _folder(workdir: Path, arm: str, number: int, stage: str) -> Path:
+    return workdir / arm / "checkpoints" / f"{number}-{stage}"
 
 
 def check_untrained(config: Config, workdir: Path) -> None:

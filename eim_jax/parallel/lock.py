@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -21,6 +22,41 @@ FILE = "run.lock"
 
 _POLL = 0.5  # seconds between two looks at a lock that is waited for
 _NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}  # of some network file systems and buckets
+
+
+class Holder(NamedTuple):
+    """Who works in a directory.
+
+    Attributes:
+      described: process, host and since when, in words.
+      alive: whether it still runs; None where that cannot be seen from this machine.
+    """
+
+    described: str
+    alive: bool | None
+
+
+def holder_of(workdir: Path) -> Holder | None:
+    """Looks at who works in a directory, without a lock of its own, which could turn away a run that is about to begin.
+
+    Args:
+      workdir: it need not be there.
+
+    Returns:
+      None where nobody does, or whoever did has left with a word.
+    """
+    try:
+        number = os.open(workdir / FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        holder = _holder(number)
+    finally:
+        os.close(number)
+    if not holder:
+        return None
+    here = holder.get("host") == socket.gethostname()
+    return Holder(_described(holder), not _is_gone(holder) if here else None)
 
 
 class InUse(OSError):

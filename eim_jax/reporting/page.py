@@ -39,7 +39,20 @@ def write_report(
     references: Mapping[str, Sequence[str]],
     items: Sequence[Item] | None = None,
 ) -> Path:
-    """Writes workdir/report.html from the run's artifacts and returns its path.
+    """Writes workdir/report.html from the run's artifacts and returns its path; arguments and errors as `render`."""
+    path = workdir / "report.html"
+    write_text(path, render(workdir, task, images, references, items))
+    return path
+
+
+def render(
+    workdir: Path,
+    task: Task,
+    images: Callable[[str], Image.Image | None],
+    references: Mapping[str, Sequence[str]],
+    items: Sequence[Item] | None = None,
+) -> str:
+    """Returns the page of a run's artifacts, finished or not; writes nothing.
 
     Args:
       workdir: the run's.
@@ -86,10 +99,8 @@ def write_report(
             config=json.dumps(run.get("config", {}), indent=2, ensure_ascii=False),
         )
     )
-    path = workdir / "report.html"
     # Predictions of other programs may hold half characters, which no file takes, and NULs, which no browser shows.
-    write_text(path, page.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}"))
-    return path
+    return page.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
 def _summary(task: Task, arms: Sequence[Arm]) -> str:

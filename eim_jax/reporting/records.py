@@ -36,7 +36,8 @@ _WEIGHTS = _Kind(
 )
 _MAYBE = _Kind("a number or null", lambda value: value is None or _is_number(value))
 
-_RUN = {"config": _OBJECT, "versions": _OBJECT, "machine": _OBJECT, "seconds": _MAYBE}
+_RUN = {"config": _OBJECT, "versions": _OBJECT, "machine": _OBJECT, "seconds": _MAYBE, "plan": _OBJECT}
+_PLANNED = {"name": _TEXT, "steps": _COUNT}
 _ARM = {"description": _TEXT, "stages": _LIST}
 _STAGE = {"name": _TEXT, "losses": _WEIGHTS, "trained_params": _COUNT, "total_params": _COUNT, "steps": _COUNT}
 _STAGE |= {"epochs": _NUMBER}
@@ -78,6 +79,25 @@ def arms_of(file: Path, run: Mapping[str, Any]) -> list[str]:
         if not isinstance(name, str) or not name or name_problem(name) or outside(name) or names.count(name) > 1:
             raise Damaged(file, f"field 'config.arms' is not a list of names of folders, but {arms!a:.60}")
     return names
+
+
+def plan_of(file: Path, run: Mapping[str, Any], arm: str) -> list[dict[str, Any]]:
+    """Returns an arm's stages as a run.json planned them, [{"name", "steps"}]; [] in the files of earlier versions.
+
+    Args:
+      file: its path, for messages.
+      run: its content, checked by `arms_of`.
+      arm: which.
+
+    Raises:
+      Damaged: a field is of another type.
+    """
+    plan = run.get("plan", {}).get(arm, [])
+    if not _LIST.holds(plan):
+        raise Damaged(file, f"field 'plan.{arm}' is not {_LIST.words}, but {plan!a:.60}")
+    for number, stage in enumerate(plan):
+        _check(file, stage, _PLANNED, {}, f"plan.{arm}[{number}].")
+    return plan
 
 
 def check_arm(file: Path, run: Mapping[str, Any]) -> None:

@@ -1,23 +1,25 @@
 """The routes: OpenAI's, the page's, and /health."""
 
 import asyncio
+import dataclasses
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib import resources
 from typing import Any
 
+import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from eim_jax.serving.chat_request import read_request
 from eim_jax.serving.completions import Completion
 from eim_jax.serving.conversation import captions, several_turns
-from eim_jax.serving.errors import RequestError, no_such_model
-from eim_jax.serving.gate import REPORT, TICKET, Gate, json_body, refusal, ticket
+from eim_jax.serving.errors import RequestError
+from eim_jax.serving.gate import REPORT, STATE, TICKET, Gate, json_body, refusal, ticket
 from eim_jax.serving.job import Answered
 from eim_jax.serving.service import Answer, Service
 
@@ -27,8 +29,12 @@ _POLICY = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-# The report has its styles and pictures inside, and no scripts.
-_REPORT_POLICY = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:"}
+# The report has its styles and pictures inside; the one script is the server's, which renews it.
+_REPORT_POLICY = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'self'; "
+    "connect-src 'self'",
+    "Cache-Control": "no-store",
+}
 _KINDS = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 _GONE = Response(status_code=499)  # nobody reads it
 
@@ -49,9 +55,11 @@ def make_app(service: Service) -> Gate:
             Route("/", _page("index.html")),
             Route("/page.js", _page("page.js")),
             Route("/page.css", _page("page.css")),
+            Route("/report.js", _page("report.js")),
             Route("/favicon.ico", lambda request: Response(status_code=204)),
-            Route(REPORT, routes.report),
-            Route("/api/run", routes.run),
+            Route(REPORT, _answering(routes.report)),
+            Route(STATE, _answering(routes.state)),
+            Route("/api/run", _answering(routes.run)),
             Route("/api/likelihood", _answering(routes.likelihood), methods=["POST"]),
             Route("/api/neighbours", _answering(routes.neighbours), methods=["POST"]),
         ],
@@ -76,14 +84,13 @@ class Routes:
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models: the arms."""
-        listed = [self._model(name) for name in self._service.engine.arms]
+        listed = [self._model(name) for name in self._service.arms]
         return JSONResponse({"object": "list", "data": listed})
 
     async def model(self, request: Request) -> Response:
         """GET /v1/models/ARM."""
         name = request.path_params["name"]
-        if name not in self._service.engine.arms:
-            raise no_such_model(name, list(self._service.engine.arms))
+        self._service.arm(name)
         return JSONResponse(self._model(name))
 
     async def complete(self, request: Request) -> Response:
@@ -99,19 +106,22 @@ class Routes:
 
     async def run(self, request: Request) -> Response:
         """GET /api/run: what the page needs to know of the run."""
-        service, data, decode = self._service, self._service.config.data, self._service.config.decode
+        service, decode = self._service, self._service.config.decode
+        progress = await anyio.to_thread.run_sync(service.run.progress)
         arms = [
             {"name": name, "description": service.config.arm[name].description, "most": arm.most}
-            for name, arm in service.engine.arms.items()
+            for name, arm in service.arms.items()
         ]
+        data = service.config.data
         said = {
             "run": service.workdir.name,
+            "progress": {**dataclasses.asdict(progress), "over": progress.over},
             "arms": arms,
+            "pending": dict(service.pending),
             "captions": captions(data),
-            "several_turns": several_turns(data),
+            "several_turns": bool(arms) and several_turns(data),
             "decode": {"method": decode.methods[0], "beams": decode.beams, "top_p": decode.top_p},
             "neighbours": service.nearest is not None,
-            "report": (service.workdir / "report.html").exists(),
         }
         answer = JSONResponse(said)
         if key := service.options.api_key:
@@ -119,11 +129,15 @@ class Routes:
         return answer
 
     async def report(self, request: Request) -> Response:
-        """GET /report: the run's report page, as it stands now."""
-        path = self._service.workdir / "report.html"
-        if not path.exists():
-            raise RequestError("this run has no report.html yet", status=404)
-        return FileResponse(path, media_type="text/html", headers={**_POLICY, **_REPORT_POLICY})
+        """GET /report: the run's report page, as its files say now."""
+        page = await anyio.to_thread.run_sync(self._service.run.report)
+        return HTMLResponse(page, headers={**_POLICY, **_REPORT_POLICY})
+
+    async def state(self, request: Request) -> Response:
+        """GET /report/state: how far the run is, and whether the report is another one."""
+        run = self._service.run
+        progress, version = await anyio.to_thread.run_sync(lambda: (run.progress(), run.version()))
+        return JSONResponse({"version": version, "words": progress.words, "over": progress.over})
 
     async def likelihood(self, request: Request) -> Response:
         """POST /api/likelihood {model, messages, text}: nats a token of a text as the answer."""

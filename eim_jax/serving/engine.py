@@ -25,7 +25,7 @@ class Engine:
     def __init__(self, arms: Mapping[str, ServedArm], max_waiting: int) -> None:
         self.arms = dict(arms)
         self._workers = {name: ArmWorker(arm) for name, arm in arms.items()}
-        self._coming: queue.SimpleQueue[Job | Call | None] = queue.SimpleQueue()
+        self._coming: queue.SimpleQueue[Job | Call | ArmWorker | list[Job] | None] = queue.SimpleQueue()
         self._max_waiting, self._ended = max_waiting, False
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
 
@@ -38,10 +38,15 @@ class Engine:
         self._coming.put(None)
         self._thread.join()
 
+    def add(self, arm: ServedArm) -> None:
+        """Takes another arm, which answers from now on: one that was trained meanwhile."""
+        self._coming.put(ArmWorker(arm))
+        self.call(arm.name, lambda served: None)
+
     @property
     def waiting(self) -> int:
         """Jobs that have no place yet."""
-        return self._coming.qsize() + sum(worker.waiting for worker in self._workers.values())
+        return self._coming.qsize() + sum(worker.waiting for worker in list(self._workers.values()))
 
     def submit(self, job: Job | Call) -> None:
         """Gives it a job; its `emit` hears of the rest.
@@ -53,6 +58,10 @@ class Engine:
             message = f"{self._max_waiting} requests wait already: try again in a moment"
             raise RequestError(message, status=429, code="rate_limit_exceeded")
         self._coming.put(job)
+
+    def together(self, jobs: list[Job]) -> None:
+        """Gives it jobs that begin in one group, whatever the limit: the server's own."""
+        self._coming.put(jobs)
 
     def call(self, arm: str, function: Any) -> Any:
         """Calls function(served arm) on the thread and returns what it returns; blocks."""
@@ -92,8 +101,12 @@ class Engine:
             if job is None:
                 self._ended = True
                 return
-            if isinstance(job, Job):
-                self._workers[job.arm].add(job)
+            if isinstance(job, ArmWorker):
+                self._workers[job.arm.name] = job
+                self.arms[job.arm.name] = job.arm
+            elif isinstance(job, Job | list):
+                for each in job if isinstance(job, list) else [job]:
+                    self._workers[each.arm].add(each)
             elif not job.cancelled:
                 self._do(job)
 

@@ -30,5 +30,7 @@ class RequestError(ValueError):
 
 def no_such_model(name: str, names: list[str]) -> RequestError:
     """Returns the refusal of a model that is not served."""
-    message = f"the model {name!r} is not served here: this run has {', '.join(names)}"
+    message = f"the model {name!r} is not served here: " + (
+        f"this run has {', '.join(names)}" if names else "no arm of this run is finished yet"
+    )
     return RequestError(message, status=404, param="model", code="model_not_found")

@@ -11,8 +11,10 @@ from starlette.responses import JSONResponse
 from eim_jax.serving.errors import RequestError
 from eim_jax.serving.service import Options
 
-OPEN = ("/health", "/", "/page.js", "/page.css", "/favicon.ico")  # without a key: they hold nothing of the run
-REPORT = "/report"  # a link, which carries no header: the page has a cookie for it
+# Without a key: they hold nothing of the run.
+OPEN = ("/health", "/", "/page.js", "/page.css", "/report.js", "/favicon.ico")
+REPORT = "/report"  # a link, which carries no header: the page has a cookie for it, and for what is below it
+STATE = f"{REPORT}/state"
 TICKET = "eim_jax_report"
 _RETRY = {429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}, 401: {"WWW-Authenticate": "Bearer"}}
 
@@ -58,7 +60,7 @@ class Gate:
             raise RequestError(f"this server answers as {hosts}, not as {name!r}; --host opens it", status=403)
         key = self._options.api_key
         path = request.url.path
-        if key and path == REPORT and _same(request.cookies.get(TICKET, ""), ticket(key)):
+        if key and path in (REPORT, STATE) and _same(request.cookies.get(TICKET, ""), ticket(key)):
             return
         if key and path not in OPEN:
             given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()

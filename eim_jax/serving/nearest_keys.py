@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -28,18 +29,22 @@ class NearestKeys:
       arms: the served ones. Queues that the work directory does not hold are built.
     """
 
-    def __init__(self, inputs: Inputs, arms: dict[str, ServedArm]) -> None:
+    def __init__(self, inputs: Inputs, arms: Iterable[ServedArm] = ()) -> None:
         self._inputs = inputs
-        config = inputs.config
         self._losses: dict[str, list[ContrastiveLoss]] = {}
         self._queues: dict[str, Queue] = {}
-        for name, arm in arms.items():
-            stages = (config.stages[stage] for stage in config.arm[name].sequence)
-            seen = [loss for loss in losses_of(*stages) if _of_picture(loss, config.losses)]
-            self._losses[name] = seen
-            for kind in (loss.queue for loss in seen):
-                if kind.name not in self._queues:
-                    self._queues[kind.name] = inputs.queue(arm.vlm, kind)
+        for arm in arms:
+            self.add(arm)
+
+    def add(self, arm: ServedArm) -> None:
+        """Reads, or builds, the queues of an arm's losses."""
+        config = self._inputs.config
+        stages = (config.stages[stage] for stage in config.arm[arm.name].sequence)
+        seen = [loss for loss in losses_of(*stages) if _of_picture(loss, config.losses)]
+        for kind in (loss.queue for loss in seen):
+            if kind.name not in self._queues:
+                self._queues[kind.name] = self._inputs.queue(arm.vlm, kind)
+        self._losses[arm.name] = seen
 
     def of(self, arm: ServedArm, crop: UInt8[np.ndarray, "h w 3"], count: int) -> list[dict[str, Any]]:
         """Returns the nearest training samples of a picture, for each loss: of the texts about one picture the nearest.

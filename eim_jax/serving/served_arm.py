@@ -44,6 +44,7 @@ class ServedArm:
       context: of the LM.
       eos: the token that ends an answer, None where the model was not taught one.
       rows: texts decoded at once.
+      sizes: of groups, for each of which programs are compiled.
 
     Raises:
       ConfigError: the run's texts leave the LM's context no room to answer.
@@ -55,7 +56,7 @@ class ServedArm:
         self._generating = vlm.in_generation(inputs.config.decode)
         data, settings, self.tokenizer = inputs.config.data, inputs.config.decode, inputs.lm_tokenizer
         self.rows = rounded(settings.batch, inputs.mesh)
-        self._sizes = _steps(1, self.rows, _SIZES, inputs.mesh)
+        self.sizes = _steps(1, self.rows, _SIZES, inputs.mesh)
         self.eos, self._period = rows.end_id(data, self.tokenizer), period_id(self.tokenizer)
         size = vlm.visual.config.image_size
         pixels, shown = np.zeros((1, size, size, 3), np.uint8), np.ones(1, bool)
@@ -166,7 +167,7 @@ class ServedArm:
 
     def padded(self, count: int) -> int:
         """Returns the size of group that holds so many rows."""
-        return next(size for size in self._sizes if size >= count)
+        return next(size for size in self.sizes if size >= count)
 
     def _placed(self, visual, crops, prompts, width: int):
         size = self.padded(len(prompts))

@@ -15,6 +15,7 @@ from eim_jax.serving import conversation, pictures
 from eim_jax.serving.chat_request import ChatRequest, Turn
 from eim_jax.serving.engine import Engine
 from eim_jax.serving.errors import RequestError, no_such_model
+from eim_jax.serving.followed_run import FollowedRun
 from eim_jax.serving.job import Call, Failed, Job, settings_of
 from eim_jax.serving.nearest_keys import NearestKeys
 from eim_jax.serving.served_arm import ServedArm
@@ -45,25 +46,43 @@ class Service:
     """The served arms of one run.
 
     Args:
-      config: the run's, its seam settled.
+      config: the run's.
       workdir: the run's.
-      engine: with its arms.
+      engine: with its arms; one that is trained meanwhile may come.
       options: the operator's.
       nearest: the queues, None where the training data were not loaded.
+
+    Attributes:
+      pending: why an arm is not served, by its name.
+      run: its work directory, followed.
     """
 
     def __init__(
         self, config: Config, workdir: Path, engine: Engine, options: Options, nearest: NearestKeys | None = None
     ) -> None:
-        self.config, self.workdir, self.engine, self.options = config, workdir, engine, options
+        self._config, self.workdir, self.engine, self.options = config, workdir, engine, options
         self.nearest = nearest
+        self.pending: dict[str, str] = {}
+        self.run = FollowedRun(config, workdir)
         self._decoders = anyio.CapacityLimiter(max(config.data.threads, 1))  # a large picture takes 250 MB
+
+    @property
+    def config(self) -> Config:
+        """The run's, its seam settled once an arm is there."""
+        return next((arm.inputs.config for arm in list(self.engine.arms.values())), self._config)
+
+    @property
+    def arms(self) -> dict[str, ServedArm]:
+        """Those that answer."""
+        return {name: arm for name, arm in list(self.engine.arms.items()) if name not in self.pending}
 
     def arm(self, name: str) -> ServedArm:
         """Returns a served arm; RequestError where there is none of this name."""
-        if name not in self.engine.arms:
-            raise no_such_model(name, list(self.engine.arms))
-        return self.engine.arms[name]
+        if name in self.pending:
+            raise RequestError(f"{name}: {self.pending[name]}", status=404, param="model", code="model_not_found")
+        if name not in (arms := self.arms):
+            raise no_such_model(name, list(arms))
+        return arms[name]
 
     async def begin(self, request: ChatRequest) -> "Answer":
         """Checks what is asked, decodes the picture and puts the job into the model's queue.

@@ -32,33 +32,76 @@ function complain(error) {
   at("problem").hidden = !error;
 }
 
-async function open() {
+// Looks at the run again and again: how far it is, and which arms have come. What the user typed and read stays.
+async function follow() {
+  let soon = 15000;
   try {
-    state.run = await (await ask("api/run")).json();
+    const run = await (await ask("api/run")).json();
+    if (!at("key").hidden) complain(null);
+    at("key").hidden = true;
+    progress(run);
+    arrive(run);
+    if (!run.progress.over || Object.keys(run.pending).length) soon = 2000;
   } catch (error) {
-    if (error.status !== 401) return complain(error);
-    if (state.key) complain(error);
-    at("key").hidden = false;
-    return;
+    if (error.status === 401) {
+      if (state.key) complain(error);
+      at("key").hidden = false;
+      return;
+    }
+    at("progress").hidden = false;
+    at("progress").className = "silent";
+    at("words").textContent = error.message;
+    soon = 5000;
   }
-  complain(null);
-  at("key").hidden = true;
-  const { run, arms, captions, decode, report } = state.run;
-  at("run").textContent = run;
-  document.title = `${run} - eim_jax`;
-  at("report").hidden = !report;
-  at("words").hidden = captions;
+  setTimeout(follow, document.hidden ? 15000 : soon);
+}
+
+function progress(run) {
+  const { state: how, words, arms } = run.progress;
+  at("progress").hidden = false;
+  at("progress").className = how;
+  if (at("words").textContent !== words) at("words").textContent = words;
+  const shown = JSON.stringify(arms);
+  if (state.stages === shown) return;
+  state.stages = shown;
+  at("stages").replaceChildren(...(how === "finished" ? [] : arms).map((arm) =>
+    element("li", {}, arm.name, ...arm.stages.map((stage) => {
+      const at = stage.state === "now" ? ` ${stage.step.toLocaleString("en")}${stage.steps ? ` / ${stage.steps.toLocaleString("en")}` : ""}` : "";
+      return element("span", { className: stage.state, textContent: `${stage.name}${at}${stage.state === "done" ? " ✓" : ""}` });
+    }))));
+}
+
+function arrive(run) {
+  const before = state.run;
+  state.run = run;
+  at("run").textContent = run.run;
+  document.title = `${run.run} - eim_jax`;
+  at("report").hidden = false;
+  const reasons = Object.values(run.pending).map((textContent) => element("li", { textContent }));
+  at("nobody").hidden = run.arms.length > 0;
+  at(run.arms.length ? "coming" : "pending").replaceChildren(...reasons);
+  at("coming").hidden = !run.arms.length || !reasons.length;
+  const known = new Set(before ? before.arms.map((arm) => arm.name) : []);
+  const come = run.arms.filter((arm) => !known.has(arm.name));
+  if (!come.length) return;
+  if (!known.size) first();
+  for (const arm of come) {
+    const box = element("input", { type: "checkbox", value: arm.name, checked: true });
+    const words = element("span", {}, arm.name, element("small", { textContent: arm.description || "" }));
+    at("arms").append(element("label", {}, box, words));
+  }
+  at("arms").hidden = run.arms.length < 2;
+}
+
+// The form, when there is somebody to ask.
+function first() {
+  const { arms, captions, decode } = state.run;
+  at("ask-words").hidden = captions;
   at("send").textContent = captions ? "Caption" : "Ask";
   at("method").options[0].textContent = `as the run: ${decode.method}${decode.method === "beam" ? `, ${decode.beams}` : ""}`;
   at("top_p").value = decode.top_p;
   at("most").max = Math.max(...arms.map((arm) => arm.most));
   at("most").value = at("most").max;
-  for (const arm of arms) {
-    const box = element("input", { type: "checkbox", value: arm.name, checked: true });
-    const words = element("span", {}, arm.name, element("small", { textContent: arm.description || "" }));
-    at("arms").append(element("label", {}, box, words));
-  }
-  at("arms").hidden = arms.length < 2;
   at("main").hidden = false;
 }
 
@@ -225,7 +268,7 @@ at("key").addEventListener("submit", (event) => {
   event.preventDefault();
   state.key = at("key").querySelector("input").value;
   sessionStorage.setItem("key", state.key);
-  open();
+  follow();
 });
 at("method").addEventListener("change", () => { at("sampling").hidden = at("method").value !== "nucleus"; });
 at("file").addEventListener("change", () => show(at("file").files[0]));
@@ -245,4 +288,4 @@ at("without").addEventListener("click", () => {
   restart();
 });
 at("again").addEventListener("click", restart);
-open();
+follow();

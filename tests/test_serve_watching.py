@@ -1,0 +1,69 @@
+"""A server without any arm yet: the report of a run that goes on, by its files, which it never writes."""
+
+import asyncio
+import concurrent.futures
+import json
+import threading
+import urllib.request
+
+import pytest
+from test_progress import STAGE, steps, write
+from test_progress import workdir as workdir  # a fixture
+from tiny import config_of
+
+pytest.importorskip("uvicorn", reason="--mode=serve needs the extra serve")
+
+from eim_jax import config as settings
+from eim_jax.parallel.lock import locked
+from eim_jax.serving.engine import Engine
+from eim_jax.serving.server import Server, listen
+from eim_jax.serving.service import Options, Service
+
+
+@pytest.fixture
+def ask(workdir):
+    """Answers of a server of this work directory."""
+    config = config_of("miniature")
+    run = json.loads((workdir / "run.json").read_text())
+    write(workdir / "run.json", run | {"config": settings.as_dict(config)})
+    server = Server(Service(config, workdir, Engine({}, 1), Options()), listen("127.0.0.1", 0))
+    loops: concurrent.futures.Future = concurrent.futures.Future()
+    server._socket.listen()
+
+    async def run_server():
+        loops.set_result(asyncio.get_running_loop())
+        await server.run_until_stopped(signals=False)
+
+    thread = threading.Thread(target=lambda: asyncio.run(run_server()))
+    thread.start()
+    address = f"http://127.0.0.1:{server._socket.getsockname()[1]}"
+    yield lambda path: urllib.request.urlopen(address + path).read().decode()
+    loops.result().call_soon_threadsafe(server.drain)
+    thread.join()
+
+
+def test_a_stage_that_finished_is_on_the_page_before_the_next_one_ends(workdir, ask):
+    (workdir / "baseline" / "scores_test.json").unlink()
+    with locked(workdir):
+        before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+        first, state = ask("/report"), json.loads(ask("/report/state"))
+        run = json.loads(ask("/api/run"))
+        assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before  # nothing is written there
+        assert run["arms"] == [] and run["progress"]["state"] == "running" and not state["over"]
+        assert state["version"] in first and '<script src="report.js" defer></script>' in first
+        assert "1 · st" in first and "2 · ie" not in first  # the stage table: finished ones
+        assert "Stage 2 · ie" in first  # the curves: what is logged
+        assert ask("/report") == first
+        steps(workdir / "eim", "ie", 1, 180)
+        assert json.loads(ask("/report/state"))["version"] != state["version"]
+        write(workdir / "eim" / "run.json", {"stages": [{"name": n, "steps": 20, **STAGE} for n in ("st", "ie")]})
+        assert "2 · ie" in ask("/report")
+    assert json.loads(ask("/report/state"))["over"]
+
+
+def test_the_page_that_a_run_wrote_is_shown_until_its_files_are_newer(workdir, ask):
+    (workdir / "report.html").write_text("<html><head><title>the run's own</title></head></html>")
+    assert "the run's own" in ask("/report")
+    steps(workdir / "eim", "ie", 1, 180)
+    assert "the run's own" not in ask("/report") and "Stage 2" in ask("/report")
+    assert (workdir / "report.html").read_text().startswith("<html><head><title>the run's own")
