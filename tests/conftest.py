@@ -36,7 +36,8 @@ _hook = install_import_hook("eim_jax", "beartype.beartype")
 # Whole modules go to a worker (what a module sets up is set up once), those that take minutes first.
 LONGEST = (
     "hosts resume mesh_numbers real_data experiments_page fuzz stages losses plan vlm answers gpt2 benchmarks train "
-    "mesh_programs serve serve_refusals serve_command clip attention decode experiments xent weights_llama llama_adapters sharding quant"
+    "mesh_programs serve serve_refusals serve_command clip attention decode experiments xent weights_llama "
+    "llama_adapters sharding quant"
 )
 
 
