@@ -16,7 +16,7 @@ window is what is left of MoCo. Keys made by the trained tower itself would be a
 
 import re
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +45,7 @@ class BatchRows(NamedTuple):
         return cls(batch.index, batch.before)
 
 
+@runtime_checkable
 class Negatives(Protocol):
     """What every setting answers.
 
