@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from eim_jax.models.linear import linear
-from eim_jax.models.products import compiling_for, sum_over_rows
+from eim_jax.models.products import compiling_for, mix, sum_over_rows
 from eim_jax.training.tower_form import faster_dtype
 
 BF16 = 2.0**-8  # half a unit in the last place of bfloat16, relative
@@ -43,6 +43,19 @@ def test_a_sum_over_rows_keeps_float32(rows):
     found = sum_over_rows(a, b, 1, jnp.float32)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, wide(a).T @ wide(b), rtol=1e-5, atol=1e-5)
+
+
+def test_attentions_mix_and_its_gradients_are_rounded_once():
+    weights, values, dy = draw(0, 2, 3, 4, 5), draw(1, 2, 5, 3, 6), draw(2, 2, 4, 3, 6)
+    out, back = jax.vjp(lambda a, b: mix("bhts,bshe->bthe", a, b), weights, values)
+    da, db = back(dy)
+    w, v, d = wide(weights), wide(values), wide(dy)
+    for found, spec, left, right in (
+        (out, "bhts,bshe->bthe", w, v),
+        (da, "bthe,bshe->bhts", d, v),
+        (db, "bhts,bthe->bshe", w, d),
+    ):
+        assert_rounded(found, np.einsum(spec, left, right), np.einsum(spec, np.abs(left), np.abs(right)))
 
 
 def test_only_a_cpu_gets_float32_results_and_rows_on_two_axes():

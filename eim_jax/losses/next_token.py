@@ -21,6 +21,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from eim_jax.models.products import sum_over_rows
 from eim_jax.models.soft_cap import soft_cap
 from eim_jax.parallel.sharding import ROWS, parts_of
 
@@ -150,7 +151,7 @@ def _sweep(how: _How, wanted: tuple[bool, bool], split: str | None, hidden, head
             to_hidden = lax.dynamic_update_slice_in_dim(to_hidden, part, i * chunk, axis=0)
         if wanted[1]:
             pair = (slope, h) if axis == 0 else (h, slope)
-            to_head += dot(*pair, (((0,), (0,)), ((), ())))
+            to_head += sum_over_rows(*pair, 1, jnp.float32)
         return total, to_hidden, to_head
 
     carry = _empty(how, wanted, dtype, (len(padded), width), kernel.shape)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from eim_jax.models.adapters.adapter import Adapter
 from eim_jax.models.attention import check_attention, choose_attention, flash
 from eim_jax.models.linear import Dense, DenseGeneral
+from eim_jax.models.products import mix
 
 ACTIVATIONS: dict[str, Callable] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -139,7 +140,7 @@ class Attention(nn.Module):
         if one:
             mixed = jnp.sum(weights[:, :, 0].transpose(0, 2, 1)[..., None] * v, 1, dtype=jnp.float32, keepdims=True)
         else:
-            mixed = jnp.einsum("bhts,bshe->bthe", weights, v)
+            mixed = mix("bhts,bshe->bthe", weights, v)
         return self.out(mixed.reshape(x.shape).astype(x.dtype)), kv
 
 

@@ -8,6 +8,7 @@ speed. Products in float32 are lax.dot_general's to the bit everywhere.
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -71,3 +72,26 @@ def _on_two_axes(x: Array) -> Array:
     """[n ...] as [2 n/2 ...]; a row of zeros, which adds nothing, makes an odd n even."""
     x = jnp.pad(x, [(0, x.shape[0] % 2)] + [(0, 0)] * (x.ndim - 1)) if x.shape[0] % 2 else x
     return x.reshape(2, x.shape[0] // 2, *x.shape[1:])
+
+
+def mix(spec: str, a: Array, b: Array) -> Array:
+    """Returns jnp.einsum(spec, a, b) of three named index lists in a's dtype: attention's weights times its values."""
+    return _mix(spec, a, b) if wants_float32(a.dtype) else jnp.einsum(spec, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mix(spec, a, b):
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32).astype(a.dtype)
+
+
+def _mix_forward(spec, a, b):
+    return _mix(spec, a, b), (a, b)
+
+
+def _mix_backward(spec, kept, dy):
+    (a, b), (inputs, out) = kept, spec.split("->")
+    of_a, of_b = inputs.split(",")
+    return _mix(f"{out},{of_b}->{of_a}", dy, b), _mix(f"{of_a},{out}->{of_b}", a, dy)
+
+
+_mix.defvjp(_mix_forward, _mix_backward)

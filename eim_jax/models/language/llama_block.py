@@ -16,6 +16,7 @@ from eim_jax.models.adapters.adapter import Adapter
 from eim_jax.models.attention import check_attention, choose_attention, flash
 from eim_jax.models.language.rope import RopeScaling, rotate
 from eim_jax.models.layers import ACTIVATIONS
+from eim_jax.models.products import mix
 from eim_jax.models.quant import QDense
 from eim_jax.models.soft_cap import soft_cap
 from eim_jax.models.stacks import stack
@@ -198,7 +199,7 @@ def _attend(q, k, v, mask, cap):
     if mask is not None:  # finite, so that a row that may see nothing gives no NaN
         logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bske->btkge", weights, v)
+    return mix("bkgts,bske->btkge", weights, v)
 
 
 class LlamaMLP(nn.Module):
