@@ -26,8 +26,8 @@ _IMAGE = flags.DEFINE_string("image", "", "The image to talk about; none by defa
 _INIT = flags.DEFINE_string(
     "init",
     "",
-    "A checkpoint (ours, ClipCap's, LLaMA-Adapter's, LaVIN's): training starts from it, as by --config.init; the other "
-    "modes use it as it is, in place of a finished run.",
+    "A checkpoint (ours, ClipCap's, LLaMA-Adapter's, LaVIN's): training starts from it, as by --config.init; eval, "
+    "caption, chat and export use it as it is, in place of a finished run.",
 )
 _ARM = flags.DEFINE_string("arm", "", "Which arm: by default the last one, for plan and serve all.")
 _OUT = flags.DEFINE_string(
@@ -230,6 +230,11 @@ def _command() -> str:
 
 def _config(workdir: Path | None, mode: str) -> settings.Config:
     """The config asked for; for a finished workdir without --config, the one it was trained with."""
+    if _INIT.value and mode == "serve":
+        raise settings.ConfigError(
+            "--mode=serve serves a finished run, and takes no --init: ask a checkpoint by --mode=chat or caption, or "
+            "train from it (--mode=train --init=...) and serve that run"
+        )
     if workdir is None:
         if not (_INIT.value and mode in ("caption", "chat", "export")):
             raise app.UsageError("--workdir is missing: --workdir=runs/NAME keeps everything that the run writes")

@@ -172,6 +172,7 @@ def test_clips_resnets_are_refused_at_the_door():
         (["--mode=caption", "a.jpg", "--init=x.pt"], "--config is missing: --init needs the config"),
         (["--mode=eval", "--init=x.pt", "--config=configs/miniature.py"], "--workdir is missing"),
         (["--mode=chat", "--init=x.pt", "--config=configs/miniature.py", "a.jpg", "b.jpg"], "about one image"),
+        (["--mode=serve", "--init=x.pt", "--config=configs/miniature.py", "--workdir=x"], "takes no --init"),
         (
             ["--mode=export", "--init=no.pt", "--config=configs/miniature.py", "--out=x"],
             "config.init=no.pt: no such file",

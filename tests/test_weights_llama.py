@@ -144,6 +144,13 @@ def test_metas_sizes_are_checked_by_field(tmp_path, fields, match):
         lm_config(tmp_path)
 
 
+def test_the_folder_above_metas_names_the_one_to_give(tmp_path):
+    (tmp_path / "7B").mkdir()
+    (tmp_path / "7B" / "params.json").write_text(json.dumps(PARAMS))
+    with pytest.raises(WeightsError, match=r"give one, such as .*7B$"):
+        lm_config(tmp_path)
+
+
 def test_metas_sizes_are_read_without_the_weights(tmp_path):
     """7B, Llama 2 70B and Llama 3 8B as published; the feed-forward widths are those of Hugging Face's configs."""
     (tmp_path / "consolidated.00.pth").touch()

@@ -144,9 +144,14 @@ def config_file(directory: pathlib.Path) -> pathlib.Path:
 
 def _authors(directory: pathlib.Path) -> Family | None:
     """The family whose authors' own files the folder holds, in place of Hugging Face's."""
-    if (directory / "config.json").is_file() or not list(directory.glob("consolidated.*.pth")):
+    if (directory / "config.json").is_file():
         return None
     families = [family for family in FAMILIES.values() if family.shards is not None]
+    if not list(directory.glob("consolidated.*.pth")):
+        within = sorted(at.parent for f in families if f.shards for at in directory.glob(f"*/{f.shards.sizes}"))
+        if within:  # they lay out a folder a size, below the tokenizer
+            raise WeightsError(f"{directory} holds models in folders of their own: give one, such as {within[0]}")
+        return None
     found = next((f for f in families if f.shards and (directory / f.shards.sizes).is_file()), None)
     if found is None:
         sizes = " or ".join(family.shards.sizes for family in families if family.shards)

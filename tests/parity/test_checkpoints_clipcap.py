@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import mains
 import numpy as np
@@ -60,9 +61,16 @@ def test_clipcaps_files_give_the_authors_logits(clipcap, tmp_path, mapper):
     seen = theirs["mask"] > 0
     assert_close(np.asarray(logits)[seen], theirs["logits"][seen], LOGITS)
     if mapper == "transformer":
-        other = dataclasses.replace(config.arm["baseline"], st_clip_length=7)
-        with pytest.raises(WeightsError, match=r"makes 8 tokens .* set config\.arm\..*\.st_clip_length=8"):
-            setup.start(inputs, other)
+        asked = {
+            "st": "mlp",
+            "st_tokens": 10,
+            "st_layers": 8,
+            "st_clip_length": 10,
+        }  # the preset's
+        with pytest.raises(WeightsError) as error:
+            setup.start(inputs, dataclasses.replace(config.arm["baseline"], **asked))
+        for field, theirs in {"st": "'transformer'", "st_tokens": 6, "st_layers": 3, "st_clip_length": 8}.items():
+            assert re.search(rf"\.{field} is .*: set it to {theirs}$", str(error.value), re.MULTILINE), field
 
 
 def test_training_goes_on_from_a_clipcap_file_and_its_export_is_read_again(clipcap, tmp_path):

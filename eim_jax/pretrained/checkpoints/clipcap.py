@@ -77,12 +77,8 @@ def _problems(content: Content, target: Target) -> list[str]:
         return found
     found += target.differs("st_tokens", shapes[f"{_MAPPER}prefix_const"][0], "the file has another prefix_length")
     found += target.differs("st_layers", count(shapes, _BLOCKS), "the file has another number of layers")
-    made = first[0] // width if first else 0
-    if first and target.shapes.get("st/linear/kernel", first).shape[-1:] not in ((made * width,), first):
-        found.append(
-            f"it makes {made} tokens of the image feature (prefix_length_clip): set "
-            f"config.arm.{target.name}.st_clip_length={made}"
-        )
+    if first and first[0] % width == 0:
+        found += target.differs("st_clip_length", first[0] // width, "the file has another prefix_length_clip")
     return found
 
 
