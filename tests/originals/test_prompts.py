@@ -171,6 +171,18 @@ def test_instruction_rows_are_lavins_and_llama_adapters_from_the_same_files(prom
     assert theirs <= found and found - theirs == {("Instruction: Second question?\nResponse:", "Second answer.")}
 
 
+def test_a_conversation_is_the_demos_but_for_what_its_training_never_has(prompts):
+    """The demo writes "Responese: " and, beside a picture, two spaces; LaVIN's rows "Response:" and one."""
+    conversations = lines(prompts / "chat.jsonl")
+    for item in conversations:
+        asked, answered = item["turns"][::2], item["turns"][1::2]
+        for n, theirs in enumerate(item["prompts"]):
+            earlier = rows.earlier_turns(list(zip(asked[:n], answered[:n], strict=True)), "one_string")
+            as_trained = re.sub("Responese: ?", "Response:", theirs).replace("Instruction:  ", "Instruction: ")
+            assert prompt(asked[n], earlier, template="lavin") == as_trained != theirs
+    assert sum(len(item["prompts"]) for item in conversations) == 12
+
+
 def test_llama_adapters_rows_are_theirs_whole_and_cut(shared_original):
     folder, tokenizer = shared_original("llama_adapter"), load_tokenizer(shared_original("tokenizers") / "llama")
     items = lines(folder / "prompts.jsonl")

@@ -1,11 +1,16 @@
 """Towers around the originals' checkpoints, and what their logits are compared with."""
 
+import dataclasses
+import json
 import pathlib
 
 import jax.numpy as jnp
+import mains
 import numpy as np
 import pytest
+from PIL import Image
 
+from eim_jax.commands import exporting
 from eim_jax.models.language.gpt2 import GPT2Config
 from eim_jax.models.vision.clip import CLIPTextConfig, CLIPVisionConfig
 from eim_jax.pretrained import (
@@ -17,7 +22,8 @@ from eim_jax.pretrained import (
     lm_shapes,
     resolve,
 )
-from eim_jax.training import partition
+from eim_jax.training import partition, setup
+from eim_jax.training.arm import run_arm
 
 torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
 # What float32 leaves between two implementations, as tests/originals has it: fractions of the largest number compared.
@@ -67,3 +73,62 @@ def changed(case: pathlib.Path, place: pathlib.Path, change) -> pathlib.Path:
     change(held)
     torch.save(held, place)
     return place
+
+
+def llama_folder(shared_original, place: pathlib.Path, case: pathlib.Path) -> pathlib.Path:
+    """Meta's layout: a folder a size, and one tokenizer.model above them."""
+    place.mkdir()
+    (place / "tokenizer.model").symlink_to(shared_original("tokenizers") / "llama" / "tokenizer.model")
+    (place / "7B").symlink_to(case / "7B")
+    return place / "7B"
+
+
+def asked(name: str, config, more: list[str], tmp_path) -> str:
+    """What the README's command says to one question, by a checkpoint in place of a finished run."""
+    (tmp_path / "asked.txt").write_text("What is this?\n")
+    arm = ("adapter_rank", "adapter_temperature", "adapter_layers", "st_hidden", "st_heads")
+    flags = [f"--config=configs/{name}.py", "--mode=chat", f"--init={config.init}", *more]
+    flags += [f"--config.towers.{field}={getattr(config.towers, field)}" for field in ("clip", "lm", "scan")]
+    flags += [f"--config.arm.baseline.{field}={getattr(config.arm['baseline'], field)}" for field in arm]
+    process = mains.Main([*flags, "--config.decode.max_tokens=3"], tmp_path / "said.txt", stdin=tmp_path / "asked.txt")
+    assert process.wait() == 0, process.said()
+    return process.said()
+
+
+LEARN = {
+    "data.kind": "instruct", "data.max_tokens": 60, "data.max_tokens_text_only": 60, "stages.base.epochs": 0,
+    "stages.base.steps": 2, "stages.base.batch": 8, "stages.base.lr": 1e-3, "stages.base.warmup_epochs": 0.0,
+    "stages.base.warmup_steps": 0,
+}  # fmt: skip
+
+
+def rows_to_learn(place: pathlib.Path) -> pathlib.Path:
+    """Four instructions about a picture and four without, as LLaVA's and Alpaca's files have them."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8)).save(place / "a.png")
+    asked = [
+        ("What is it?", "Noise."),
+        ("Say hello.", "Hello."),
+        ("Name a colour.", "Red."),
+        ("And a bird?", "A wren."),
+    ]
+    rows = [{"instruction": question, "input": "", "output": answer} for question, answer in asked]
+    for i, (question, answer) in enumerate(asked):
+        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        rows.append({"id": str(i), "image": "a.png", "conversations": turns})
+    (place / "rows.json").write_text(json.dumps(rows))
+    return place / "rows.json"
+
+
+def learns_from_its_init(config, place: pathlib.Path) -> set[str]:
+    """Trains two steps, exports and reads the export again; returns the paths that moved, by no more than the rates."""
+    inputs = setup.load(config, place / "run")
+    _, before = setup.start(inputs, config.arm["baseline"])
+    _, after = run_arm(inputs, "baseline")
+    way = {path: float(np.abs(np.asarray(after[path]) - np.asarray(before[path])).max()) for path in after}
+    assert max(way.values()) < 2.1e-3  # AdamW moves a leaf by at most the rate, 1e-3, in each step
+    exporting.write_arm(inputs, "baseline", after, place / "out")
+    again = dataclasses.replace(inputs, config=dataclasses.replace(config, init=str(place / "out")))
+    _, read = setup.start(again, config.arm["baseline"])
+    for path, leaf in after.items():
+        np.testing.assert_array_equal(read[path], leaf, err_msg=path)
+    return {path for path, far in way.items() if far > 1e-5}
