@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 _PLATFORM: contextvars.ContextVar[str] = contextvars.ContextVar("platform", default="")
 
@@ -48,8 +48,8 @@ def product(a: Array, b: Array, contract: tuple[Sequence[int], Sequence[int]]) -
     return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=wide).astype(a.dtype)
 
 
-def sum_over_rows(a: Float[Array, "*n d"], b: Float[Array, "*n c"], rows: int, dtype: Any = None) -> Array:
-    """Returns the sum of a's rows times b's, [d c] with any axes behind `rows` of each: a kernel's gradient.
+def sum_over_rows(a: Array, b: Array, rows: int, dtype: Any = None) -> Array:
+    """Returns the sum of a's rows times b's, [*d *c] of [*rows *d] and [*rows *c]: a kernel's gradient.
 
     Args:
       a: what a layer read.
