@@ -18,7 +18,7 @@ from eim_jax.training.setup import Inputs
 
 
 def stage_packer(
-    inputs: Inputs, vlm: VLM, stage: Stage, params: dict[str, Any], drawn: Mapping[str, Any], name: str
+    inputs: Inputs, vlm: VLM, stage: Stage, params: Mapping[str, Any], drawn: Mapping[str, Any], name: str
 ) -> tuple[Packer | None, str]:
     """Decides how a stage's batches are packed, from lengths alone, so that a resumed run decides the same.
 
@@ -80,7 +80,7 @@ def reads_packed(vlm: VLM) -> bool:
     return "packed" in inspect.signature(type(plain(vlm.lm)).hidden).parameters
 
 
-def before(vlm: VLM, params: dict[str, Any], pictured: np.ndarray, reading: str) -> np.ndarray:
+def before(vlm: VLM, params: Mapping[str, Any], pictured: np.ndarray, reading: str) -> np.ndarray:
     """Returns how many slots stand before each text [N]: BOS, and with an image its marker and visual tokens."""
     alone = tokens_before(vlm, params, with_image=False)
     if reading == "text":
