@@ -26,8 +26,8 @@ def check_packing(vlm: VLM, stage: Stage, config: Config) -> None:
     if config.data.pack == "on" and objective.readings(stage, config.losses) and not reads_packed(vlm):
         family = vlm.lm.config.model_type
         raise ConfigError(
-            f"config.data.pack=on: the language model ({family}) reads one sample a row: its `hidden` takes no `packed`: "
-            "set config.data.pack=off, or give the family that argument (docs/guides/padding.md)"
+            f"config.data.pack=on: the language model ({family}) reads one sample a row: its `hidden` takes no "
+            "`packed`: set config.data.pack=off, or give the family that argument (docs/guides/padding.md)"
         )
 
 
