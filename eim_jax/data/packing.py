@@ -5,7 +5,7 @@ rows of a device, of a micro-batch) is packed by itself, so that nothing moves b
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -168,11 +168,14 @@ def choose(
         before = int((taken - texts).max())
         alone = [Shape(rows // parts, before + widths[i]) for i in sampled]
         sizes = [parted(taken[batch], parts, accumulate) for batch in seen]
-        chosen[reading], used = _shapes(sizes, alone, each, work, held)
+        found, used = _shapes(sizes, alone, each, work, held)
+        if found and len(seen) < len(batches):
+            widest = _for_all(found[-1], (parted(taken[batch], parts, accumulate) for batch in batches))
+            used = [widest if shape == found[-1] else shape for shape in used]
+            found = (*found[:-1], widest)
+        chosen[reading] = found
         plain, packed = plain + sum(map(work, alone)), packed + sum(map(work, used))
-        empty += sum(
-            parts * shape.rows * shape.length - int(size.sum()) for shape, size in zip(used, sizes, strict=True)
-        )
+        empty += parts * sum(shape.rows * shape.length for shape in used) - sum(int(size.sum()) for size in sizes)
     real = len(lengths) * sum(int(texts[batch].sum()) for batch in seen)
     wide = len(lengths) * sum(widths[i] * rows for i in sampled)
     saving = Saving(1 - real / wide, empty / max(empty + real, 1), plain / packed)
@@ -182,6 +185,15 @@ def choose(
 def _work(shape: Shape, width: int) -> float:
     """The blocks' work on rows of this shape: 24 d^2 a slot, and 4 L d for attention, which runs at half the speed."""
     return shape.rows * shape.length * (1 + shape.length / (3 * width))
+
+
+def _for_all(shape: Shape, batches: Iterable[Int[np.ndarray, "p k"]]) -> Shape:
+    """The shape with as many rows as the fullest of the batches takes, of those whose samples are no longer than it."""
+    rows = shape.rows
+    for parts in batches:
+        if parts.max() <= shape.length:
+            rows = max(rows, *(first_fit(part, shape.length)[2] for part in parts))
+    return Shape(rows, shape.length)
 
 
 def _held(shape: Shape, head_width: int) -> float:
@@ -219,6 +231,9 @@ def _shapes(
     best = np.array([work(shape) for shape in alone])
     while candidates and len(chosen) < most:
         totals = np.minimum(costs, best).sum(1)
+        if not chosen and fits.all(1).any():
+            # One shape holds every batch: else a program for rows of their own would be compiled for the few left.
+            totals = np.where(fits.all(1), totals, np.inf)
         if totals.min() >= best.sum():
             break
         chosen.append(int(totals.argmin()))
