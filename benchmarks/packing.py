@@ -95,6 +95,7 @@ def packer_of(case: Case, order: Order, pictured: np.ndarray) -> Packer:
         rows,
         [order.width(part) for part in rows],
         width=case.vlm.lm.config.width,
+        head_width=case.vlm.lm.config.head_width,
         parts=1,
         accumulate=1,
         shapes=BUCKETS,

@@ -96,8 +96,10 @@ def test_planned_arguments_are_those_that_training_passes_to_its_step(name, sequ
 def test_a_plan_on_eight_cpu_devices_adds_up(monkeypatch):
     """One stage of the miniature, compiled: parameters, Adam and queue by hand; the peak is the sum of the parts."""
     changes = {"data.scenes": 24, "arms": ("eim",), "arm.eim.sequence": ("st",), "arm.eim.prompts": 0}
-    config = config_of("miniature", **changes, **{"stages.st.batch": 8, "stages.st.warmup_steps": 5})
-    (found,), _ = plan.plan(config, targets.target("cpu:8"), samples=100)
+    changes |= {"stages.st.batch": 8, "stages.st.warmup_steps": 5, "data.pack": "auto"}
+    config = config_of("miniature", **changes)
+    (found,), notes = plan.plan(config, targets.target("cpu:8"), samples=100)
+    assert any("packed (config.data.pack) they take fewer slots" in note for note in notes)
     inputs, _ = abstract_inputs(config, make_mesh(config.mesh, jax.devices()))
     arm = config.arm["eim"]
     shapes = loading.shapes(inputs, arm, loading.model(inputs, arm))

@@ -168,7 +168,7 @@ def test_a_packed_stage_has_the_losses_of_one_that_is_not_and_says_what_it_saves
         padding.append(lines[-1]["padding"])
     assert found[1] == pytest.approx(found[0], rel=1e-3) and padding[1] < padding[0]
     said = capsys.readouterr().out
-    assert re.search(r"lm: packed: \d+% of the .* \d+% when samples share rows \(.* slots, 8 a batch\): \d", said)
+    assert re.search(r"lm: samples share rows: 4 in \d+ rows of .*; \d+% of the text is padding .* work\n", said)
     assert re.search(r"compiled lm for packed texts \(text \d+ x \d+ slots\)", said)
 
 

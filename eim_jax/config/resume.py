@@ -9,8 +9,9 @@ from eim_jax.config.conversion import flatten, from_config_dict
 from eim_jax.config.fields import Config
 from eim_jax.utils.files import read_json
 
-# Fields that may differ when a run resumes. The mesh, micro-batches and recomputation change the order of sums, so
-# parameters to rounding only (with dropout, micro-batches also draw other noise). data.eval_limit is the test's.
+# Fields that may differ when a run resumes. The mesh, micro-batches, packed rows and recomputation change the order of
+# sums, so parameters to rounding only (with dropout, micro-batches and packed rows also draw other noise).
+# data.eval_limit is the test's.
 FREE_ON_RESUME = {
     "arms",
     "log_every",
@@ -19,6 +20,7 @@ FREE_ON_RESUME = {
     "profile",
     "towers.remat",
     "data.cache",
+    "data.pack",
     "data.prepared",
     "data.threads",
     "data.eval_limit",

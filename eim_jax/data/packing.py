@@ -5,7 +5,7 @@ rows of a device, of a micro-batch) is packed by itself, so that nothing moves b
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -138,6 +138,7 @@ def choose(
     widths: list[int],
     *,
     width: int,
+    head_width: int,
     parts: int,
     accumulate: int,
     shapes: int,
@@ -150,6 +151,7 @@ def choose(
       batches: sample rows of batches of the first epoch.
       widths: the text width to which each of them is cut without packing.
       width: of the LM, by which attention's work is weighed against the rest.
+      head_width: of its attention, by which the scores' memory is weighed against the rest.
       parts: as in Packer.
       accumulate: as in Packer.
       shapes: the most shapes, over all readings together.
@@ -159,18 +161,21 @@ def choose(
     some = max(_SAMPLED // (_TRIED * rows), 8)
     sampled = np.linspace(0, len(batches) - 1, min(some, len(batches))).astype(int)
     seen = [batches[i] for i in sampled]
-    work = functools.partial(_work, width=width)
+    work, held = functools.partial(_work, width=width), functools.partial(_held, head_width=head_width)
     plain, packed, empty = 0.0, 0.0, 0
     chosen = {}
     for reading, taken in lengths.items():
         before = int((taken - texts).max())
-        # What a batch costs in rows of its own, of which it takes one for each sample.
-        alone = [work(Shape(rows // parts, before + widths[i])) for i in sampled]
-        chosen[reading], cost, slots = _shapes(
-            [parted(taken[batch], parts, accumulate) for batch in seen], np.asarray(alone), each, work
-        )
-        plain, packed = plain + sum(alone), packed + cost
-        empty += parts * slots - sum(int(taken[batch].sum()) for batch in seen)
+        alone = [Shape(rows // parts, before + widths[i]) for i in sampled]
+        sizes = [parted(taken[batch], parts, accumulate) for batch in seen]
+        found, used = _shapes(sizes, alone, each, work, held)
+        if found and len(seen) < len(batches):
+            widest = _for_all(found[-1], (parted(taken[batch], parts, accumulate) for batch in batches))
+            used = [widest if shape == found[-1] else shape for shape in used]
+            found = (*found[:-1], widest)
+        chosen[reading] = found
+        plain, packed = plain + sum(map(work, alone)), packed + sum(map(work, used))
+        empty += parts * sum(shape.rows * shape.length for shape in used) - sum(int(size.sum()) for size in sizes)
     real = len(lengths) * sum(int(texts[batch].sum()) for batch in seen)
     wide = len(lengths) * sum(widths[i] * rows for i in sampled)
     saving = Saving(1 - real / wide, empty / max(empty + real, 1), plain / packed)
@@ -182,14 +187,34 @@ def _work(shape: Shape, width: int) -> float:
     return shape.rows * shape.length * (1 + shape.length / (3 * width))
 
 
-def _shapes(lengths: list[Int[np.ndarray, "p k"]], alone, most: int, work) -> tuple[tuple[Shape, ...], float, int]:
-    """At most so many shapes, the cheapest first, the batches' work with them, and their slots, both a part.
+def _for_all(shape: Shape, batches: Iterable[Int[np.ndarray, "p k"]]) -> Shape:
+    """The shape with as many rows as the fullest of the batches takes, of those whose samples are no longer than it."""
+    rows = shape.rows
+    for parts in batches:
+        if parts.max() <= shape.length:
+            rows = max(rows, *(first_fit(part, shape.length)[2] for part in parts))
+    return Shape(rows, shape.length)
 
-    A batch that fits none has its samples in rows of their own.
+
+def _held(shape: Shape, head_width: int) -> float:
+    """What a block keeps for its gradient: about 16 d a slot, and twice L for each of the d / head_width heads."""
+    return shape.rows * shape.length * (1 + shape.length / (8 * head_width))
+
+
+def _shapes(
+    lengths: list[Int[np.ndarray, "p k"]],
+    alone: list[Shape],
+    most: int,
+    work: Callable[[Shape], float],
+    held: Callable[[Shape], float],
+) -> tuple[tuple[Shape, ...], list[Shape]]:
+    """Returns at most so many shapes, the cheapest first, and which of them each batch takes.
+
+    A batch that fits none has its samples in rows of their own: its shape of `alone`. None holds more than those do.
     """
     k, longest = lengths[0].shape[1], max(int(part.max()) for part in lengths)
     shortest = min(int(part.max()) for part in lengths)
-    # Longer rows waste less; but their scores grow: no more of these than without packing.
+    # Longer rows waste less, but have more scores.
     tried = np.unique(np.linspace(shortest, 2 * longest, _TRIED).astype(int) // 8 * 8 + 8)
     needed = {
         int(room): np.array(
@@ -197,25 +222,22 @@ def _shapes(lengths: list[Int[np.ndarray, "p k"]], alone, most: int, work) -> tu
         )
         for room in tried
     }
-    candidates = [
-        Shape(int(rows), room)
-        for room, found in needed.items()
-        for rows in np.unique(found)
-        if rows <= k and rows * room**2 <= k * max(longest, 8) ** 2
-    ]
+    candidates = [Shape(int(rows), room) for room, found in needed.items() for rows in np.unique(found)]
+    most_held = max(map(held, alone))
+    candidates = [shape for shape in candidates if shape.rows <= k and held(shape) <= most_held]
     fits = np.array([needed[shape.length] <= shape.rows for shape in candidates], bool).reshape(-1, len(lengths))
     costs = np.where(fits, np.array([work(shape) for shape in candidates], float)[:, None], np.inf)
     chosen: list[int] = []
-    best = np.asarray(alone, float)
+    best = np.array([work(shape) for shape in alone])
     while candidates and len(chosen) < most:
         totals = np.minimum(costs, best).sum(1)
+        if not chosen and fits.all(1).any():
+            # One shape holds every batch: else a program for rows of their own would be compiled for the few left.
+            totals = np.where(fits.all(1), totals, np.inf)
         if totals.min() >= best.sum():
             break
         chosen.append(int(totals.argmin()))
         best = np.minimum(best, costs[chosen[-1]])
-    order = sorted((candidates[i] for i in chosen), key=work)
-    slots = 0
-    for i, parts in enumerate(lengths):
-        fitting = [shape for shape in order if needed[shape.length][i] <= shape.rows]
-        slots += fitting[0].rows * fitting[0].length if fitting else k * max(longest, int(parts.max()))
-    return tuple(order), float(best.sum()), slots
+    order = sorted(chosen, key=lambda i: work(candidates[i]))
+    used = [next((candidates[i] for i in order if fits[i, batch]), own) for batch, own in enumerate(alone)]
+    return tuple(candidates[i] for i in order), used

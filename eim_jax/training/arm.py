@@ -19,6 +19,7 @@ from eim_jax.training import initial, low_rank, partition
 from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.training.context import check_context
 from eim_jax.training.log import RunLog, StageInfo, Trained, read_metrics
+from eim_jax.training.packing import check_packing
 from eim_jax.training.partition import Flat
 from eim_jax.training.scorer import Scorer
 from eim_jax.training.setup import Inputs, model, shapes, start
@@ -101,6 +102,7 @@ def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
         if blind and not len(inputs.samples.images):
             raise ConfigError(f"{where}: no training sample has an image, so {blind[0]} has no rows")
         check_contrast(stage, len(inputs.samples), where)
+        check_packing(vlm, stage, config)
         if inputs.encoded is not None:  # a plan has no texts
             check_siblings(stage, config.losses, inputs.samples.groups, where)
             check_context(vlm, stage, config.losses, params, inputs.encoded, inputs.samples, where)

@@ -1,5 +1,8 @@
 """Whether the longest training row fits the language model's context, with all that stands before its text."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +60,7 @@ def check_context(
         )
 
 
-def tokens_before(vlm: VLM, params: dict[str, jax.ShapeDtypeStruct], with_image: bool) -> int:
+def tokens_before(vlm: VLM, params: Mapping[str, Any], with_image: bool) -> int:
     """Returns how many tokens the language model reads before a text, counted on shapes alone."""
     rows, size = parts_of(vlm.mesh), vlm.visual.config.image_size
 

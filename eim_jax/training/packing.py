@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from eim_jax.config import ConfigError, Stage
+from eim_jax.config import Config, ConfigError, Stage
 from eim_jax.data import loader
 from eim_jax.data.packing import PAYS, Packer, choose
 from eim_jax.losses import objective
@@ -17,8 +17,22 @@ from eim_jax.training.context import tokens_before
 from eim_jax.training.setup import Inputs
 
 
+def check_packing(vlm: VLM, stage: Stage, config: Config) -> None:
+    """Refuses packing where the language model cannot do it, before anything is compiled.
+
+    Raises:
+      ConfigError: `data.pack` is "on", and the language model reads one sample a row.
+    """
+    if config.data.pack == "on" and objective.readings(stage, config.losses) and not reads_packed(vlm):
+        family = vlm.lm.config.model_type
+        raise ConfigError(
+            f"config.data.pack=on: the language model ({family}) reads one sample a row: its `hidden` takes no "
+            "`packed`: set config.data.pack=off, or give the family that argument (docs/guides/padding.md)"
+        )
+
+
 def stage_packer(
-    inputs: Inputs, vlm: VLM, stage: Stage, params: dict[str, Any], drawn: Mapping[str, Any], name: str
+    inputs: Inputs, vlm: VLM, stage: Stage, params: Mapping[str, Any], drawn: Mapping[str, Any], name: str
 ) -> tuple[Packer | None, str]:
     """Decides how a stage's batches are packed, from lengths alone, so that a resumed run decides the same.
 
@@ -32,9 +46,6 @@ def stage_packer(
 
     Returns:
       What packs a batch, None where nothing does; and a line that says it, "" where the LM reads nothing.
-
-    Raises:
-      ConfigError: `data.pack` is "on", and this language model reads one sample a row.
     """
     data = inputs.config.data
     readings = sorted(objective.readings(stage, inputs.config.losses))
@@ -42,12 +53,7 @@ def stage_packer(
         return None, ""
     if not reads_packed(vlm):
         family = vlm.lm.config.model_type
-        if data.pack == "on":
-            raise ConfigError(
-                f"config.data.pack=on: the language model ({family}) reads one sample a row: its `hidden` takes no "
-                "`packed`: set config.data.pack=off, or give the family that argument (docs/guides/padding.md)"
-            )
-        return None, f"{name}: not packed: the language model ({family}) reads one sample a row"
+        return None, f"{name}: each sample has a row of its own: this language model ({family}) takes no other"
     order = loader.order_of(inputs.samples, inputs.encoded, **drawn)
     assert order.lengths is not None, "what the language model reads is text"
     pictured = np.fromiter((sample.image is not None for sample in inputs.samples.samples), bool, order.samples)
@@ -60,27 +66,28 @@ def stage_packer(
         batches,
         [order.width(rows) or widest for rows in batches],
         width=vlm.lm.config.width,
+        head_width=vlm.lm.config.head_width,
         parts=parts_of(inputs.mesh) * stage.accumulate,
         accumulate=stage.accumulate,
         shapes=data.buckets,
     )
-    share, less = f"{saving.before:.0%} of the text slots are padding", f"{saving.factor:.2f} times less work"
-    found = [shape for shapes in packer.shapes.values() for shape in shapes]
+    found = sorted(shape for shapes in packer.shapes.values() for shape in shapes)
+    share, left = f"{saving.before:.0%} of the text is padding", f"{1 / saving.factor:.0%} of the language model's work"
     if not found or (data.pack == "auto" and saving.factor < PAYS):
-        return None, f"{name}: not packed: {share}, packing gives the language model only {less}"
-    rows = " or ".join(f"{shape.rows} x {shape.length}" for shape in sorted(found))
+        return None, f"{name}: each sample has a row of its own: {share}, but sharing rows would leave {left}"
+    rows = " or ".join(f"{shape.rows} rows of {shape.length} slots" for shape in found)
     return packer, (
-        f"{name}: packed: {share}, {saving.after:.0%} when samples share rows ({rows} slots, {packer.parts} a batch): "
-        f"{less} for the language model"
+        f"{name}: samples share rows: {stage.batch // packer.parts} in {rows}; {share} without it, "
+        f"{saving.after:.0%} with it; it leaves {left}"
     )
 
 
 def reads_packed(vlm: VLM) -> bool:
     """Returns whether the language model's blocks take several samples in one row."""
-    return "packed" in inspect.signature(type(plain(vlm.lm)).hidden).parameters
+    return "packed" in inspect.signature(plain(vlm.lm).hidden).parameters
 
 
-def before(vlm: VLM, params: dict[str, Any], pictured: np.ndarray, reading: str) -> np.ndarray:
+def before(vlm: VLM, params: Mapping[str, Any], pictured: np.ndarray, reading: str) -> np.ndarray:
     """Returns how many slots stand before each text [N]: BOS, and with an image its marker and visual tokens."""
     alone = tokens_before(vlm, params, with_image=False)
     if reading == "text":
