@@ -51,13 +51,13 @@ def test_a_stage_that_finished_is_on_the_page_before_the_next_one_ends(workdir, 
         assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before  # nothing is written there
         assert run["arms"] == [] and run["progress"]["state"] == "running" and not state["over"]
         assert state["version"] in first and '<script src="report.js" defer></script>' in first
-        assert "1 · st" in first and "2 · ie" not in first  # the stage table: finished ones
+        assert "1 · st</th>" in first and "2 · ie</th>" not in first  # the stage table: finished ones
         assert "Stage 2 · ie" in first  # the curves: what is logged
         assert ask("/report") == first
         steps(workdir / "eim", "ie", 1, 180)
         assert json.loads(ask("/report/state"))["version"] != state["version"]
         write(workdir / "eim" / "run.json", {"stages": [{"name": n, "steps": 20, **STAGE} for n in ("st", "ie")]})
-        assert "2 · ie" in ask("/report")
+        assert "2 · ie</th>" in ask("/report")
     assert json.loads(ask("/report/state"))["over"]
 
 
