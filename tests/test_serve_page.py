@@ -28,7 +28,7 @@ def browser():
 
 def answered(page):
     page.click("#send")
-    page.wait_for_selector("#send:disabled")
+    page.wait_for_selector(".turn")  # is there, and the button off, before the click returns
     page.wait_for_selector("#send:not(:disabled)", timeout=120_000)
 
 
