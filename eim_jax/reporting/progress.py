@@ -158,7 +158,7 @@ def _left(stage: StageProgress, rows: Sequence[dict[str, Any]], silent: float) -
         return ""
     if stage.step >= stage.steps:
         return ", its result is being saved"
-    # The median: one record beside a checkpoint or another program is several times slower and says nothing of the next.
+    # The median: one record beside a checkpoint or another program is far slower, and says nothing of the next.
     left = (stage.steps - stage.step) * statistics.median(paces) - silent
     return f", {_rough(left)} left in this stage" if left > 0 else ""
 
