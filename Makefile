@@ -22,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 comma := ,
 INSTALL = $(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e
 
-.PHONY: install demo test exhaustive isa parity topology browser lint docs clean
+.PHONY: install demo test exhaustive isa parity topology browser harness lint docs clean
 
 install: .venv/run$(EXTRAS)
 
@@ -36,7 +36,7 @@ demo: .venv/run$(EXTRAS)
 # a worker. `make isa` and `make parity` keep the emitters.
 BRIEF := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true
 QUICK := $(BRIEF) --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
-TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/parity
+TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=tests/,parity harness)
 
 test: .venv/test$(EXTRAS)
 	XLA_FLAGS="$(QUICK)" $(TESTS) -m "not topology and not exhaustive"
@@ -66,6 +66,10 @@ topology: .venv/test$(EXTRAS)
 # The page of `--mode=serve` in a real browser, where there is one or apt-get may install one; else it says so.
 browser: .venv/test$(EXTRAS)
 	XLA_FLAGS="$(QUICK)" scripts/browser.sh
+
+# lmms-eval, as published, scores a run by its own command line; it is installed beside, in .venv/lmms_eval.
+harness: .venv/parity$(EXTRAS)
+	XLA_FLAGS="$(QUICK)" scripts/harness.sh
 
 lint: .venv/test$(EXTRAS)
 	$(BIN)/ruff check .

@@ -53,6 +53,11 @@ def test_a_run_that_goes_on_says_where_it_is_and_how_long_its_stage_will_take(wo
             ("ie", "now", 120, 400),
         ]
         assert found.arms[0].scored and not found.arms[1].scored
+        # One slow record among them says nothing of the next.
+        steps(workdir / "eim", "ie", 1, 140, pace=15.0)
+        assert read_progress(workdir).words.endswith("step 140 of 400, 6 min left in this stage")
+        (workdir / "eim" / "metrics.jsonl").write_text("")
+        steps(workdir / "eim", "ie", 1, 60, 120)
         # Nothing for five minutes: said, and taken from what is left.
         at = time.time() - 300
         os.utime(workdir / "eim" / "metrics.jsonl", (at, at))

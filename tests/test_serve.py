@@ -1,11 +1,14 @@
 """A served run answers OpenAI's own client with what the library says, whoever else asks."""
 
+import base64
 import concurrent.futures
 import dataclasses
+import io
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from tiny import config_of
 
 openai = pytest.importorskip("openai", reason="the extra test brings OpenAI's client")
@@ -130,6 +133,9 @@ def test_a_run_that_follows_instructions_is_asked_in_its_own_form(tmp_path):
         for picture in (world.pictures[0], None):
             found = client.chat.completions.create(model="eim", messages=asked(picture, "What is this?"))
             assert found.choices[0].message.content == world.runs["eim"].ask(picture, "What is this?")
+        assert _by_vlmevalkit(address, world.pictures[0], "What is this?") == world.runs["eim"].ask(
+            Image.open(io.BytesIO(_jpeg(world.pictures[0]))), "What is this?"
+        )
         before = [*asked(words="Which?"), {"role": "assistant", "content": "a"}]
         for messages, code, words in (
             ([*before, *asked(words="Why?")], None, "single questions"),
@@ -142,6 +148,28 @@ def test_a_run_that_follows_instructions_is_asked_in_its_own_form(tmp_path):
                 client.chat.completions.create(model="eim", messages=messages)
             assert caught.value.code == code
     world.engine.stop()
+
+
+def _jpeg(picture):
+    """As VLMEvalKit encodes a picture: enlarged to 100 pixels where it is smaller, by Pillow's JPEG."""
+    picture = picture.convert("RGB")
+    factor = max(100 / min(picture.size), 1)
+    file = io.BytesIO()
+    picture.resize((int(picture.width * factor), int(picture.height * factor))).save(file, "JPEG")
+    return file.getvalue()
+
+
+def _by_vlmevalkit(address, picture, words):
+    """The request of VLMEvalKit's `GPT4V`, field by field (vlmeval/api/gpt.py of ms-vlmeval 0.0.20)."""
+    url = "data:image/jpeg;base64," + base64.b64encode(_jpeg(picture)).decode()
+    parts = [
+        {"type": "image_url", "image_url": {"url": url, "detail": "low"}},
+        {"type": "text", "text": words},
+    ]
+    body = {"model": "eim", "messages": [{"role": "user", "content": parts}], "temperature": 0, "max_tokens": 2048}
+    status, said = post(address, "/v1/chat/completions", body, Authorization="Bearer none")
+    assert status == 200, said
+    return said["choices"][0]["message"]["content"]
 
 
 def test_a_text_is_sent_once_it_can_be_meant(world):

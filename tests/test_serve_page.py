@@ -11,7 +11,12 @@ pytest.importorskip("openai", reason="the extra test brings OpenAI's client")
 pytest.importorskip("uvicorn", reason="--mode=serve needs the extra serve")
 playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by Playwright: make browser")
 
-from served import world as world  # noqa: E402 the fixture
+from served import world as world  # noqa: E402 the fixtures
+from test_progress import STAGE, steps, write  # noqa: E402
+from test_progress import workdir as workdir  # noqa: E402
+from test_serve_watching import following as following  # noqa: E402
+
+from eim_jax.parallel.lock import locked  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
@@ -28,7 +33,7 @@ def browser():
 
 def answered(page):
     page.click("#send")
-    page.wait_for_selector("#send:disabled")
+    page.wait_for_selector(".turn")  # is there, and the button off, before the click returns
     page.wait_for_selector("#send:not(:disabled)", timeout=120_000)
 
 
@@ -80,6 +85,47 @@ def test_what_a_model_says_is_text(world, browser, tmp_path, monkeypatch):
         answered(page)
         assert page.locator(".answer p").first.inner_text() == evil
         assert page.locator(".answer img").count() == 0 and page.title() != "owned"
+        page.close()
+
+
+def test_the_report_renews_itself_and_stays_where_it_is_read(workdir, following, browser):
+    with locked(workdir):
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(f"{following}/report")
+        page.wait_for_selector("#progress:not(:empty)")
+        assert "step 120 of 400" in page.inner_text("#progress")
+        page.click("summary")
+        read = page.locator("h4", has_text="Stage 2 · ie")
+        read.evaluate("node => node.scrollIntoView({ behavior: 'instant' })")
+        top, scrolled = read.bounding_box()["y"], page.evaluate("scrollY")
+        steps(workdir / "eim", "ie", 1, 400)
+        write(workdir / "eim" / "run.json", {"stages": [{"name": n, "steps": 20, **STAGE} for n in ("st", "ie")]})
+        page.wait_for_selector("th:has-text('2 · ie')", timeout=30_000)
+        assert page.locator("details[open]").count() == 1
+        assert page.evaluate("scrollY") > scrolled  # the new row stands above
+        assert read.bounding_box()["y"] == pytest.approx(top, abs=2)
+        page.close()
+
+
+def test_an_arm_that_comes_leaves_what_is_there(world, browser, tmp_path):
+    world.pictures[0].save(tmp_path / "picture.png")
+    with world.listening() as (server, address):
+        pending = server._service.pending
+        pending["eim"] = "stage ie of arm eim is not finished"
+        page = browser.new_page()
+        page.goto(address)
+        page.wait_for_selector("#main:not([hidden])")
+        assert page.inner_text("#coming") == pending["eim"] and page.locator("#arms input").count() == 1
+        page.set_input_files("#file", tmp_path / "picture.png")
+        page.wait_for_selector("#picture:not([hidden])")
+        page.click("summary")
+        page.fill("#most", "3")
+        answered(page)
+        said = page.inner_text(".turn")
+        del pending["eim"]
+        page.wait_for_selector("#arms input[value=eim]", timeout=30_000)
+        assert page.is_hidden("#coming") and page.is_visible("#picture")
+        assert page.input_value("#most") == "3" and page.inner_text(".turn") == said
         page.close()
 
 

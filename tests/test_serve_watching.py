@@ -21,8 +21,8 @@ from eim_jax.serving.service import Options, Service
 
 
 @pytest.fixture
-def ask(workdir):
-    """Answers of a server of this work directory."""
+def following(workdir):
+    """The address of a server of this work directory."""
     config = config_of("miniature")
     run = json.loads((workdir / "run.json").read_text())
     write(workdir / "run.json", run | {"config": settings.as_dict(config)})
@@ -36,10 +36,15 @@ def ask(workdir):
 
     thread = threading.Thread(target=lambda: asyncio.run(run_server()))
     thread.start()
-    address = f"http://127.0.0.1:{server._socket.getsockname()[1]}"
-    yield lambda path: urllib.request.urlopen(address + path).read().decode()
+    yield f"http://127.0.0.1:{server._socket.getsockname()[1]}"
     loops.result().call_soon_threadsafe(server.drain)
     thread.join()
+
+
+@pytest.fixture
+def ask(following):
+    """What that server answers."""
+    return lambda path: urllib.request.urlopen(following + path).read().decode()
 
 
 def test_a_stage_that_finished_is_on_the_page_before_the_next_one_ends(workdir, ask):
@@ -51,13 +56,13 @@ def test_a_stage_that_finished_is_on_the_page_before_the_next_one_ends(workdir, 
         assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before  # nothing is written there
         assert run["arms"] == [] and run["progress"]["state"] == "running" and not state["over"]
         assert state["version"] in first and '<script src="report.js" defer></script>' in first
-        assert "1 · st" in first and "2 · ie" not in first  # the stage table: finished ones
+        assert "1 · st</th>" in first and "2 · ie</th>" not in first  # the stage table: finished ones
         assert "Stage 2 · ie" in first  # the curves: what is logged
         assert ask("/report") == first
         steps(workdir / "eim", "ie", 1, 180)
         assert json.loads(ask("/report/state"))["version"] != state["version"]
         write(workdir / "eim" / "run.json", {"stages": [{"name": n, "steps": 20, **STAGE} for n in ("st", "ie")]})
-        assert "2 · ie" in ask("/report")
+        assert "2 · ie</th>" in ask("/report")
     assert json.loads(ask("/report/state"))["over"]
 
 

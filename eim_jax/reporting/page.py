@@ -189,7 +189,8 @@ def _queues(arms: Sequence[Arm]) -> str:
     """Which queue is whose, of the losses that these arms name."""
     named = {name for arm in arms for stage in arm.run.get("stages", ()) for name in stage["losses"]}
     known = [loss for name, loss in LOSSES.items() if name in named and loss.queue is not None]
-    return "".join(f"{loss.queue.symbol} is the queue of {loss.title}; " for loss in known)
+    said = "; ".join(f"{loss.queue.symbol} is the queue of {loss.title}" for loss in known)
+    return f"{said}. " if said else ""
 
 
 def _colour(loss: str) -> int:

@@ -1,5 +1,6 @@
 """How far a run is, from the files in its work directory alone: nothing is locked, nothing written."""
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from eim_jax.training.log import read_metrics
 from eim_jax.utils.console import duration
 from eim_jax.utils.files import read_json
 
+_RECENT = 9  # records whose speed the time left is reckoned by
 _SILENT = 120.0  # seconds without a record that are said of a run in the middle of a stage
 
 
@@ -144,19 +146,20 @@ def _running(workdir: Path, arm: ArmProgress, rows: Sequence[dict[str, Any]], ho
     if stage.state == "ahead":
         return f"running: {where.removesuffix(', not begun')}, being prepared{elsewhere}"
     silent = max(time.time() - (workdir / arm.name / "metrics.jsonl").stat().st_mtime, 0.0)
-    left = _left(stage, rows[-1], silent)
+    left = _left(stage, [row for row in rows if row["stage_index"] == rows[-1]["stage_index"]], silent)
     late = f", no record for {duration(silent)}" if silent > _SILENT else ""
     return f"running: {where}{left}{late}{elsewhere}"
 
 
-def _left(stage: StageProgress, last: dict[str, Any], silent: float) -> str:
-    """The time that the stage will take by its last record's speed; "" where nothing is known, or it is late."""
-    pace = last.get("seconds_per_step")
-    if not pace or stage.steps is None:
+def _left(stage: StageProgress, rows: Sequence[dict[str, Any]], silent: float) -> str:
+    """The time that the stage will take by its last records' speed; "" where nothing is known, or it is late."""
+    paces = [row["seconds_per_step"] for row in rows[-_RECENT:] if row.get("seconds_per_step")]
+    if not paces or stage.steps is None:
         return ""
     if stage.step >= stage.steps:
         return ", its result is being saved"
-    left = (stage.steps - stage.step) * pace - silent
+    # The median: one record beside a checkpoint or another program is far slower, and says nothing of the next.
+    left = (stage.steps - stage.step) * statistics.median(paces) - silent
     return f", {_rough(left)} left in this stage" if left > 0 else ""
 
 

@@ -5,6 +5,7 @@ const shown = { version: document.querySelector('meta[name="version"]').content 
 const words = document.createElement("p");
 words.id = "progress";
 words.setAttribute("role", "status");
+words.style.margin = "0 0 .75rem";
 document.querySelector("header").prepend(words);
 
 // Headings and details by their words and their number among those of the same words.
