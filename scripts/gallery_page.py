@@ -73,7 +73,7 @@ def grouped(said: dict[str, dict[str, str]], scenes: dict[str, Scene]) -> dict[t
 
 def rows(ids: list[str], said: dict[str, dict[str, str]], split: MiniatureSplit) -> list[str]:
     """One group as a table, a line a picture."""
-    lines = ["| picture | baseline | EIM | one of its five true captions |", "|---|---|---|---|"]
+    lines = ["| picture | baseline | EIM | a true caption |", "|---|---|---|---|"]
     for key in ids:
         scene = split.scenes[key]
         cells = [f"{said[arm][key]}<br>*{verdict(said[arm][key], scene)}*" for arm in ARMS]
