@@ -6,11 +6,11 @@ from experiment_cases import result
 from scipy import stats
 
 from eim_jax.evaluation.metrics import metric_of
-from experiments import design, run
+from experiments import design, power, run
 from experiments.decide import Outcome, decide, markdown, outcomes
 from experiments.design import DECLARED, OTHERS, SEEDS, TABLES
 from experiments.intervals import difference as bootstrap
-from experiments.rows import BASELINE, EIM
+from experiments.rows import ADAPTER, ADAPTER_EIM, BASELINE, EIM
 from experiments.two_way import Layout, difference, holm, pseudo_values, seeds_for
 
 
@@ -153,6 +153,27 @@ def test_a_claim_has_no_verdict_until_its_declared_seeds_are_there():
         assert one.word == said and (one.outcome.layout is None) == (seeds < 5)
     page = markdown({}, {})
     assert "Not run: confirm, loss-ie, negatives, pilot, pilot-sizes, rivals." in page and "|" not in page
+
+
+def test_the_power_page_is_students_where_seeds_alone_differ_and_adds_its_hours_up():
+    drawn = np.random.default_rng(8).normal(0.5, 0.02, (2, 3))
+    found = {}
+    for row, values in zip((ADAPTER, ADAPTER_EIM), drawn, strict=True):
+        items = [{"ids": [f"i{n}" for n in range(9)], "accuracy/Avg": [[value, 1.0]] * 9} for value in values]
+        each = enumerate(zip(items, values, strict=True))
+        found[row.name] = {seed: result(kept, {"accuracy/Avg": v}, seed, row.name) for seed, (kept, v) in each}
+    [claim] = [one for one in DECLARED if one.name == "adapter"]
+    effect, error = claim.effect * drawn[0].mean(), (drawn[1] - drawn[0]).std(ddof=1) / np.sqrt(40)
+    wanted = []
+    for true in (effect, effect / 2):  # 40 seeds; the smallest of eight p
+        wanted.append(stats.nct.sf(stats.t.ppf(1 - 0.025 / 8, 39), 39, true / error))
+    [line] = [line for line in power.plan(found).splitlines() if claim.statement in line]
+    said = line.split(" | ")
+    assert said[2] == "40" and said[5:7] == [f"{each:.2f}" for each in wanted] and 0.1 < wanted[0] < 0.99
+    costs = power.cost({row.name: {0: result(), 1: result()} for row in power.rows()})  # runs of a minute
+    assert "| confirm | **all** | | | 4.7 |" in costs  # 280 of them
+    hours = [float(line.split("|")[-2]) for line in costs.splitlines() if "**all**" in line]
+    assert hours[-1] == pytest.approx(sum(hours[:-1]), abs=0.2) and len(hours) == 5
 
 
 def test_the_design_is_one_row_a_name_with_the_declared_runs():
