@@ -3,6 +3,7 @@
 python -m experiments.run --table=confirm           # 280 runs, a seed at a time, finished ones shared
 python -m experiments.run --table=negatives
 python -m experiments.run --table=rivals
+python -m experiments.run --table=pilot,pilot-sizes # 20 runs on a small scale
 python -m experiments.decide                        # experiments/results/miniature-design.md
 
 Its rows are those of the tables, tested on 2,000 scenes instead of 400. Nothing here may change once a run of it has
@@ -29,13 +30,20 @@ from experiments.rows import (
     IE_ZERO,
     LLAVA,
     LM_ALONE,
+    LM_LAST,
     NEGATIVES,
     NO_LM,
     NORMS_IE,
     NORMS_ZERO,
+    PILOT_10,
+    PILOT_BATCH,
+    PILOT_QUEUE,
+    PILOT_RECENT,
+    PILOT_TESTED,
     PROMPTS_IE,
     PROMPTS_ZERO,
     ST_ALONE,
+    ST_BY_BASE,
     ST_WITH_LM,
 )
 
@@ -44,6 +52,7 @@ QUESTIONS = 4000
 BASES = {"clipcap": BASELINE, "llama_adapter": ADAPTER}  # whose training time the others get in budget "time"
 POINT = 0.01  # of BLEU-4: what is too small to matter where the paper names no effect
 NLL_MARGIN = 0.01  # of the worse row's NLL a token
+TIMED = ("negatives",)  # families that are judged a second time at equal time
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,8 @@ class Declared:
       metric: the primary outcome.
       effect: the paper's relative change; 0: unknown.
       margin: of the primary outcome, in its own unit, where the paper's effect is unknown.
+      scenes: of the test.
+      like: rows of the first design whose noise stands in for that of `pairs`, where those have not run (power.py).
     """
 
     name: str
@@ -67,6 +78,20 @@ class Declared:
     metric: str = "Bleu_4"
     effect: float = 0.0
     margin: float = POINT
+    scenes: int = TESTED
+    like: tuple[Row, Row] | None = None
+
+    @property
+    def seeds(self) -> int:
+        """How many its rows share."""
+        return min(row.seeds for pair in self.pairs for row in pair)
+
+    @property
+    def pilots(self) -> tuple[tuple[Row, Row], ...]:
+        """The rows of the first design from whose noise it was planned."""
+        if self.like:
+            return (self.like,)
+        return tuple((untested(worse), untested(better)) for worse, better in self.pairs)
 
     def bound(self, worse: float) -> float:
         """What difference is large enough to matter: half of the paper's, at the worse rows' mean score."""
@@ -81,7 +106,10 @@ SEEDS: Mapping[str, int] = {
     **dict.fromkeys((row.name for row in (IE_ZERO, PROMPTS_IE, PROMPTS_ZERO, IE_ALONE_ZERO, NORMS_IE, NORMS_ZERO)), 5),
 }
 OTHERS = 10
+# Rows that the first design has not: how long one runs, by the row that it is a variant of.
+COSTS_AS = {EIM_BATCH.name: EIM, **{row.name: NO_LM for row, _ in NEGATIVES}, LLAVA.name: FEATURES_ST}
 _tested: dict[str, Row] = {}
+_first: dict[str, Row] = {}  # the name of a row of this design -> the row that it tests on more scenes
 
 
 def tested(row: Row) -> Row:
@@ -95,11 +123,23 @@ def tested(row: Row) -> Row:
         seeds=SEEDS.get(row.name, OTHERS),
         base=f"{BASES[row.family].name}-{TESTED}",
     )
+    _first[made.name] = row
     return _tested.setdefault(made.name, made)
 
 
-def _claim(name: str, family: str, statement: str, worse: Row, better: Row) -> Declared:
-    return Declared(name, statement, family, ((tested(worse), tested(better)),))
+def untested(row: Row) -> Row:
+    """The row that one of this design tests on more scenes; itself where it is no such row."""
+    return _first.get(row.name, row)
+
+
+def _claim(name: str, family: str, statement: str, worse: Row, better: Row, like: tuple[Row, Row]) -> Declared:
+    return Declared(name, statement, family, ((tested(worse), tested(better)),), like=like)
+
+
+def _pilot(family: str, what: str, worse: Row) -> Declared:
+    pair, like = (worse, PILOT_QUEUE), (LM_LAST, NO_LM)
+    statement = f"pilot, without an LM stage: {what}"
+    return Declared(worse.name, statement, family, (pair,), scenes=PILOT_TESTED, like=like)
 
 
 def _of_paper(name: str) -> Declared:
@@ -113,12 +153,36 @@ POOLED = tuple((tested(worse), tested(better)) for worse, better in SETTINGS)
 DECLARED = (
     *map(_of_paper, ("eim", "features", "st", "lm", "ie", "apart", "adapter3", "adapter")),
     Declared("loss-ie-pooled", "loss_IE adds, over its four settings", "loss-ie", POOLED),
-    _claim("eim-queue", "negatives", "EIM with its queues beats EIM with in-batch negatives", EIM_BATCH, EIM),
+    _claim(
+        "eim-queue",
+        "negatives",
+        "EIM with its queues beats EIM with in-batch negatives",
+        EIM_BATCH,
+        EIM,
+        like=(IE_ZERO, EIM),
+    ),
     *(
-        _claim(f"queue-{row.name}", "negatives", f"without an LM stage, queues of all data beat {what}", row, NO_LM)
+        _claim(
+            f"queue-{row.name}",
+            "negatives",
+            f"without an LM stage, queues of all data beat {what}",
+            row,
+            NO_LM,
+            like=(LM_LAST, NO_LM),
+        )
         for row, what in NEGATIVES
     ),
-    _claim("llava", "rivals", "the ST stage on loss_ST beats the same stage on loss_base", LLAVA, FEATURES_ST),
+    _pilot("pilot", "queues of all data beat in-batch negatives", PILOT_BATCH),
+    _pilot("pilot-sizes", "queues of all data beat a queue of 10 % of the data", PILOT_10),
+    _pilot("pilot-sizes", "queues of all data beat the keys of the 8 batches before", PILOT_RECENT),
+    _claim(
+        "llava",
+        "rivals",
+        "the ST stage on loss_ST beats the same stage on loss_base",
+        LLAVA,
+        FEATURES_ST,
+        like=(ST_BY_BASE, EIM),
+    ),
 )
 
 
@@ -131,9 +195,12 @@ def rows_of(family: str) -> tuple[Row, ...]:
 ABOUT = (
     "The second design, on 2,000 test scenes: what is declared of it, and how it is judged, is docs/results/design.md."
 )
+PILOT_ABOUT = "A third of the steps, 600 training scenes, 1,000 test scenes: declared in docs/results/design.md."
 TABLES = (
     Table("confirm", "The paper's claims, second design", rows_of("confirm"), (*CAPTIONS, *ANSWERS[:2]), about=ABOUT),
     Table("pool", "loss_IE in four settings, second design", rows_of("loss-ie"), CAPTIONS, about=ABOUT),
     Table("negatives", "What a query is contrasted with", rows_of("negatives"), CAPTIONS, about=ABOUT),
+    Table("pilot", "Queue or batch, on a small scale", rows_of("pilot"), CAPTIONS, about=PILOT_ABOUT),
+    Table("pilot-sizes", "Smaller queues, on a small scale", rows_of("pilot-sizes"), CAPTIONS, about=PILOT_ABOUT),
     Table("rivals", "Other recipes", rows_of("rivals"), CAPTIONS, about=ABOUT),
 )

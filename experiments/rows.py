@@ -175,6 +175,20 @@ NEGATIVES = (
     (_negatives("10", "a queue of 10 % of the data", "10%"), "a queue of 10 % of the data"),
     (_negatives("recent", "the keys of the 8 batches before", "recent-8"), "the keys of the 8 batches before"),
 )
+# The same question small enough for an hour of one core (design.py)
+PILOT_SEEDS, PILOT_TESTED = 5, 1000
+
+
+def _pilot(name: str, title: str, word: str) -> Row:
+    overrides = {**NO_LM.overrides, "losses.negatives": word, "data.test_items": PILOT_TESTED}
+    alike = {"scales": ("miniature",), "seeds": PILOT_SEEDS, "base": "pilot-queue"}
+    return Row(f"pilot-{name}", f"pilot, {title}", "clipcap_pilot", overrides=overrides, **alike)
+
+
+PILOT_QUEUE = _pilot("queue", "queues of all data", "queue")
+PILOT_BATCH = _pilot("batch", "in-batch negatives", "batch")
+PILOT_10 = _pilot("10", "a queue of 10 % of the data", "10%")
+PILOT_RECENT = _pilot("recent", "the keys of the 8 batches before", "recent-8")
 # LLaVA's recipe: the projector by captions first, then projector and LM, loss_base all along
 LLAVA = Row(
     "llava",

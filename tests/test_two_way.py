@@ -6,11 +6,11 @@ from experiment_cases import result
 from scipy import stats
 
 from eim_jax.evaluation.metrics import metric_of
-from experiments import run
-from experiments.decide import Outcome, decide, markdown
-from experiments.design import DECLARED, OTHERS, SEEDS, TABLES, tested
+from experiments import design, power, run
+from experiments.decide import Outcome, decide, markdown, outcomes
+from experiments.design import DECLARED, OTHERS, SEEDS, TABLES
 from experiments.intervals import difference as bootstrap
-from experiments.rows import BASELINE, EIM
+from experiments.rows import ADAPTER, ADAPTER_EIM, BASELINE, EIM
 from experiments.two_way import Layout, difference, holm, pseudo_values, seeds_for
 
 
@@ -91,7 +91,7 @@ def cells(rng, seeds, scenes, add=0.0, name="row"):
     for seed in range(seeds):
         right = (rng.random(scenes) < 0.5 + add).astype(float)
         items = {
-            "ids": [f"i{n}" for n in range(scenes)],
+            "ids": [f"i{n:03d}" for n in range(scenes)],
             "accuracy/Avg": np.stack([right, np.ones(scenes)], 1).tolist(),
         }
         found[seed] = result(items, {"accuracy/Avg": right.mean()}, seed, name)
@@ -141,15 +141,52 @@ def test_verdicts_are_corrected_together_and_tell_small_from_unknown():
     assert decide([lower])[0].word == "supported"  # less is better
 
 
+def test_a_claim_has_no_verdict_until_its_declared_seeds_are_there():
+    [claim] = [one for one in DECLARED if one.family == "pilot"]
+    [(worse, better)] = claim.pairs
+    rng = np.random.default_rng(6)
+    metric = "accuracy/Avg"
+    sides = [cells(rng, 5, 400, add, row.name) for row, add in ((worse, 0.0), (better, 0.4))]
+    for seeds, said in ((0, "not measured"), (4, "not yet: 4 of 5 seeds"), (5, "supported")):
+        found = {row.name: dict(list(side.items())[:seeds]) for row, side in zip(claim.pairs[0], sides, strict=True)}
+        [one] = decide(outcomes(found, lambda _: metric, [claim]))
+        assert one.word == said and (one.outcome.layout is None) == (seeds < 5)
+    page = markdown({}, {})
+    assert "Not run: confirm, loss-ie, negatives, pilot, pilot-sizes, rivals." in page and "|" not in page
+
+
+def test_the_power_page_is_students_where_seeds_alone_differ_and_adds_its_hours_up():
+    drawn = np.random.default_rng(8).normal(0.5, 0.02, (2, 3))
+    found = {}
+    for row, values in zip((ADAPTER, ADAPTER_EIM), drawn, strict=True):
+        items = [{"ids": [f"i{n}" for n in range(9)], "accuracy/Avg": [[value, 1.0]] * 9} for value in values]
+        each = enumerate(zip(items, values, strict=True))
+        found[row.name] = {seed: result(kept, {"accuracy/Avg": v}, seed, row.name) for seed, (kept, v) in each}
+    [claim] = [one for one in DECLARED if one.name == "adapter"]
+    effect, error = claim.effect * drawn[0].mean(), (drawn[1] - drawn[0]).std(ddof=1) / np.sqrt(40)
+    wanted = []
+    for true in (effect, effect / 2):  # 40 seeds; the smallest of eight p
+        wanted.append(stats.nct.sf(stats.t.ppf(1 - 0.025 / 8, 39), 39, true / error))
+    [line] = [line for line in power.plan(found).splitlines() if claim.statement in line]
+    said = line.split(" | ")
+    assert said[2] == "40" and said[5:7] == [f"{each:.2f}" for each in wanted] and 0.1 < wanted[0] < 0.99
+    costs = power.cost({row.name: {0: result(), 1: result()} for row in power.rows()})  # runs of a minute
+    assert "| confirm | **all** | | | 4.7 |" in costs  # 280 of them
+    hours = [float(line.split("|")[-2]) for line in costs.splitlines() if "**all**" in line]
+    assert hours[-1] == pytest.approx(sum(hours[:-1]), abs=0.2) and len(hours) == 5
+
+
 def test_the_design_is_one_row_a_name_with_the_declared_runs():
     confirm = next(table for table in TABLES if table.name == "confirm")
     assert sum(row.seeds for row in confirm.rows) == 280
     assert (
-        tested(EIM) is tested(EIM) and tested(EIM).seeds == SEEDS["clipcap-eim"] and tested(EIM).base.endswith("2000")
+        design.tested(EIM) is design.tested(EIM)
+        and design.tested(EIM).seeds == SEEDS["clipcap-eim"]
+        and design.tested(EIM).base.endswith("2000")
     )
-    assert {row.overrides["data.test_items"] for table in TABLES for row in table.rows} == {2000, 4000}
+    tests = {table.name: {row.overrides["data.test_items"] for row in table.rows} for table in TABLES}
+    assert tests["confirm"] == {2000, 4000} and tests["negatives"] == {2000} and tests["pilot"] == {1000}
     assert all(row.seeds in (5, OTHERS, 20, 25, 40) for table in TABLES for row in table.rows)
-    assert "| – | – | – | not measured |" in markdown({})
 
 
 def test_a_table_of_the_design_runs_each_rows_own_seeds_a_seed_at_a_time():
@@ -157,7 +194,9 @@ def test_a_table_of_the_design_runs_each_rows_own_seeds_a_seed_at_a_time():
     found = run.cells(run.chosen(options), options)
     assert len(found) == 280
     assert [one.seed for one in found] == sorted(one.seed for one in found)
-    some = run.parse(["--table=confirm", "--seeds=22", f"--rows={tested(BASELINE).name},{tested(EIM).name}"])
+    some = run.parse(
+        ["--table=confirm", "--seeds=22", f"--rows={design.tested(BASELINE).name},{design.tested(EIM).name}"]
+    )
     assert len(run.cells(run.chosen(some), some)) == 22 + 20
     every = {row.name for row in run.chosen(run.parse([]))}
-    assert tested(EIM).name not in every and "clipcap-eim" in every
+    assert design.tested(EIM).name not in every and "clipcap-eim" in every

@@ -47,13 +47,12 @@ class BatchRows(NamedTuple):
 
 @runtime_checkable
 class Negatives(Protocol):
-    """What every setting answers.
+    """What every setting answers."""
 
-    Attributes:
-      before: how many earlier batches' rows a batch has to hold.
-    """
-
-    before: int
+    @property
+    def before(self) -> int:
+        """How many earlier batches' rows a batch has to hold."""
+        ...
 
     def rows(self, batch: BatchRows, count: int) -> Int[Array, "m"] | Int[np.ndarray, "m"] | None:
         """The rows that are negatives in an update, None: all (`queue_nce`'s `among`).

@@ -193,7 +193,8 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
         captions |= {"text": pretrained.fingerprint(text_dir)} if config.towers.text else {}
     config = replace(config, data=rows.settled(config.data, lm_tokenizer, recorded_seam(workdir)))
     if config.data.seam == TOKENIZER:
-        end = lm_tokenizer.decode([rows.end_of(lm_tokenizer, TOKENIZER)])
+        end = rows.end_of(lm_tokenizer, TOKENIZER)
+        end = "nothing" if end is None else lm_tokenizer.decode([end])
         console.print(f"asked in the tokenizer's chat template, whose answers end with {end}", markup=False)
     words = tokenize.fingerprint(lm_tokenizer, config.data.seam)
     train = encoded = None
