@@ -1,21 +1,23 @@
 """Matrix products in bfloat16, each in the form that is fast on what it is compiled for.
 
 A CPU with bf16 units (AMX, AVX-512 BF16) is reached by XLA's compiler only through a product of bf16 operands with a
-float32 result, and where both operands are summed over their rows only if these rows lie on two axes: other forms run
-at float32's rate (`python benchmarks/gemm_rates.py` shows both). Accelerators have bf16 results and any axes at full
-speed. Products in float32 are lax.dot_general's to the bit everywhere.
+float32 result, where both operands are summed over their rows only if these rows lie on two axes, and where there is
+one row only if a second one of zeros stands under it: other forms run at float32's rate or below it (`python
+benchmarks/gemm_rates.py` shows both). Accelerators have bf16 results and any axes at full speed. Products in float32
+are lax.dot_general's to the bit everywhere.
 """
 
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 _PLATFORM: contextvars.ContextVar[str] = contextvars.ContextVar("platform", default="")
 
@@ -43,13 +45,17 @@ def wants_float32(dtype: Any) -> bool:
 
 
 def product(a: Array, b: Array, contract: tuple[Sequence[int], Sequence[int]]) -> Array:
-    """Returns a times b, summed over the axes `contract` of each, in their own dtype; added up in float32."""
-    wide = jnp.float32 if wants_float32(a.dtype) else None
-    return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=wide).astype(a.dtype)
+    """Returns a times b in their own dtype, added up in float32 over the axes `contract` of each (the last ones of a)."""
+    if not wants_float32(a.dtype):
+        return lax.dot_general(a, b, (contract, ((), ())))
+    alone = a.shape[0] == 1 and a.size == math.prod(a.shape[axis] for axis in contract[0])
+    a = jnp.pad(a, [(0, 1)] + [(0, 0)] * (a.ndim - 1)) if alone else a
+    found = lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32).astype(a.dtype)
+    return found[:1] if alone else found
 
 
-def sum_over_rows(a: Float[Array, "*n d"], b: Float[Array, "*n c"], rows: int, dtype: Any = None) -> Array:
-    """Returns the sum of a's rows times b's, [d c] with any axes behind `rows` of each: a kernel's gradient.
+def sum_over_rows(a: Array, b: Array, rows: int, dtype: Any = None) -> Array:
+    """Returns the sum of a's rows times b's, [*d *c] of [*rows *d] and [*rows *c]: a kernel's gradient.
 
     Args:
       a: what a layer read.
