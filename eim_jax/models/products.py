@@ -45,10 +45,10 @@ def wants_float32(dtype: Any) -> bool:
 
 
 def product(a: Array, b: Array, contract: tuple[Sequence[int], Sequence[int]]) -> Array:
-    """Returns a times b in their own dtype, added up in float32 over the axes `contract` of each (the last ones of a)."""
+    """Returns a times b in their own dtype, added up in float32 over the axes `contract` of each (a's last ones)."""
     if not wants_float32(a.dtype):
         return lax.dot_general(a, b, (contract, ((), ())))
-    alone = a.shape[0] == 1 and a.size == math.prod(a.shape[axis] for axis in contract[0])
+    alone = 0 not in contract[0] and math.prod(a.shape) == math.prod(a.shape[axis] for axis in contract[0])
     a = jnp.pad(a, [(0, 1)] + [(0, 0)] * (a.ndim - 1)) if alone else a
     found = lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32).astype(a.dtype)
     return found[:1] if alone else found
