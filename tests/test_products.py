@@ -26,7 +26,7 @@ def assert_rounded(found, want, size):
     np.testing.assert_array_less(np.abs(wide(found) - want), BF16 * np.abs(want) + 1e-5 * size + 1e-6)
 
 
-@pytest.mark.parametrize("rows", [(6,), (5,), (2, 3)])
+@pytest.mark.parametrize("rows", [(6,), (5,), (2, 3), (1, 1)])
 def test_a_linear_layer_and_its_gradients_are_rounded_once(rows):
     x, kernel, dy = draw(0, *rows, 24), draw(1, 24, 8), draw(2, *rows, 8)
     y, back = jax.vjp(linear, x, kernel)

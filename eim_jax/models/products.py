@@ -1,14 +1,16 @@
 """Matrix products in bfloat16, each in the form that is fast on what it is compiled for.
 
 A CPU with bf16 units (AMX, AVX-512 BF16) is reached by XLA's compiler only through a product of bf16 operands with a
-float32 result, and where both operands are summed over their rows only if these rows lie on two axes: other forms run
-at float32's rate (`python benchmarks/gemm_rates.py` shows both). Accelerators have bf16 results and any axes at full
-speed. Products in float32 are lax.dot_general's to the bit everywhere.
+float32 result, where both operands are summed over their rows only if these rows lie on two axes, and where there is
+one row only if a second one of zeros stands under it: other forms run at float32's rate or below it (`python
+benchmarks/gemm_rates.py` shows both). Accelerators have bf16 results and any axes at full speed. Products in float32
+are lax.dot_general's to the bit everywhere.
 """
 
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -43,9 +45,13 @@ def wants_float32(dtype: Any) -> bool:
 
 
 def product(a: Array, b: Array, contract: tuple[Sequence[int], Sequence[int]]) -> Array:
-    """Returns a times b, summed over the axes `contract` of each, in their own dtype; added up in float32."""
-    wide = jnp.float32 if wants_float32(a.dtype) else None
-    return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=wide).astype(a.dtype)
+    """Returns a times b in their own dtype, added up in float32 over the axes `contract` of each (a's last ones)."""
+    if not wants_float32(a.dtype):
+        return lax.dot_general(a, b, (contract, ((), ())))
+    alone = 0 not in contract[0] and math.prod(a.shape) == math.prod(a.shape[axis] for axis in contract[0])
+    a = jnp.pad(a, [(0, 1)] + [(0, 0)] * (a.ndim - 1)) if alone else a
+    found = lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32).astype(a.dtype)
+    return found[:1] if alone else found
 
 
 def sum_over_rows(a: Array, b: Array, rows: int, dtype: Any = None) -> Array:
