@@ -142,7 +142,10 @@ def test_what_does_not_fit_a_clipcap_file_is_one_message(clipcap, tmp_path):
     assert "'gpt.lm_head.weight' differs" in message
     resnet = torch.zeros(60, 640)
     message = refused("resnet.pt", lambda held: held.update({"clip_project.model.0.weight": resnet}))
-    assert "RN50x4; CLIP's ResNets are not supported" in message and "config.towers.clip" in message
+    assert "640 wide as those of RN50x4" in message and "ResNets are not supported, take a file" in message
+    wide = torch.zeros(60, 13)
+    message = refused("wide.pt", lambda held: held.update({"clip_project.model.0.weight": wide}))
+    assert "are 13 wide, and those of config.towers.clip 12: set config.towers.clip to the CLIP" in message
     message = refused("other.pt", lambda held: [held.pop(key) for key in list(held)[:-1]])
     assert "is missing" in message
     message = refused("lm.pt", lambda held: [held.pop(key) for key in list(held) if key.startswith("clip_project")])

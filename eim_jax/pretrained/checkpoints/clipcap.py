@@ -57,10 +57,15 @@ def _problems(content: Content, target: Target) -> list[str]:
     found += target.differs("output_layer", True, "ClipCap maps CLIP's projected feature")
     first = shapes.get(f"{_MAPPER}model.0.weight" if _is_mlp(content) else f"{_MAPPER}linear.weight", ())
     if len(first) == 2 and arm.output_layer and first[1] != target.visual.joint:
-        named = " (RN50x4; CLIP's ResNets are not supported)" if first[1] == _RN50X4 else ""
+        resnet = first[1] == _RN50X4
         found.append(
-            f"its image features are {first[1]} wide{named}, those of config.towers.clip {target.visual.joint}: set "
-            "config.towers.clip to the CLIP that it was trained with"
+            f"its image features are {first[1]} wide{' as those of RN50x4' * resnet}, and those of config.towers.clip "
+            f"{target.visual.joint}: "
+            + (
+                "CLIP's ResNets are not supported, take a file that was made with a ViT"
+                if resnet
+                else "set config.towers.clip to the CLIP that it was trained with"
+            )
         )
     if _has_gpt(content) and target.lm.model_type != "gpt2":
         found.append(f"it holds a GPT-2, and config.towers.lm is a {family_of(target.lm).title}: set it to that GPT-2")
