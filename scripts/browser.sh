@@ -14,7 +14,9 @@ browser() {
 }
 
 if ! browser > /dev/null; then
-  [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null || not_run "no Chromium here, and no apt-get to install one as root"
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
+    not_run "no Chromium here, and no apt-get to install one as root"
+  fi
   echo "no Chromium here: apt-get install chromium"
   export DEBIAN_FRONTEND=noninteractive
   quiet=(-qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=60 --no-install-recommends)
