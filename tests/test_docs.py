@@ -24,7 +24,7 @@ FLAGS = {flag.name for flag in flags.FLAGS.flags_by_module_dict()[main.__name__]
 ASKED = {"help", "helpfull", "version"}  # what is answered without a run
 SCRIPTS = "\n".join(
     file.read_text(encoding="utf-8")
-    for room in ("benchmarks", "experiments", "scripts", "tests/fuzz")
+    for room in ("benchmarks", "examples", "experiments", "scripts", "tests/fuzz")
     for file in (ROOT / room).glob("*.py")
 )
 TOPS = "eim_jax|experiments|configs|benchmarks|tests|scripts|launch|docs|examples"
