@@ -58,16 +58,19 @@ def timer() -> Callable[[], float]:
 def report(title: str, pairs: list[Pair], repeats: int) -> None:
     """Runs JAX and PyTorch in turn, `repeats` times after one warm-up each, and prints medians.
 
-    The ratio is the median of the pairs' own ratios, which a machine that is busy at times disturbs least.
+    The ratio is the median of the pairs' own ratios, which a machine that is busy at times disturbs least. On one core
+    its own times are taken, which others' work can only lengthen: the fastest of each side, and their ratio.
     """
-    of = " of the core's own time" if cores() == 1 else ""
+    alone = cores() == 1
+    form = "the fastest by the core's own time" if alone else "medians"
     print(f"## {title}\n")
     print(machine("jax", "flax", "optax", "torch", "transformers"))
-    print(f"Command: {' '.join(['python', *sys.argv])}; {repeats} interleaved pairs, medians{of}.\n")
+    print(f"Command: {' '.join(['python', *sys.argv])}; {repeats} interleaved pairs, {form}.\n")
     print("| work | JAX ms | PyTorch ms | PyTorch / JAX |\n|---|---|---|---|", flush=True)
     for pair in pairs:
         pair.jax(), pair.torch()
         times = [(_seconds(pair.jax), _seconds(pair.torch)) for _ in range(repeats)]
-        jax_ms, torch_ms = (1e3 * statistics.median(column) / pair.per for column in zip(*times, strict=True))
-        ratio = statistics.median(t / j for j, t in times)
+        middle = min if alone else statistics.median
+        jax_ms, torch_ms = (1e3 * middle(column) / pair.per for column in zip(*times, strict=True))
+        ratio = torch_ms / jax_ms if alone else statistics.median(t / j for j, t in times)
         print(f"| {pair.name} | {jax_ms:.0f} | {torch_ms:.0f} | {ratio:.2f} |", flush=True)
