@@ -21,7 +21,7 @@ if ! browser > /dev/null; then
   export DEBIAN_FRONTEND=noninteractive
   quiet=(-qq -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=60 --no-install-recommends)
   # The time limit is on what waits for the network: a package that is cut off half unpacked breaks all others.
-  limit=${BROWSER_LIMIT:-240}
+  limit=${BROWSER_LIMIT:-120}
   timeout "$limit" apt-get update -qq > /dev/null 2>&1 || not_run "apt-get update failed or took longer than $limit s"
   timeout "$limit" apt-get install -y "${quiet[@]}" --download-only chromium > /dev/null 2>&1 ||
     not_run "apt-get could not fetch chromium in $limit s"
