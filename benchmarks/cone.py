@@ -22,7 +22,7 @@ from eim_jax.losses.queue_contrast import SAMPLE, contrast
 from eim_jax.losses.queue_health import measure
 from eim_jax.losses.queues import Queue
 from eim_jax.losses.table import losses_of
-from eim_jax.training import partition, setup
+from eim_jax.training import arm_model, partition, setup
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     arm = config.arm[options.arm or config.arms[-1]]
     with tempfile.TemporaryDirectory() as folder:
         inputs = setup.load(config, Path(folder))
-        vlm = setup.model(inputs, arm)
+        vlm = arm_model.model(inputs, arm)
         print(f"\n{datetime.date.today()} | {jax.default_backend()}, {os.cpu_count()} cores | jax {jax.__version__}\n")
         print("| queue | keys | mean cosine | mean key's length | own key as query, raw | centred | chance |")
         print("|---|---|---|---|---|---|---|")

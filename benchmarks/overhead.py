@@ -31,7 +31,8 @@ from eim_jax.parallel.sharding import make_mesh
 from eim_jax.planning.plan import placed, stage_program
 from eim_jax.planning.shapes import abstract_inputs
 from eim_jax.training import partition
-from eim_jax.training.setup import model, reads_features, shapes
+from eim_jax.training.arm_model import model, shapes
+from eim_jax.training.vision_features import reads_features
 from eim_jax.utils.flops import work
 
 sys.path.append(str(Path(__file__).parent.parent))  # configs/ is no part of the package

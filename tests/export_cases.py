@@ -3,7 +3,7 @@
 import numpy as np
 import tiny
 
-from eim_jax.training import partition, setup
+from eim_jax.training import arm_model, partition, setup
 
 CLIPCAP = {"st": "ffn", "adapter": "none", "visual_adapter": False, "features": "full"}
 RECIPES = {
@@ -35,7 +35,7 @@ def config_of(recipe: str, tuned: bool = False, **changes):
 def loud_arm(config, workdir, size: float = 0.3):
     """(inputs, model, parameters) of the baseline, where all that its stage trains is moved away from its start."""
     inputs = setup.load(config, workdir, data=False)
-    vlm, params = setup.start(inputs, config.arm["baseline"])
+    vlm, params = arm_model.start(inputs, config.arm["baseline"])
     trained = {path for group in partition.groups(config.stages["base"], params) for path in group.paths}
     rng = np.random.default_rng(3)
 

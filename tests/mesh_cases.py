@@ -16,7 +16,7 @@ from eim_jax.parallel.sharding import make_mesh
 from eim_jax.planning import plan
 from eim_jax.planning.shapes import abstract_inputs
 from eim_jax.pretrained import hub
-from eim_jax.training import setup as loading
+from eim_jax.training import arm_model
 
 # Quick to compile; how a program is partitioned does not depend on it.
 QUICK = {
@@ -69,7 +69,7 @@ def prepared(clip, lm, recipe, arm, stage, quant="none", samples=40, batch=16, a
     config = config_of(name, **changes, **{f"stages.{stage}.{field}": value for field, value in short.items()})
     inputs, _ = abstract_inputs(config, make_mesh((1, 1, 1), jax.devices()[:1]), samples)
     chosen = dataclasses.replace(config.arm[arm], sequence=(stage,))
-    return inputs, chosen, loading.shapes(inputs, chosen, loading.model(inputs, chosen))
+    return inputs, chosen, arm_model.shapes(inputs, chosen, arm_model.model(inputs, chosen))
 
 
 @functools.cache
@@ -79,7 +79,7 @@ def compiled(mesh, stage, *case, **sizes):
     inputs = dataclasses.replace(inputs, mesh=make_mesh(mesh, jax.devices()[: math.prod(mesh)]))
     params = plan.placed(shapes, inputs.mesh)
     one = inputs.config.stages[stage]
-    program = plan.stage_program(inputs, loading.model(inputs, arm), one, params, one.steps)
+    program = plan.stage_program(inputs, arm_model.model(inputs, arm), one, params, one.steps)
     return program.arguments, program.step.lower(*program.arguments).compile(compiler_options=QUICK)
 
 

@@ -24,7 +24,7 @@ from eim_jax.serving.nearest_keys import NearestKeys
 from eim_jax.serving.served_arm import ServedArm
 from eim_jax.serving.server import LOOPBACK, Server, listen
 from eim_jax.serving.service import Options, Service
-from eim_jax.training import setup
+from eim_jax.training import arm_model, setup
 from eim_jax.utils.files import write_json
 
 
@@ -36,7 +36,7 @@ class World:
         write_json(workdir / "run.json", {"config": settings.as_dict(config), "identity": self.inputs.fingerprints})
         self.runs, arms = {}, {}
         for name in config.arms:
-            model = setup.start(self.inputs, config.arm[name])
+            model = arm_model.start(self.inputs, config.arm[name])
             self.runs[name] = api.Run(self.inputs, name)
             self.runs[name].__dict__["_trained"] = model  # an untrained arm answers as well as a trained one
             arms[name] = ServedArm(name, self.inputs, *model)

@@ -15,7 +15,7 @@ from eim_jax.evaluation.tasks import choosing, options, questions
 from eim_jax.generation import batched_inference as inference
 from eim_jax.generation import visual_tokens
 from eim_jax.generation.sampler import DecodeConfig, continue_text
-from eim_jax.training import partition, setup
+from eim_jax.training import arm_model, partition, setup
 from eim_jax.utils.images import clip_preprocess
 
 CONFIGS = {"lavin": miniature_lavin, "prompts": miniature_llama_adapter}
@@ -28,7 +28,7 @@ def world(request, tmp_path_factory):
     values.data.scenes, values.decode.batch, values.decode.max_tokens = 40, 8, 6
     config = from_config_dict(values)
     loaded = setup.load(config, tmp_path_factory.mktemp("answers"))
-    vlm, params = setup.start(loaded, config.arm["eim"])
+    vlm, params = arm_model.start(loaded, config.arm["eim"])
     rng = np.random.default_rng(0)
     params = {
         path: leaf + 0.05 * rng.standard_normal(leaf.shape, np.float32) if "/adapter/" in path else leaf

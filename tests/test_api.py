@@ -16,7 +16,7 @@ from eim_jax.commands import caption, chat
 from eim_jax.config import ConfigError
 from eim_jax.data.datasets import load_split
 from eim_jax.losses.key_sources import LM_TEXTS
-from eim_jax.training import setup
+from eim_jax.training import arm_model, setup
 from eim_jax.training.arm import run_arm
 from eim_jax.utils.files import write_json
 
@@ -97,7 +97,7 @@ def test_what_cannot_be_opened_or_asked_is_said(finished, run, tmp_path):
 def test_answers_are_those_of_a_conversation_s_first_turn(tmp_path):
     config = config_of("miniature_lavin", **{"data.scenes": 16, "decode.max_tokens": 4})
     inputs = setup.load(config, tmp_path)
-    vlm, params = setup.start(inputs, config.arm["eim"])
+    vlm, params = arm_model.start(inputs, config.arm["eim"])
     run = api.Run(inputs, "eim")
     run.__dict__["_trained"] = (vlm, params)  # an untrained arm answers as well as a trained one
     test = load_split(config, "test", tmp_path)

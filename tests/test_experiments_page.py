@@ -16,8 +16,7 @@ from experiment_cases import few_scenes, result, write
 from eim_jax.data.datasets import load_split
 from eim_jax.evaluation.metrics import metric_of
 from eim_jax.models.language.gpt2 import GPT2
-from eim_jax.training import partition
-from eim_jax.training import setup as loading
+from eim_jax.training import arm_model, partition
 from experiments import diagnose, integration, report, results, rows
 from experiments.cells import SCALES, cell
 from experiments.tables import TABLES, rows_of
@@ -71,7 +70,7 @@ def test_a_model_is_diagnosed_as_it_starts(tmp_path, monkeypatch):
     one = cell(rows.ST_WITH_LM, "miniature", 0)  # one of its stages has a rate of its own for st/.*
     inputs = few_scenes(one, tmp_path)
     object.__setattr__(inputs, "config", one.config)
-    vlm, params = loading.start(inputs, one.config.arm["eim"])
+    vlm, params = arm_model.start(inputs, one.config.arm["eim"])
     monkeypatch.setattr(diagnose, "after_stages", lambda inputs, arm: [("start", vlm, params)])
     monkeypatch.setattr(diagnose, "ROWS", 8)
     (found,) = diagnose.diagnose(inputs, "eim", load_split(one.config, "test", Path()))

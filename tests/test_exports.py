@@ -32,7 +32,7 @@ from eim_jax.models.quant import quantise
 from eim_jax.pretrained import load_lm
 from eim_jax.pretrained.llava import why_not
 from eim_jax.pretrained.tokenizer import bos_id
-from eim_jax.training import partition, setup
+from eim_jax.training import arm_model, partition, setup
 from eim_jax.utils.files import write_json
 
 SCORES = {"greedy": {"accuracy": 61.5, "notes": {"accuracy_low": 55.0, "accuracy_high": 68.0}}}
@@ -209,13 +209,13 @@ def test_an_arm_that_llava_cannot_hold_is_told_why(plain, arm, changes, reason, 
     if changes:
         inputs = setup.load(export_cases.config_of("clipcap", **changes), tmp_path, data=False)
     arm = dataclasses.replace(inputs.config.arm["baseline"], **arm)
-    vlm = setup.model(inputs, arm)
+    vlm = arm_model.model(inputs, arm)
     lm = None if vlm.lm.config.adapter is not None else inputs.lm
     assert reason in why_not(vlm, lm)
 
 
 def test_the_capped_logits_of_gemma_2_are_no_llava(plain):
-    vlm = setup.model(plain, plain.config.arm["baseline"])
+    vlm = arm_model.model(plain, plain.config.arm["baseline"])
     lm = plain.lm._replace(config=dataclasses.replace(plain.lm.config, logit_cap=30.0))
     assert why_not(vlm, plain.lm) == "" and "caps its logits" in why_not(vlm, lm)
 

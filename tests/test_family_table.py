@@ -24,7 +24,7 @@ from eim_jax.models.language import FAMILIES, family_of
 from eim_jax.models.language.gpt2 import GPT2Config
 from eim_jax.pretrained import LM, WeightsError, export_lm, load_lm, resolve
 from eim_jax.pretrained.llava import why_not
-from eim_jax.training import partition, setup
+from eim_jax.training import arm_model, partition, setup
 
 RECIPES = {
     "ClipCap, LM frozen": ("clipcap", False),
@@ -135,7 +135,7 @@ def quantised(config, home: Path) -> bool:
     config = dataclasses.replace(config, towers=dataclasses.replace(config.towers, quant="nf4"))
     try:
         inputs = setup.load(config, home, data=False)
-        _, params = setup.start(inputs, config.arm["baseline"])
+        _, params = arm_model.start(inputs, config.arm["baseline"])
         groups = partition.groups(config.stages["base"], params)
     except (WeightsError, partition.PartitionError) as error:
         assert "nf4" in str(error) or "4 bits" in str(error)

@@ -18,7 +18,7 @@ from eim_jax.config import ConfigError
 from eim_jax.data.datasets import load_split
 from eim_jax.models import vision
 from eim_jax.pretrained import WeightsError, torch_files
-from eim_jax.training import setup
+from eim_jax.training import arm_model, setup
 from eim_jax.training.arm import run_arm
 from eim_jax.utils.files import read_json, write_json
 
@@ -55,7 +55,7 @@ def starting(inputs, file, **towers):
 def test_an_export_gives_back_every_leaf_whether_blocks_are_stacked_or_not(exported, scan):
     inputs, params, out = exported
     begun = starting(inputs, out, scan=True) if scan else starting(inputs, out / LEAVES)
-    _, found = setup.start(begun, begun.config.arm["baseline"])
+    _, found = arm_model.start(begun, begun.config.arm["baseline"])
     for path, leaf in params.items():
         tower, _, rest = path.partition("/blocks_")
         layer, _, name = rest.partition("/")
@@ -71,7 +71,7 @@ def test_a_stacked_export_fills_single_blocks(exported, tmp_path):
     for name in {path.split("/", 2)[2] for path in held if path.startswith("lm/blocks_")}:
         held[f"lm/blocks/{name}"] = np.stack([held.pop(f"lm/blocks_{i}/{name}") for i in range(layers)])
     save_file(held, tmp_path / "stacked.safetensors")
-    _, found = setup.start(starting(inputs, tmp_path / "stacked.safetensors"), inputs.config.arm["baseline"])
+    _, found = arm_model.start(starting(inputs, tmp_path / "stacked.safetensors"), inputs.config.arm["baseline"])
     for path in params:
         np.testing.assert_array_equal(found[path], params[path], err_msg=path)
 
@@ -104,7 +104,7 @@ def test_scores_by_a_checkpoint_stand_in_a_directory_of_their_own(exported, tmp_
 def test_training_starts_from_the_checkpoint_and_knows_it_again(exported, tmp_path):
     inputs, params, out = exported
     begun = setup.load(small(init=str(out)), tmp_path)
-    _, found = setup.start(begun, begun.config.arm["baseline"])
+    _, found = arm_model.start(begun, begun.config.arm["baseline"])
     np.testing.assert_array_equal(found["st/up/kernel"], params["st/up/kernel"])
     _, after = run_arm(begun, "baseline")
     assert np.abs(np.asarray(after["st/up/kernel"]) - np.asarray(found["st/up/kernel"])).max() > 0
@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_one_message(exported, tmp_path):
     def refused(file, of=arm, error=WeightsError) -> str:
         config = dataclasses.replace(inputs.config, init=str(file), arm={"baseline": of})
         with pytest.raises(error) as raised:
-            setup.start(dataclasses.replace(inputs, config=config), of)
+            arm_model.start(dataclasses.replace(inputs, config=config), of)
         return str(raised.value)
 
     spoilt = {path: leaf for path, leaf in held.items() if path != "st/up/bias"}
@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_one_message(exported, tmp_path):
     for free in ({"st_layers": 3}, {"adapter_dropout": 0.5, "adapter_rank": 3}, {"description": "other words"}):
         same = dataclasses.replace(arm, **free)  # what an arm of this kind does not compute by
         config = dataclasses.replace(inputs.config, init=str(out), arm={"baseline": same})
-        setup.start(dataclasses.replace(inputs, config=config), same)
+        arm_model.start(dataclasses.replace(inputs, config=config), same)
     record = json.loads((out / RECORD).read_text())
     save_file(held, tmp_path / LEAVES)
     (tmp_path / RECORD).write_text(json.dumps(record | {"identity": {"clip": "0", "lm": record["identity"]["lm"]}}))

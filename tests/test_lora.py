@@ -26,7 +26,7 @@ from eim_jax.models.vision.clip_files import CLIP_FAMILY
 from eim_jax.parallel.sharding import make_mesh, shard_params
 from eim_jax.planning.shapes import abstract_inputs
 from eim_jax.training import low_rank
-from eim_jax.training.setup import fresh, model, shapes
+from eim_jax.training.arm_model import fresh, model, shapes
 
 LLAMA = LlamaConfig(vocab=61, context=24, width=64, layers=2, heads=4, kv_heads=2, mlp=128, rope_theta=50.0)
 ONE = jnp.zeros((1, 1), jnp.int32)

@@ -21,7 +21,7 @@ from eim_jax.models.lora import LoRA
 from eim_jax.models.quant import NF4
 from eim_jax.models.vision.clip import CLIPVisionConfig
 from eim_jax.pretrained import LM, WeightsError, export_lm, load_lm, peft, resolve
-from eim_jax.training import initial, setup
+from eim_jax.training import arm_model, initial, setup
 
 RANK, ALPHA, LAYERS = 3, 6, 4
 SETTINGS = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none", "use_rslora": False}
@@ -66,15 +66,15 @@ def asking(inputs, init, **arm):
 
 def refused(inputs) -> str:
     arm = inputs.config.arm["baseline"]
-    vlm = setup.model(inputs, arm)
+    vlm = arm_model.model(inputs, arm)
     with pytest.raises(WeightsError) as error:
-        initial.check(inputs, arm, vlm, setup.shapes(inputs, arm, vlm))
+        initial.check(inputs, arm, vlm, arm_model.shapes(inputs, arm, vlm))
     return str(error.value)
 
 
 def test_an_adapter_fills_the_low_rank_leaves_is_written_as_it_was_and_merges_into_the_kernels(given, tmp_path):
     inputs, place = given
-    _, params = setup.start(inputs, inputs.config.arm["baseline"])
+    _, params = arm_model.start(inputs, inputs.config.arm["baseline"])
     theirs = load_file(place / "adapter_model.safetensors")
     leaves = {path: np.asarray(leaf) for path, leaf in params.items() if "/lora/" in path}
     assert len(leaves) == len(theirs) == 4 * LAYERS
@@ -99,7 +99,7 @@ def test_an_adapter_fills_the_low_rank_leaves_is_written_as_it_was_and_merges_in
                 expected = expected + 2.0 * leaves[f"{path}/lora/a"].astype(np.float64) @ leaves[f"{path}/lora/b"]
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
     back = asking(inputs, tmp_path / "out/lora/lm")
-    _, found = setup.start(back, back.config.arm["baseline"])
+    _, found = arm_model.start(back, back.config.arm["baseline"])
     assert all(np.array_equal(found[path], leaf) for path, leaf in leaves.items())
 
 
@@ -153,7 +153,7 @@ def test_over_4_bits_the_terms_are_merged_into_what_the_codes_stand_for_and_that
         shutil.copy(file, tmp_path / "lm")
     towers = dataclasses.replace(inputs.config.towers, lm=str(tmp_path / "lm"), quant="nf4")
     packed = setup.load(dataclasses.replace(inputs.config, towers=towers), tmp_path, data=False)
-    _, params = setup.start(packed, packed.config.arm["baseline"])
+    _, params = arm_model.start(packed, packed.config.arm["baseline"])
     path = "lm/blocks_1/attn/q"
     assert f"{path}/codes" in params and f"{path}/kernel" not in params
     write_arm(packed, "baseline", params, tmp_path / "out", merge=True)

@@ -12,7 +12,7 @@ from eim_jax.losses.contrastive import queue_nce
 from eim_jax.parallel.sharding import batch_sharding, make_mesh, queue_sharding, table
 from eim_jax.planning.collectives import moved
 from eim_jax.planning.shapes import abstract_inputs
-from eim_jax.training import setup as loading
+from eim_jax.training import arm_model
 
 N = 1_000_000
 # Added to the residual stream, or reading it without a ROW behind: whole over "tensor" by intent.
@@ -31,7 +31,7 @@ def test_at_full_size_no_large_leaf_lies_whole_where_it_could_be_split(name, cha
     config = mesh_cases.config_of(name, **changes)
     arm = config.arm[config.arms[0]]
     inputs, _ = abstract_inputs(config, make_mesh(), platform="tpu")
-    flat = loading.shapes(inputs, arm, loading.model(inputs, arm))
+    flat = arm_model.shapes(inputs, arm, arm_model.model(inputs, arm))
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in flat.values())
     for shape in ((1, 8, 1), (1, 4, 2), (2, 2, 2)):
         rows = table(flat, make_mesh(shape))

@@ -17,7 +17,7 @@ from eim_jax.parallel.sharding import make_mesh
 from eim_jax.planning import gpus, meshes, plan, targets
 from eim_jax.planning.shapes import abstract_inputs, queue_encoder
 from eim_jax.planning.table import sharding_table
-from eim_jax.training import assembly
+from eim_jax.training import arm_model, assembly
 from eim_jax.training import setup as loading
 from eim_jax.training import stage as one_stage
 from eim_jax.training.arm import plan_arm, resolved, run_arm
@@ -31,8 +31,8 @@ GIB = targets.GIB
 def program_of(config, arm, devices, samples=0, **kwargs):
     """(inputs, program) of the arm's first stage."""
     inputs, _ = abstract_inputs(config, make_mesh(config.mesh, devices), samples, **kwargs)
-    vlm = loading.model(inputs, config.arm[arm])
-    params = plan.placed(loading.shapes(inputs, config.arm[arm], vlm), inputs.mesh)
+    vlm = arm_model.model(inputs, config.arm[arm])
+    params = plan.placed(arm_model.shapes(inputs, config.arm[arm], vlm), inputs.mesh)
     info = plan_arm(inputs, arm)[0]
     return inputs, plan.stage_program(inputs, vlm, resolved(config.stages[info.name], inputs), params, info.steps)
 
@@ -86,7 +86,7 @@ def test_planned_arguments_are_those_that_training_passes_to_its_step(name, sequ
     placed = sum(s.data.nbytes for x in arrays for s in x.addressable_shards if s.device == here)
     assert plan.local_bytes(planned) == placed
     for kind, real in zip(queues_of(config.stages[sequence[0]]), built, strict=True):
-        vlm = loading.model(planned_inputs, config.arm["eim"])
+        vlm = arm_model.model(planned_inputs, config.arm["eim"])
         _, planned = queue_encoder(planned_inputs, vlm, kind, plan.placed(planned_inputs.towers, planned_inputs.mesh))
         assert kind.source is not LM_TEXTS or planned[2][0].shape[2] == longest
         planned = (planned[0], planned[1], real[2], *planned[3:])  # the texts of CLIP are shorter than its context
@@ -102,7 +102,7 @@ def test_a_plan_on_eight_cpu_devices_adds_up(monkeypatch):
     assert any("packed (config.data.pack) they take fewer slots" in note for note in notes)
     inputs, _ = abstract_inputs(config, make_mesh(config.mesh, jax.devices()))
     arm = config.arm["eim"]
-    shapes = loading.shapes(inputs, arm, loading.model(inputs, arm))
+    shapes = arm_model.shapes(inputs, arm, arm_model.model(inputs, arm))
     paths = groups(config.stages["st"], shapes)[0].paths
     st = plan.local_bytes({p: x for p, x in plan.placed(shapes, inputs.mesh).items() if p in paths})
     assert found.memory.trained == found.memory.kept == st > 0
@@ -130,7 +130,7 @@ def test_frozen_leaves_are_on_the_devices_once(tmp_path):
     """What no stage trains is loaded in the compute dtype and shared by the arm: no float32 copy beside it."""
     config = config_of("miniature_lavin", **{"arms": ("eim",), "towers.dtype": "bfloat16"})
     inputs = loading.load(config, tmp_path, data=False)
-    _, params = loading.start(inputs, config.arm["eim"])
+    _, params = arm_model.start(inputs, config.arm["eim"])
     floats = {
         path: leaf for path, leaf in inputs.towers.items() if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)
     }
@@ -185,7 +185,7 @@ def test_full_size_arguments_are_hand_arithmetic():
 def test_lavins_marker_tokens_and_queue_are_planned_without_its_tokenizer():
     config = config_of("lavin7b_eim_scienceqa")
     inputs, program = program_of(config, "eim", jax.devices(), platform="tpu")
-    vlm = loading.model(inputs, config.arm["eim"])
+    vlm = arm_model.model(inputs, config.arm["eim"])
     assert (vlm.bos, len(vlm.with_image), len(vlm.without_image)) == (1, 3, 5)
     assert program.arguments[4]["embed"].keys.shape == (12_728, 4096)
 

@@ -16,7 +16,7 @@ from eim_jax import config as settings
 from eim_jax.commands import exporting
 from eim_jax.parallel.sharding import make_mesh, shard_params
 from eim_jax.pretrained import load_lm
-from eim_jax.training import assembly, partition
+from eim_jax.training import arm_model, assembly, partition
 from eim_jax.training import setup as loading
 from eim_jax.training import stage as one_stage
 from eim_jax.training.arm import run_arm
@@ -49,7 +49,7 @@ def finished(config, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assembly, "make_objective", counting)
         _, end = run_arm(inputs, "eim")
-    _, begin = loading.start(inputs, config.arm["eim"])
+    _, begin = arm_model.start(inputs, config.arm["eim"])
     return inputs, begin, end, traced
 
 

@@ -18,7 +18,7 @@ from eim_jax.config import Config, ConfigError
 from eim_jax.data import rows
 from eim_jax.parallel.lock import held
 from eim_jax.pretrained import export_lm, llava, reader
-from eim_jax.training import initial, partition, setup
+from eim_jax.training import arm_model, initial, partition
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
 from eim_jax.utils.console import console
@@ -110,7 +110,7 @@ def write_arm(
     """
     config = inputs.config
     if merge:
-        exported_lora.check_merge(arm, exported_lora.tuned_towers(setup.model(inputs, config.arm[arm])))
+        exported_lora.check_merge(arm, exported_lora.tuned_towers(arm_model.model(inputs, config.arm[arm])))
     full = out.is_file() or (out.is_dir() and any(out.iterdir()))
     other = ConfigError(f"--out={out} holds other files: choose an empty folder")
     if full and not (out / RECORD).exists():
@@ -155,7 +155,7 @@ def _write_models(
     inputs: Inputs, arm: str, params: Flat, trained: Collection[str], out: Path, weights: Weights, merge: bool
 ) -> list[str]:
     """Writes a folder for each model that transformers can hold; returns what is not written, and why."""
-    vlm = setup.model(inputs, inputs.config.arm[arm])
+    vlm = arm_model.model(inputs, inputs.config.arm[arm])
     low_rank = exported_lora.tuned_towers(vlm)
     exported_lora.write_terms(inputs, low_rank, params, trained, out)
     merged = exported_lora.with_merged_vision(vlm, params)

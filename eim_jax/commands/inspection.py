@@ -14,7 +14,7 @@ from eim_jax.losses.neighbours import similarities
 from eim_jax.losses.table import losses_of
 from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
-from eim_jax.training import low_rank, partition, setup
+from eim_jax.training import arm_model, low_rank, partition, setup
 from eim_jax.training.partition import Flat
 from eim_jax.training.queue_report import tell_queue
 from eim_jax.training.setup import Inputs
@@ -36,7 +36,7 @@ def inspect(config: Config, workdir: Path, arm: str, samples: int, neighbours: b
     """
     inputs = setup.load(config, workdir)
     check_identity(inputs)
-    if said := low_rank.described(setup.model(inputs, config.arm[arm]).parts):
+    if said := low_rank.described(arm_model.model(inputs, config.arm[arm]).parts):
         console.print(f"arm {arm}: {said}", soft_wrap=True)
     if not neighbours:
         show_samples(inputs, arm, samples)
@@ -46,7 +46,7 @@ def inspect(config: Config, workdir: Path, arm: str, samples: int, neighbours: b
         model = trained(inputs, arm)
         console.print(f"arm {arm} after training", soft_wrap=True)
     except ConfigError:
-        model = setup.start(inputs, config.arm[arm])
+        model = arm_model.start(inputs, config.arm[arm])
         console.print(f"arm {arm} as it starts to train (not all its stages are finished)", soft_wrap=True)
     show_samples(inputs, arm, samples, model)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from eim_jax.config import Config, ConfigError
 from eim_jax.models.vlm import VLM
-from eim_jax.training import initial, partition, setup
+from eim_jax.training import arm_model, initial, partition, setup
 from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
@@ -45,7 +45,7 @@ def trained(inputs: Inputs, arm: str, *, init: bool = False) -> tuple[VLM, Flat]
       ConfigError: a stage is not finished.
     """
     if init:
-        return setup.start(inputs, inputs.config.arm[arm])
+        return arm_model.start(inputs, inputs.config.arm[arm])
     *_, (_, vlm, params) = after_stages(inputs, arm)
     return vlm, params
 
@@ -61,7 +61,7 @@ def after_stages(inputs: Inputs, arm: str) -> Iterator[tuple[str, VLM, Flat]]:
     Raises:
       ConfigError: a stage is not finished.
     """
-    vlm, params = setup.start(inputs, inputs.config.arm[arm])
+    vlm, params = arm_model.start(inputs, inputs.config.arm[arm])
     yield "start", vlm, params
     for i, name in enumerate(inputs.config.arm[arm].sequence):
         with StageCheckpoints(_folder(inputs.workdir, arm, i, name)) as store:

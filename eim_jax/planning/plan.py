@@ -28,9 +28,10 @@ from eim_jax.planning.shapes import abstract_inputs, batch_shapes, queue_encoder
 from eim_jax.planning.targets import Target
 from eim_jax.training import partition
 from eim_jax.training.arm import plan_arm, resolved
+from eim_jax.training.arm_model import model, shapes
 from eim_jax.training.assembly import assemble
 from eim_jax.training.partition import Flat
-from eim_jax.training.setup import Inputs, model, shapes
+from eim_jax.training.setup import Inputs
 from eim_jax.utils.console import console
 from eim_jax.utils.flops import work
 

@@ -32,8 +32,9 @@ from eim_jax.parallel.sharding import batch_sharding, parts_of, queue_sharding
 from eim_jax.pretrained import hub
 from eim_jax.training import partition
 from eim_jax.training.partition import Flat
-from eim_jax.training.setup import Inputs, reads_features, tower_settings
+from eim_jax.training.setup import Inputs, tower_settings
 from eim_jax.training.tower_form import attention_on_mesh, describe_attention, resolve_dtype, resolve_form
+from eim_jax.training.vision_features import reads_features
 
 
 class Counted(Split):

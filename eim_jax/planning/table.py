@@ -11,7 +11,7 @@ from eim_jax.planning.meshes import MeshPlan, best
 from eim_jax.planning.plan import USABLE, Memory, StagePlan
 from eim_jax.planning.shapes import abstract_inputs
 from eim_jax.planning.targets import GIB, Target
-from eim_jax.training.setup import model, shapes
+from eim_jax.training.arm_model import model, shapes
 from eim_jax.utils.console import console, duration
 from eim_jax.utils.files import write_json
 

@@ -16,13 +16,14 @@ from eim_jax.parallel import processes
 from eim_jax.parallel.sharding import parts_of
 from eim_jax.parallel.signals import Signals, doing
 from eim_jax.training import initial, low_rank, partition
+from eim_jax.training.arm_model import model, shapes, start
 from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.training.context import check_context
 from eim_jax.training.log import RunLog, StageInfo, Trained, read_metrics
 from eim_jax.training.packing import check_packing
 from eim_jax.training.partition import Flat
 from eim_jax.training.scorer import Scorer
-from eim_jax.training.setup import Inputs, model, shapes, start
+from eim_jax.training.setup import Inputs
 from eim_jax.training.stage import run_stage
 from eim_jax.utils.console import console
 from eim_jax.utils.files import write_json

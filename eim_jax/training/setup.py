@@ -1,7 +1,6 @@
-"""What a run reads before it trains: towers, tokenisers, splits, queues and cached features."""
+"""What a run reads before it trains: towers, tokenisers, splits and queues."""
 
 import functools
-import hashlib
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from eim_jax import pretrained
-from eim_jax.config import Arm, Config, ConfigError, Stage, patterns, recorded_seam
+from eim_jax.config import Config, ConfigError, patterns, recorded_seam
 from eim_jax.data import rows, tokenize
 from eim_jax.data.conversation import TOKENIZER
 from eim_jax.data.datasets import load_split
-from eim_jax.data.feature_cache import cached_features
 from eim_jax.data.samples import Split
 from eim_jax.data.token_cache import cached_split
 from eim_jax.losses import queue_health, queues
@@ -25,20 +23,14 @@ from eim_jax.losses.kinds import QueueKind
 from eim_jax.losses.queue_build import rows_at_once
 from eim_jax.losses.queues import Queue
 from eim_jax.losses.table import center_of
-from eim_jax.models.adapters import adapter_of
-from eim_jax.models.connector import ST_KINDS, STConfig, make_st
 from eim_jax.models.language import family_of
-from eim_jax.models.lora import Tuned
-from eim_jax.models.quant import NF4_SCALES
-from eim_jax.models.vision import VISION_TOWERS, build_text
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
 from eim_jax.parallel.chips import platform_of
 from eim_jax.parallel.lock import held
-from eim_jax.parallel.sharding import make_mesh, param_shardings, parts_of, shard_params
+from eim_jax.parallel.sharding import make_mesh, param_shardings, parts_of
 from eim_jax.parallel.signals import doing
-from eim_jax.pretrained.tokenizer import bos_id
-from eim_jax.training import initial, joint_space, low_rank, partition
+from eim_jax.training import initial, partition
 from eim_jax.training.partition import Flat
 from eim_jax.training.tower_form import (
     attention_on_mesh,
@@ -210,6 +202,21 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
         encoded = _without_ignored(encoded, config.data.ignore_token, lm.config.vocab)
         console.print(f"{len(train):,} training samples ({len(train.images):,} images)", soft_wrap=True)
     towers = partition.flatten({**clip.params, "lm": lm.params})
+    _say_what_runs(config, dtype, mesh, clip, lm, pictures, fit)
+    fingerprints = {
+        "clip": pretrained.fingerprint(clip_dir),
+        "lm": pretrained.fingerprint(lm_dir),
+        **captions,
+        "lm_tokenizer": words,
+        **given,
+    }
+    return Inputs(
+        config, workdir, mesh, dtype, clip, lm, towers, lm_tokenizer, clip_tokenizer, train, encoded, fingerprints, fit
+    )
+
+
+def _say_what_runs(config: Config, dtype, mesh: Mesh, clip, lm, pictures: pretrained.ImageProcessor, fit) -> None:
+    """Prints what the towers run on, in which form, and what pictures become."""
     texts = f" with {config.towers.text} for captions," if config.towers.text else ""
     console.print(
         f"towers {config.towers.clip}{texts} and {config.towers.lm}, {jax.device_count()} {jax.default_backend()} "
@@ -224,16 +231,6 @@ def load(config: Config, workdir: Path, *, data: bool = True) -> Inputs:
     if str(fit) not in FITS or config.towers.image_size:
         side = clip.vision.image_size
         console.print(f"pictures become squares of {side} x {side} pixels: {fit}", soft_wrap=True)
-    fingerprints = {
-        "clip": pretrained.fingerprint(clip_dir),
-        "lm": pretrained.fingerprint(lm_dir),
-        **captions,
-        "lm_tokenizer": words,
-        **given,
-    }
-    return Inputs(
-        config, workdir, mesh, dtype, clip, lm, towers, lm_tokenizer, clip_tokenizer, train, encoded, fingerprints, fit
-    )
 
 
 def _without_ignored(encoded: tokenize.Encoded, token: int, vocab: int) -> tokenize.Encoded:
@@ -272,155 +269,3 @@ def tower_settings(config: Config, vision, lm, mesh: Mesh):
     if config.towers.image_stats == "imagenet":
         vision = replace(vision, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     return vision, lm
-
-
-def model(inputs: Inputs, arm: Arm) -> VLM:
-    """Returns the arm's modules; no parameters.
-
-    Raises:
-      ConfigError: the arm's adapter does not fit the language model, or its features the vision tower.
-    """
-    adapter, family = adapter_of(arm), family_of(inputs.lm.config)
-    vision = replace(
-        inputs.clip.vision,
-        prompts=arm.prompts,
-        prompt_hidden=arm.prompt_hidden if arm.prompts else 0,
-        adapter=adapter.in_vision(arm) if adapter is not None and arm.visual_adapter else None,
-    )
-    joint_space.check(inputs.config, arm, vision, inputs.clip.text)
-    st = STConfig(
-        kind=arm.st,
-        width_in=vision.joint if arm.output_layer else vision.width,
-        width_out=inputs.lm.config.width,
-        tokens=arm.st_tokens,
-        clip_length=arm.st_clip_length,
-        bias=arm.st_bias,
-        hidden=arm.st_hidden if ST_KINDS[arm.st].sized_by_arm else 0,
-        layers=arm.st_layers,
-        heads=arm.st_heads,
-        dtype=inputs.dtype,
-    )
-    lm = inputs.lm.config
-    if adapter is not None:
-        if not family.takes_adapters:
-            raise ConfigError(
-                f"config.arm.*.adapter={arm.adapter!r}: config.towers.lm is a {family.title}, which takes no adapters"
-            )
-        try:
-            lm = replace(lm, adapter=adapter)
-        except ValueError as error:
-            raise ConfigError(f"config.arm.*.adapter={arm.adapter!r}: {error}") from error
-    markers = {} if adapter is None else adapter.markers(inputs.lm_tokenizer)._asdict()
-    seeing = VISION_TOWERS[vision.model_type]
-    parts = {"visual": seeing.build(vision), "lm": family.build(lm)}
-    parts = low_rank.tuned(arm, parts, {"visual": seeing.rows_of(vision), "lm": family.rows(lm)}, inputs.towers)
-    return VLM(
-        visual=parts["visual"],
-        text=None if inputs.clip.text is None else build_text(vision, inputs.clip.text),
-        st=make_st(st),
-        lm=parts["lm"],
-        features=arm.features,
-        output_layer=arm.output_layer,
-        normalize=arm.normalize_prefix,
-        bos=bos_id(inputs.lm_tokenizer),
-        mesh=inputs.mesh,
-        **markers,
-    )
-
-
-def fresh(vlm: VLM, key: jax.Array) -> Flat:
-    """The parameters that no checkpoint holds, drawn from the key: the ST's, prompts', adapters', low-rank terms'."""
-    drawn = {"st": vlm.st.init(jax.random.fold_in(key, 1), jnp.zeros((1, 1, vlm.st.config.width_in)))["params"]}
-    visual, size = vlm.visual.config, vlm.visual.config.image_size
-    own = VISION_TOWERS[visual.model_type].drawn
-    if visual.prompts or visual.adapter or own:  # the tower around them is shape alone: XLA drops what is not returned
-        tower = vlm.visual.init(jax.random.fold_in(key, 2), jnp.zeros((1, size, size, 3)))["params"]
-        drawn["visual"] = {name: tower[name] for name in ("prompt", "adapter", *own) if name in tower}
-    if vlm.lm.config.adapter is not None:
-        tower = vlm.lm.init(jax.random.fold_in(key, 3), jnp.zeros((1, 1), jnp.int32))["params"]
-        drawn["lm"] = {"adapter": tower["adapter"]}
-    flat = partition.flatten(drawn)
-    for i, (name, part) in enumerate(vlm.parts, start=4):
-        if isinstance(part, Tuned):
-            flat |= {f"{name}/{path}": leaf for path, leaf in part.draw(jax.random.fold_in(key, i)).items()}
-    return flat
-
-
-def shapes(inputs: Inputs, arm: Arm, vlm: VLM) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every parameter of an arm as `start` holds it, nothing allocated."""
-    drawn = jax.eval_shape(lambda key: fresh(vlm, key), jax.random.key(0))
-    params = {**inputs.towers, **drawn}
-    held = _held(inputs, arm, params)
-    return {path: jax.ShapeDtypeStruct(leaf.shape, held[path]) for path, leaf in params.items()}
-
-
-def _held(inputs: Inputs, arm: Arm, params: Flat) -> dict[str, jnp.dtype]:
-    """Each leaf's dtype: float32 for those that some stage trains, the compute dtype for others; NF4's as they are."""
-    ever = {path for s in arm.sequence for g in partition.groups(inputs.config.stages[s], params) for path in g.paths}
-
-    def dtype(path: str, leaf) -> jnp.dtype:
-        whole = path in ever or not jnp.issubdtype(leaf.dtype, jnp.floating) or path.rpartition("/")[2] in NF4_SCALES
-        return leaf.dtype if whole else inputs.dtype
-
-    return {path: dtype(path, leaf) for path, leaf in params.items()}
-
-
-def start(inputs: Inputs, arm: Arm) -> tuple[VLM, Flat]:
-    """The arm's model and its parameters before the first stage: pretrained towers, what `fresh` draws by the seed.
-
-    What config.init holds stands in place of both.
-    """
-    vlm = model(inputs, arm)
-    draw, key = functools.partial(fresh, vlm), jax.random.key(inputs.config.seed)
-    where = param_shardings(jax.eval_shape(draw, key), inputs.mesh)
-    params: Flat = {**inputs.towers, **jax.jit(draw, out_shardings=where)(key)}
-    held = _held(inputs, arm, params)
-    params |= initial.read(inputs, arm, vlm, params, held)
-    leaves = {path: cast(jax.Array, leaf).astype(held[path]) for path, leaf in params.items()}
-    return vlm, {**shard_params(leaves, inputs.mesh)}
-
-
-def reads_features(inputs: Inputs, stage: Stage, params: Flat) -> bool:
-    """Whether the stage reads CLIP's features from the cache: it leaves CLIP.visual alone, and the cache is on."""
-    trained = [path for group in partition.groups(stage, params) for path in group.paths]
-    trains_visual = any(path.startswith("visual/") for path in trained)
-    return not trains_visual and inputs.config.data.cache_features and len(inputs.samples.images) > 0
-
-
-def stage_features(inputs: Inputs, vlm: VLM, stage: Stage, params: Flat):
-    """Cached features [images n v] where the stage leaves CLIP.visual alone, else None (images are decoded)."""
-    return features_of(inputs, vlm, inputs.samples, params) if reads_features(inputs, stage, params) else None
-
-
-def features_of(inputs: Inputs, vlm: VLM, split: Split, params: Flat):
-    """A split's features [images n v] under these visual parameters, from the cache or computed into it."""
-    visual = {path: leaf for path, leaf in params.items() if path.startswith("visual/")}
-    manifest = {
-        "visual": pretrained.fingerprint(partition.unflatten(visual)),
-        "tower": str(vlm.visual.config),
-        "tokens": vlm.features,
-    }
-    if isinstance(vlm.visual, Tuned):  # the leaves are among the parameters, their factor is not
-        manifest["lora"] = str(vlm.visual.lora)
-    # One folder for each content: data sets and arms may share data.cache.
-    name = hashlib.sha256(f"{manifest} {inputs.fit} {split.images.fingerprint()}".encode()).hexdigest()[:12]
-    doing("computing the vision features")
-    folder = inputs.cache / "features" / f"{split.name}-{name}"
-    see = functools.partial(_see, vlm, partition.unflatten(visual))
-    return cached_features(
-        folder,
-        split,
-        see,
-        manifest,
-        image_size=vlm.visual.config.image_size,
-        fit=inputs.fit,
-        dtype=inputs.dtype.name,
-        threads=inputs.config.data.threads,
-        mesh=inputs.mesh,
-    )
-
-
-# Parameters are arguments: closed over, they would be compiled into the program as constants.
-@functools.partial(jax.jit, static_argnums=0)
-def _see(vlm: VLM, params: dict, images: jax.Array) -> jax.Array:
-    return vlm.encode_image(params, images)

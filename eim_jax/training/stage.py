@@ -34,7 +34,8 @@ from eim_jax.training.partition import Flat
 from eim_jax.training.profile import Profile
 from eim_jax.training.queue_report import queue_name, tell_queue
 from eim_jax.training.scorer import Best, Scorer, is_due
-from eim_jax.training.setup import Inputs, stage_features
+from eim_jax.training.setup import Inputs
+from eim_jax.training.vision_features import stage_features
 from eim_jax.utils.console import console, duration
 from eim_jax.utils.flops import work
 

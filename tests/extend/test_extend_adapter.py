@@ -20,7 +20,7 @@ from eim_jax.config import ConfigError
 from eim_jax.models.adapters import ADAPTERS, Adapter, has_layer_axis
 from eim_jax.models.language.llama import Llama
 from eim_jax.planning import plan, targets
-from eim_jax.training import partition, setup
+from eim_jax.training import arm_model, partition, setup
 
 
 class Gains(nn.Module):
@@ -93,7 +93,7 @@ def test_the_run_is_logged_and_scored(world):
 def test_it_is_planned(world):
     config = dataclasses.replace(world[0], mesh=(1, 1, 1))
     (found,), _ = plan.plan(config, targets.target("cpu:1"), samples=24)
-    vlm, params = setup.start(setup.load(*world, data=False), config.arm["baseline"])
+    vlm, params = arm_model.start(setup.load(*world, data=False), config.arm["baseline"])
     st = sum(leaf.size for path, leaf in params.items() if path.startswith("st/"))
     layers, width = vlm.lm.config.layers, vlm.lm.config.width
     assert found.memory.trained == 4 * (st + layers * width + width)

@@ -22,7 +22,7 @@ from eim_jax.models.layers import BlockConfig, layer_norm
 from eim_jax.models.stacks import make_blocks, run_blocks
 from eim_jax.planning import plan, targets
 from eim_jax.pretrained import LM, WeightsError, export_lm, lm_config, load_lm, resolve
-from eim_jax.training import partition, setup
+from eim_jax.training import arm_model, partition, setup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,7 @@ def test_what_it_cannot_do_is_refused_by_its_name(world):
     inputs = setup.load(config, workdir, data=False)
     arm = dataclasses.replace(config.arm["baseline"], adapter="lavin")
     with pytest.raises(setup.ConfigError, match=r"config\.towers\.lm is a plain decoder, which takes no adapters"):
-        setup.model(inputs, arm)
+        arm_model.model(inputs, arm)
 
 
 def test_it_is_trained_and_scored(world):

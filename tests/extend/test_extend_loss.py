@@ -22,7 +22,7 @@ from eim_jax.losses.table import LOSSES
 from eim_jax.models.batch import Batch
 from eim_jax.parallel.sharding import make_mesh
 from eim_jax.planning import plan, targets
-from eim_jax.training import kinds, partition, setup
+from eim_jax.training import arm_model, kinds, partition, setup
 from eim_jax.training.arm import plan_arm
 from eim_jax.utils.images import clip_preprocess
 
@@ -48,7 +48,7 @@ def world(tmp_path_factory):
 def loaded(world):
     """(inputs, vlm, parameters) of the run's work directory."""
     inputs = setup.load(*world)
-    return inputs, *setup.start(inputs, world[0].arm["eim"])
+    return inputs, *arm_model.start(inputs, world[0].arm["eim"])
 
 
 def test_its_keys_and_its_value_are_the_formula_s_in_float64(world, loaded):
@@ -84,7 +84,7 @@ def test_its_keys_and_its_value_are_the_formula_s_in_float64(world, loaded):
 def test_a_key_is_the_same_whatever_an_arm_puts_into_the_tower(world, loaded, tmp_path):
     inputs = loaded[0]
     arm = dataclasses.replace(world[0].arm["eim"], prompts=2, prompt_hidden=8, features="cls", output_layer=True)
-    vlm, params = setup.start(inputs, arm)
+    vlm, params = arm_model.start(inputs, arm)
     assert any(path.startswith("visual/prompt") for path in params)
     queue, other = inputs.queue(loaded[1], FEATURES), dataclasses.replace(inputs, workdir=tmp_path)
     np.testing.assert_array_equal(other.queue(vlm, FEATURES).keys, queue.keys)

@@ -12,7 +12,7 @@ from eim_jax.evaluation import scoring
 from eim_jax.generation import batched_inference
 from eim_jax.generation.visual_tokens import VisualTokens
 from eim_jax.models.adapters.lavin import LateRouter, PositionRouter, Router
-from eim_jax.training import kinds, setup
+from eim_jax.training import arm_model, kinds, setup
 
 CLIPCAP = {
     "data.scenes": 24,
@@ -29,7 +29,7 @@ CLIPCAP = {
 def test_clipcaps_fields_reach_its_mapper_and_its_texts(tmp_path):
     config = tiny.config_of("miniature", **CLIPCAP)
     inputs = setup.load(config, tmp_path)
-    vlm = setup.model(inputs, config.arm["baseline"])
+    vlm = arm_model.model(inputs, config.arm["baseline"])
     assert (vlm.st.config.clip_length, vlm.st.config.bias, vlm.normalize) == (4, "uniform", True)
     texts = inputs.encoded
     has_it = texts.valid & (texts.tokens == 13)
@@ -94,14 +94,14 @@ def test_adapters_fields_reach_the_towers_and_the_generator(tmp_path):
     changes = {"arm.baseline.visual_routing": "position", "arm.baseline.adapter_scale": 0.5, "decode.rope": "lavin"}
     config = tiny.config_of("miniature_lavin", **{"data.scenes": 24, "arms": ("baseline",), **changes})
     inputs = setup.load(config, tmp_path, data=False)
-    vlm = setup.model(inputs, config.arm["baseline"])
+    vlm = arm_model.model(inputs, config.arm["baseline"])
     assert isinstance(vlm.visual.config.adapter, PositionRouter) and vlm.visual.config.adapter.scale == 0.5
     assert type(vlm.lm.config.adapter) is Router and vlm.lm.config.adapter.scale == 0.5
     assert isinstance(vlm.in_generation(config.decode).lm.config.adapter, LateRouter)
     test = load_split(config, "test", tmp_path)
     assert ", positions as LaVIN's generator" in scoring.settings_of(inputs, "greedy", test)
     plain = tiny.config_of("miniature_lavin", **{"data.scenes": 24, "arms": ("baseline",)})
-    vlm = setup.model(dataclasses.replace(inputs, config=plain), plain.arm["baseline"])
+    vlm = arm_model.model(dataclasses.replace(inputs, config=plain), plain.arm["baseline"])
     assert type(vlm.visual.config.adapter) is Router
     # Caches of features of older runs know their tower by these words.
     assert repr(vlm.visual.config.adapter) == "Router(rank=8, groups=2, temperature=10.0, dropout=0.1)"
@@ -130,7 +130,7 @@ def test_generated_text_is_read_by_the_configs_fields(tmp_path, monkeypatch, nam
     monkeypatch.setattr(batched_inference, "continue_text", stop)
     config = tiny.config_of(name, **{"data.scenes": 24, "arms": ("baseline",), f"decode.{field}": value})
     inputs = setup.load(config, tmp_path, data=False)
-    vlm, params = setup.start(inputs, config.arm["baseline"])
+    vlm, params = arm_model.start(inputs, config.arm["baseline"])
     nothing = np.zeros((1, vlm.st.config.tokens, vlm.st.config.width_out), np.float32)
     seen, prompts = VisualTokens(nothing, {None: 0}), ["What is it?", "What colour is the large circle?"]
     with pytest.raises(Read) as found:

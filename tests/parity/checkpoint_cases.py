@@ -22,7 +22,7 @@ from eim_jax.pretrained import (
     lm_shapes,
     resolve,
 )
-from eim_jax.training import partition, setup
+from eim_jax.training import arm_model, partition, setup
 from eim_jax.training.arm import run_arm
 
 torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
@@ -122,13 +122,13 @@ def rows_to_learn(place: pathlib.Path) -> pathlib.Path:
 def learns_from_its_init(config, place: pathlib.Path) -> set[str]:
     """Trains two steps, exports and reads the export again; returns the paths that moved, by no more than the rates."""
     inputs = setup.load(config, place / "run")
-    _, before = setup.start(inputs, config.arm["baseline"])
+    _, before = arm_model.start(inputs, config.arm["baseline"])
     _, after = run_arm(inputs, "baseline")
     way = {path: float(np.abs(np.asarray(after[path]) - np.asarray(before[path])).max()) for path in after}
     assert max(way.values()) < 2.1e-3  # AdamW moves a leaf by at most the rate, 1e-3, in each step
     exporting.write_arm(inputs, "baseline", after, place / "out")
     again = dataclasses.replace(inputs, config=dataclasses.replace(config, init=str(place / "out")))
-    _, read = setup.start(again, config.arm["baseline"])
+    _, read = arm_model.start(again, config.arm["baseline"])
     for path, leaf in after.items():
         np.testing.assert_array_equal(read[path], leaf, err_msg=path)
     return {path for path, far in way.items() if far > 1e-5}

@@ -14,7 +14,7 @@ from tiny import config_of
 
 from eim_jax.commands.exporting import write_arm
 from eim_jax.pretrained import WeightsError, torch_files
-from eim_jax.training import setup
+from eim_jax.training import arm_model, setup
 from eim_jax.training.arm import run_arm
 
 pytestmark = pytest.mark.parity
@@ -54,7 +54,7 @@ def clipcap(shared_original, tmp_path):
 def test_clipcaps_files_give_the_authors_logits(clipcap, tmp_path, mapper):
     case, config = clipcap(f"clipcap_{mapper}")
     inputs = setup.load(config, tmp_path, data=False)
-    vlm, params = setup.start(inputs, config.arm["baseline"])
+    vlm, params = arm_model.start(inputs, config.arm["baseline"])
     theirs = np.load(case / "forward.npz")
     visual, logits = logits_of(vlm, params, theirs["prefix"], theirs["tokens"], theirs["mask"])
     assert_close(visual, theirs["mapped"], LOGITS)
@@ -68,7 +68,7 @@ def test_clipcaps_files_give_the_authors_logits(clipcap, tmp_path, mapper):
             "st_clip_length": 10,
         }  # the preset's
         with pytest.raises(WeightsError) as error:
-            setup.start(inputs, dataclasses.replace(config.arm["baseline"], **asked))
+            arm_model.start(inputs, dataclasses.replace(config.arm["baseline"], **asked))
         for field, theirs in {"st": "'transformer'", "st_tokens": 6, "st_layers": 3, "st_clip_length": 8}.items():
             assert re.search(rf"\.{field} is .*: set it to {theirs}$", str(error.value), re.MULTILINE), field
 
@@ -81,7 +81,7 @@ def test_training_goes_on_from_a_clipcap_file_and_its_export_is_read_again(clipc
     fields |= {"decode.methods": ("greedy",), "decode.max_tokens": 6, "decode.java": False}
     config = config_of("miniature", **fields, **{f"stages.base.{field}": value for field, value in stage.items()})
     inputs = setup.load(config, tmp_path / "run")
-    _, before = setup.start(inputs, config.arm["baseline"])
+    _, before = arm_model.start(inputs, config.arm["baseline"])
     theirs = torch.load(case / "weights.pt", weights_only=True)
     np.testing.assert_array_equal(before["st/up/kernel"], theirs["clip_project.model.0.weight"].numpy().T)
     _, after = run_arm(inputs, "baseline")
@@ -90,7 +90,7 @@ def test_training_goes_on_from_a_clipcap_file_and_its_export_is_read_again(clipc
         assert 1e-5 < way.max() < 2.1e-4  # at most the rate a step: it begins at the file's weights
     write_arm(inputs, "baseline", after, tmp_path / "out")
     again = dataclasses.replace(config, init=str(tmp_path / "out"))
-    _, read = setup.start(dataclasses.replace(inputs, config=again), again.arm["baseline"])
+    _, read = arm_model.start(dataclasses.replace(inputs, config=again), again.arm["baseline"])
     assert read.keys() == after.keys()
     for path, leaf in after.items():
         np.testing.assert_array_equal(read[path], leaf, err_msg=path)
@@ -121,7 +121,7 @@ def test_what_does_not_fit_a_clipcap_file_is_one_message(clipcap, tmp_path):
     def refused(name, change):
         file = changed(case / "weights.pt", tmp_path / name, change)
         with pytest.raises(WeightsError) as error:
-            setup.start(dataclasses.replace(inputs, config=dataclasses.replace(config, init=str(file))), arm)
+            arm_model.start(dataclasses.replace(inputs, config=dataclasses.replace(config, init=str(file))), arm)
         return str(error.value)
 
     arm = config.arm["baseline"]
@@ -160,7 +160,7 @@ def test_a_mapper_alone_leaves_the_language_model_as_it_is(clipcap, tmp_path):
         lambda held: [held.pop(key) for key in list(held) if key.startswith("gpt.")],
     )
     inputs = setup.load(dataclasses.replace(config, init=str(file)), tmp_path, data=False)
-    _, params = setup.start(inputs, config.arm["baseline"])
+    _, params = arm_model.start(inputs, config.arm["baseline"])
     theirs = torch.load(file, weights_only=True)
     np.testing.assert_array_equal(params["st/up/kernel"], theirs["clip_project.model.0.weight"].numpy().T)
     for path in ("lm/ln_f/scale", "lm/blocks_1/mlp/up/kernel"):

@@ -31,7 +31,7 @@ from eim_jax.pretrained import (
     resolve,
     torch_files,
 )
-from eim_jax.training import initial, partition, setup
+from eim_jax.training import arm_model, initial, partition, setup
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
@@ -111,7 +111,7 @@ def test_lavin_gives_the_authors_features_and_logits(lavin, tmp_path):
     authors = np.load(case / "authors.npz")
     theirs = {"sample": np.load(case / "batch_first.npz"), "position": authors}[routing]
     inputs = setup.load(config, tmp_path, data=False)
-    vlm, params = setup.start(inputs, config.arm["baseline"])
+    vlm, params = arm_model.start(inputs, config.arm["baseline"])
     tree = partition.unflatten(params)
     pictured = authors["has_image"][:8] > 0
     seen = jax.jit(vlm.encode_image)(tree, jnp.asarray(authors["image"]))
@@ -131,12 +131,12 @@ def test_lavin_gives_the_authors_features_and_logits(lavin, tmp_path):
 def test_a_lavin_file_is_exported_read_again_and_folded(lavin, tmp_path):
     _, config = lavin()
     inputs = setup.load(config, tmp_path, data=False)
-    vlm, params = setup.start(inputs, config.arm["baseline"])
+    vlm, params = arm_model.start(inputs, config.arm["baseline"])
     given = initial.given(inputs, config.arm["baseline"], vlm, params)
     assert given == set(params) - set(inputs.towers)
     exporting.write_arm(inputs, "baseline", params, tmp_path / "out", given)
     again = dataclasses.replace(config, init=str(tmp_path / "out"))
-    _, read = setup.start(dataclasses.replace(inputs, config=again), config.arm["baseline"])
+    _, read = arm_model.start(dataclasses.replace(inputs, config=again), config.arm["baseline"])
     for path in given:
         np.testing.assert_array_equal(read[path], params[path])
     lm = partition.unflatten(params)["lm"]
@@ -153,7 +153,7 @@ def test_training_goes_on_from_a_lavin_file(lavin, tmp_path):
     fields = LEARN | {"data.sources": (str(rows_to_learn(tmp_path)),), "data.images": str(tmp_path)}
     _, config = lavin(**fields)
     inputs = setup.load(config, tmp_path, data=False)
-    own = set(setup.start(inputs, config.arm["baseline"])[1]) - set(inputs.towers)
+    own = set(arm_model.start(inputs, config.arm["baseline"])[1]) - set(inputs.towers)
     assert len(own) == 17 and learns_from_its_init(config, tmp_path) == own
 
 
@@ -163,7 +163,7 @@ def test_lavins_settings_are_compared_where_shapes_cannot(lavin, tmp_path):
     other = dataclasses.replace(config.arm["baseline"], adapter_temperature=10.0, adapter_rank=8)
     asked = dataclasses.replace(config, arm={"baseline": other})
     with pytest.raises(WeightsError) as error:
-        setup.start(dataclasses.replace(inputs, config=asked), other)
+        arm_model.start(dataclasses.replace(inputs, config=asked), other)
     message = str(error.value)
     assert "config.arm.baseline.adapter_temperature is 10.0" in message and "set it to 5.0" in message
     assert "config.arm.baseline.adapter_rank is 8" in message and "set it to 4" in message
@@ -179,7 +179,7 @@ def test_a_lavin_file_of_another_llama_or_clip_names_the_tower_to_set(lavin, tmp
         torch.save(held, tmp_path / "other.pth")
         asked = dataclasses.replace(config, init=str(tmp_path / "other.pth"))
         with pytest.raises(WeightsError) as error:
-            setup.start(dataclasses.replace(inputs, config=asked), config.arm["baseline"])
+            arm_model.start(dataclasses.replace(inputs, config=asked), config.arm["baseline"])
         return str(error.value)
 
     def of_13b(held):  # wider, and a layer more

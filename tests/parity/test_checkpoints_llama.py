@@ -27,7 +27,7 @@ from eim_jax.pretrained import (
     export_lm,
     load_lm,
 )
-from eim_jax.training import partition, setup
+from eim_jax.training import arm_model, partition, setup
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
@@ -55,7 +55,7 @@ def llama_adapter(shared_original, tmp_path):
 def test_llama_adapter_gives_the_authors_logits_on_metas_own_weights(llama_adapter, tmp_path, capsys):
     case, config = llama_adapter
     inputs = setup.load(config, tmp_path, data=False)
-    vlm, params = setup.start(inputs, config.arm["baseline"])
+    vlm, params = arm_model.start(inputs, config.arm["baseline"])
     assert "it has no st/*, which stays as it is drawn" in " ".join(capsys.readouterr().out.split())
     theirs = np.load(case / "forward.npz")
     tokens, scored = theirs["examples"][:, 1:], theirs["labels"][:, 1:] > 0
@@ -73,7 +73,7 @@ def test_what_contradicts_a_llama_adapter_file_is_named_by_field(llama_adapter, 
         other = dataclasses.replace(arm, **fields)
         asked = dataclasses.replace(config, init=str(file), arm={"baseline": other})
         with pytest.raises(WeightsError) as error:
-            setup.start(dataclasses.replace(inputs, config=asked), other)
+            arm_model.start(dataclasses.replace(inputs, config=asked), other)
         return str(error.value)
 
     assert "30 prompts" in refused(case / "adapter.pth", adapter_layers=2)
@@ -198,7 +198,7 @@ def test_llama_adapter_v2_s_visual_part_sees_as_theirs(llama_adapter, tmp_path):
 
     file = changed(case / "adapter.pth", tmp_path / "v2.pth", make)
     inputs = setup.load(dataclasses.replace(config, init=str(file)), tmp_path, data=False)
-    vlm, params = setup.start(inputs, config.arm["baseline"])
+    vlm, params = arm_model.start(inputs, config.arm["baseline"])
     torch.manual_seed(1)
     seen = torch.randn(2, 5, 12)
     ours = vlm.st.apply({"params": partition.unflatten(params)["st"]}, jnp.asarray(seen.numpy()))

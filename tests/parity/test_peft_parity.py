@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 
 from eim_jax.commands.exporting import write_arm
 from eim_jax.pretrained import resolve
-from eim_jax.training import setup
+from eim_jax.training import arm_model, setup
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
@@ -81,7 +81,7 @@ def test_an_adapters_logits_are_pefts_and_both_exports_give_them_back(case, scan
         expected = theirs(torch.tensor(tokens)).logits.numpy()
         untuned = auto.from_pretrained(folder, dtype=torch.float32)(torch.tensor(tokens)).logits.numpy()
     inputs = inputs_of(place, settings, patterns, tmp_path, f"miniature/{base}", scan)
-    vlm, params = setup.start(inputs, inputs.config.arm["baseline"])
+    vlm, params = arm_model.start(inputs, inputs.config.arm["baseline"])
     agree(f"{case} of PEFT", logits(vlm, params, tokens), expected)
     assert np.abs(expected - untuned).max() > 0.1
 
@@ -128,7 +128,7 @@ def test_an_adapter_of_every_form_of_block_is_pefts(family, tmp_path, agree):
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens)).logits.numpy()
     inputs = inputs_of(place, settings, ALL_LINEAR, tmp_path, str(tmp_path / "lm"))
-    vlm, params = setup.start(inputs, inputs.config.arm["baseline"])
+    vlm, params = arm_model.start(inputs, inputs.config.arm["baseline"])
     agree(family, logits(vlm, params, tokens), expected)
     assert np.abs(expected - untuned).max() > 0.1
     write_arm(inputs, "baseline", params, tmp_path / "out", merge=True)
@@ -151,7 +151,7 @@ def test_clips_tokens_are_pefts_also_where_the_adapter_leaves_keys_alone(targets
     )
     patterns = ("visual/blocks.*",) if len(targets) > 2 else ("visual/blocks.*/attn/qkv",)
     inputs = inputs_of(place, settings, patterns, tmp_path)
-    vlm, params = setup.start(inputs, inputs.config.arm["baseline"])
+    vlm, params = arm_model.start(inputs, inputs.config.arm["baseline"])
     pixels = np.random.default_rng(0).standard_normal((2, 32, 32, 3)).astype(np.float32)
     tree = unflatten_dict(params, sep="/")["visual"]
     found = jax.jit(lambda p, x: vlm.visual.apply({"params": p}, x, method="tokens"))(tree, jnp.asarray(pixels))

@@ -22,7 +22,7 @@ from eim_jax.data.conversation import message, written
 from eim_jax.data.rows import prompt_ids, whole_rows
 from eim_jax.parallel.sharding import make_mesh
 from eim_jax.pretrained import load_lm
-from eim_jax.training import partition, setup
+from eim_jax.training import arm_model, partition, setup
 from eim_jax.training.arm import run_arm
 from eim_jax.training.log import read_metrics
 
@@ -111,7 +111,9 @@ def tuned(lower, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:  # one device: eight are the meshes' tests' business
         patch.setattr(setup, "make_mesh", lambda shape: make_mesh((1, 1, 1), jax.devices()[:1]))
         inputs = setup.load(tiny.config_of("vqa", **fields), home / "run")
-    before = {path: np.asarray(leaf) for path, leaf in setup.start(inputs, inputs.config.arm["baseline"])[1].items()}
+    before = {
+        path: np.asarray(leaf) for path, leaf in arm_model.start(inputs, inputs.config.arm["baseline"])[1].items()
+    }
     vlm, params = run_arm(inputs, "baseline")
     write_arm(inputs, "baseline", params, home / "out", merge=True)
     return inputs, before, vlm, params, home
