@@ -110,13 +110,24 @@ def gradients(vlm, params, batch, weights, mesh=None):
     return program.as_text(), metrics, slopes
 
 
-@pytest.mark.parametrize("kind, scan", [("gpt2", False), ("lavin", True), ("prompts", True), ("prompts", False)])
-def test_packed_samples_have_the_losses_and_gradients_of_samples_in_rows_of_their_own(kind, scan):
+@pytest.mark.parametrize(
+    "kind, scan, attention",
+    [
+        ("gpt2", False, "softmax"),
+        ("gpt2", False, "xla"),  # jax.nn.dot_product_attention, whose other form is cuDNN's
+        ("lavin", True, "softmax"),
+        ("lavin", True, "xla"),
+        ("prompts", True, "softmax"),
+        ("prompts", False, "softmax"),
+    ],
+)
+def test_packed_samples_have_the_losses_and_gradients_of_samples_in_rows_of_their_own(kind, scan, attention):
     if kind == "gpt2":
         (vlm, params), batch, weights = tiny.model(), tiny.batch(text_only=(2, 5)), WEIGHTS
     else:
         (vlm, tree, batch), weights = llama(kind, scan), {"base": 1.0}
         params = partition.flatten(tree)
+    vlm = dataclasses.replace(vlm, lm=vlm.lm.clone(config=dataclasses.replace(vlm.lm.config, attention=attention)))
     assert readings(test_stages.stage(**weights), Losses()) == FAMILIES[kind].keys()
     together = packed(vlm, params, batch, FAMILIES[kind])
     _, expected, slopes = gradients(vlm, params, batch, weights)
