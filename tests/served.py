@@ -1,6 +1,7 @@
 """A run's arms served as training would start them, and what asks them: for the tests of the server."""
 
 import asyncio
+import atexit
 import base64
 import concurrent.futures
 import contextlib
@@ -8,6 +9,7 @@ import functools
 import io
 import json
 import pathlib
+import shutil
 import tempfile
 import threading
 import urllib.request
@@ -71,8 +73,10 @@ class World:
 @functools.cache
 def _shared() -> World:
     """One for all files that a worker runs: its programs are compiled once."""
+    folder = tempfile.mkdtemp(prefix="eim_jax-test-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     fields = {"data.scenes": 16, "decode.methods": ("greedy",), "decode.max_tokens": 8, "decode.batch": 8}
-    return World(config_of("miniature", **fields), pathlib.Path(tempfile.mkdtemp(prefix="eim_jax-test-")), True)
+    return World(config_of("miniature", **fields), pathlib.Path(folder), True)
 
 
 @pytest.fixture(scope="module")

@@ -318,6 +318,15 @@ def answers_yes(question: str, world: World) -> bool:
     return (found[2], found[1]) in world.kinds()
 
 
+def test_more_images_a_task_are_found_among_more_scenes_and_the_first_ones_stay():
+    few, many = ({task: [] for task in SCORED} for _ in range(2))
+    for found, images in ((few, 10), (many, 80)):
+        for question in load_yes_no(images=images).questions.values():
+            found[question.task].append(question)
+    for task in SCORED:
+        assert len(many[task]) == 160 and many[task][:20] == few[task]
+
+
 def test_yes_no_questions_are_right_with_one_yes_and_one_no_an_image():
     split = load_yes_no(images=40)
     scenes = captioning.load("test", scenes=100).scenes

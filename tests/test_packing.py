@@ -252,3 +252,25 @@ def test_one_shape_holds_every_batch_of_the_epoch_whatever_few_of_them_it_was_ch
     needed = [first_fit(texts[rows], shape.length)[2] for rows in batches]
     assert needed[101] == max(needed) == shape.rows > sorted(needed)[-2]
     assert saving.factor > 1 and all(packer(rows) for rows in batches)
+
+
+@pytest.mark.parametrize("visual", [16, 64, 257])
+def test_what_packing_is_said_to_save_is_what_it_saves_where_the_lm_reads_a_batch_twice(visual):
+    """A batch whose texts would fit a shape with the picture before them or without it alone is not packed at all."""
+    rng = np.random.default_rng(2)
+    texts = np.clip(rng.gamma(9, 1.5, 4000).astype(int), 4, 40)
+    lengths = {"image": texts + visual, "text": texts}
+    batches = [rng.permutation(4000)[:16] for _ in range(100)]
+    sizes = {"width": 768, "head_width": 64, "parts": 4, "accumulate": 1, "shapes": 4}
+    packer, saving = choose(lengths, texts, batches, [40] * 100, **sizes)
+
+    def work(rows, length):
+        return rows * length * (1 + length / (3 * 768))
+
+    alone, made = work(4, visual + 40) + work(4, 40), list(map(packer, batches))
+    each = [
+        alone if packing is None else sum(work(*part.segment.shape[1:]) for part in packing.values())
+        for packing in made
+    ]
+    assert saving.factor == pytest.approx(100 * alone / sum(each), rel=1e-9)
+    assert (saving.factor == 1) == (made.count(None) == 100)

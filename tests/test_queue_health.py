@@ -1,5 +1,6 @@
 """Claims about a queue's health: counted exactly on any mesh, equal keys refused, repeated ones named."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from test_text import tiny_clip
 
-from eim_jax.config import ConfigError, LossWeights, Stage
+from eim_jax.config import ConfigError, Losses, LossWeights, Stage
 from eim_jax.data import tokenize
 from eim_jax.losses import queue_health
 from eim_jax.losses.queue_health import EqualKeys, measure, report
@@ -73,9 +74,17 @@ def test_many_equal_rows_are_a_warning_with_the_number_few_are_not():
 
 def test_one_training_sample_is_refused_for_a_contrastive_loss():
     with pytest.raises(ConfigError, match=r"config.stages.st: loss_ST contrasts .* there is 1 training sample"):
-        check_contrast(Stage(losses=LossWeights(base=1, st=1)), 1, "config.stages.st")
-    check_contrast(Stage(losses=LossWeights(base=1)), 1, "config.stages.base")
-    check_contrast(Stage(losses=LossWeights(base=1, st=1)), 2, "config.stages.st")
+        check_contrast(Stage(losses=LossWeights(base=1, st=1)), Losses(), 1, "config.stages.st")
+    check_contrast(Stage(losses=LossWeights(base=1)), Losses(), 1, "config.stages.base")
+    check_contrast(Stage(losses=LossWeights(base=1, st=1)), Losses(), 2, "config.stages.st")
+
+
+def test_a_batch_of_one_is_refused_where_negatives_are_the_batchs():
+    single = Stage(losses=LossWeights(base=1, st=1, ie=1), batch=1)
+    with pytest.raises(ConfigError, match=r"config.stages.x.batch=1: by config.losses.negatives loss_IE contrasts"):
+        check_contrast(single, Losses(negatives="queue, ie:batch"), 9, "config.stages.x")
+    check_contrast(single, Losses(negatives="queue, lm:batch"), 9, "config.stages.x")
+    check_contrast(dataclasses.replace(single, batch=2), Losses(negatives="batch"), 9, "config.stages.x")
 
 
 def test_equal_captions_give_one_distinct_key_of_clips_text_tower(shared_case):

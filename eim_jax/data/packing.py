@@ -5,6 +5,7 @@ rows of a device, of a micro-batch) is packed by itself, so that nothing moves b
 """
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -162,8 +163,7 @@ def choose(
     sampled = np.linspace(0, len(batches) - 1, min(some, len(batches))).astype(int)
     seen = [batches[i] for i in sampled]
     work, held = functools.partial(_work, width=width), functools.partial(_held, head_width=head_width)
-    plain, packed, empty = 0.0, 0.0, 0
-    chosen = {}
+    chosen, ways = {}, []
     for reading, taken in lengths.items():
         before = int((taken - texts).max())
         alone = [Shape(rows // parts, before + widths[i]) for i in sampled]
@@ -174,8 +174,15 @@ def choose(
             used = [widest if shape == found[-1] else shape for shape in used]
             found = (*found[:-1], widest)
         chosen[reading] = found
+        ways.append((alone, used, sum(int(size.sum()) for size in sizes)))
+    # Packer packs a batch for every reading or for none.
+    each_batch = zip(*(used for _, used, _ in ways), strict=True)
+    together = [all(map(operator.contains, chosen.values(), used)) for used in each_batch]
+    plain, packed, empty = 0.0, 0.0, 0
+    for alone, used, taken in ways:
+        used = [shape if fits else own for shape, own, fits in zip(used, alone, together, strict=True)]
         plain, packed = plain + sum(map(work, alone)), packed + sum(map(work, used))
-        empty += parts * sum(shape.rows * shape.length for shape in used) - sum(int(size.sum()) for size in sizes)
+        empty += parts * sum(shape.rows * shape.length for shape in used) - taken
     real = len(lengths) * sum(int(texts[batch].sum()) for batch in seen)
     wide = len(lengths) * sum(widths[i] * rows for i in sampled)
     saving = Saving(1 - real / wide, empty / max(empty + real, 1), plain / packed)

@@ -103,7 +103,7 @@ class Share:
     """The keys of a fixed part of the samples; a smaller part lies within a larger one.
 
     Args:
-      share: of the rows, rounded up.
+      share: of the rows, rounded up: at least one.
     """
 
     share: float
@@ -111,7 +111,7 @@ class Share:
 
     def rows(self, batch: BatchRows, count: int) -> Int[np.ndarray, "m"]:
         """The same in every update, stage and run of data of this size."""
-        return np.sort(_drawn(count, int(np.ceil(round(self.share * count, 6)))))
+        return np.sort(_drawn(count, max(1, int(np.ceil(round(self.share * count, 6))))))
 
     def like(self, batch: int, count: int) -> Int[np.ndarray, "m"]:
         """Those very rows."""

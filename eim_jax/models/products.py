@@ -26,6 +26,8 @@ _PLATFORM: contextvars.ContextVar[str] = contextvars.ContextVar("platform", defa
 def compiling_for(platform: str) -> Iterator[None]:
     """Inside, products take the form of this platform ("cpu", "tpu", "cuda"), not of the devices that are here.
 
+    That holds for what is traced inside: a jitted function that was traced before keeps its form.
+
     >>> x = jnp.ones((2, 2), jnp.bfloat16)
     >>> with compiling_for("tpu"):
     ...     traced = str(jax.make_jaxpr(lambda x: product(x, x, ((1,), (0,))))(x))

@@ -10,6 +10,7 @@ import numpy as np
 from eim_jax.config import ConfigError, Losses, Stage, as_dict
 from eim_jax.config.checks import warmup_problem
 from eim_jax.data import loader
+from eim_jax.losses.negatives import InBatch, negatives_of
 from eim_jax.losses.table import losses_of, weights
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
@@ -102,7 +103,7 @@ def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
         blind = [loss.title for loss in losses_of(stage) if loss.needs_image]
         if blind and not len(inputs.samples.images):
             raise ConfigError(f"{where}: no training sample has an image, so {blind[0]} has no rows")
-        check_contrast(stage, len(inputs.samples), where)
+        check_contrast(stage, config.losses, len(inputs.samples), where)
         check_packing(vlm, stage, config)
         if inputs.encoded is not None:  # a plan has no texts
             check_siblings(stage, config.losses, inputs.samples.groups, where)
@@ -115,13 +116,19 @@ def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
     return plan
 
 
-def check_contrast(stage: Stage, samples: int, where: str) -> None:
-    """Raises ConfigError for a stage whose losses contrast keys where there is only one sample."""
+def check_contrast(stage: Stage, settings: Losses, samples: int, where: str) -> None:
+    """Raises ConfigError for a stage whose losses contrast keys where there is only one to contrast."""
     contrasted = [loss.title for loss in losses_of(stage) if loss.queue is not None]
     if contrasted and samples == 1:
         raise ConfigError(
             f"{where}: {contrasted[0]} contrasts a sample's key with other samples', and there is 1 training sample: "
             "give it more, or leave the loss out"
+        )
+    alone = [x.title for x in losses_of(stage) if x.queue is not None and negatives_of(settings, x.name) == InBatch()]
+    if alone and stage.batch == 1:
+        raise ConfigError(
+            f"{where}.batch=1: by config.losses.negatives {alone[0]} contrasts a sample's key with those of its batch, "
+            "and there are none: take a larger batch, or queue"
         )
 
 

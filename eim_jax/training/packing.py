@@ -73,7 +73,7 @@ def stage_packer(
     )
     found = sorted(shape for shapes in packer.shapes.values() for shape in shapes)
     share, left = f"{saving.before:.0%} of the text is padding", f"{1 / saving.factor:.0%} of the language model's work"
-    if not found or (data.pack == "auto" and saving.factor < PAYS):
+    if not all(packer.shapes.values()) or (data.pack == "auto" and saving.factor < PAYS):
         return None, f"{name}: each sample has a row of its own: {share}, but sharing rows would leave {left}"
     rows = " or ".join(f"{shape.rows} rows of {shape.length} slots" for shape in found)
     return packer, (
