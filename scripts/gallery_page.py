@@ -93,7 +93,15 @@ def main(arguments: list[str] | None = None) -> None:
     split = load_split(config, "test", options.workdir) if config else None
     if not isinstance(split, MiniatureSplit):
         raise SystemExit(f"error: {options.workdir} is no run of the miniature: its test pictures are what is shown")
+    for arm in ARMS:
+        if not (file := options.workdir / arm / "predictions_test.json").exists():
+            raise SystemExit(f"error: no {file}: the page compares {' with '.join(ARMS)}, both scored")
     said = {arm: captions(options.workdir, arm) for arm in ARMS}
+    if short := [arm for arm in ARMS if set(said[arm]) != set(split.scenes)]:
+        raise SystemExit(
+            f"error: {options.workdir}/{short[0]} has captions of {len(said[short[0]])} of {len(split.scenes)} test "
+            "pictures: the page shows all, train with config.data.eval_limit=0"
+        )
     groups = grouped(said, split.scenes)
     run = json.loads((options.workdir / "run.json").read_text(encoding="utf-8"))
     page = HEAD.format(

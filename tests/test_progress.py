@@ -1,14 +1,17 @@
 """How far a run is, by its files: each state in words, from work directories cut where a run may be."""
 
+import contextlib
 import json
 import os
 import socket
 import time
+import types
 
 import pytest
 
 from eim_jax.parallel import lock
 from eim_jax.parallel.lock import holder_of, locked
+from eim_jax.reporting import progress
 from eim_jax.reporting.progress import read_progress
 from eim_jax.utils.files import Damaged
 
@@ -29,6 +32,15 @@ def steps(folder, stage, index, *numbers, pace=1.5):
             file.write(json.dumps(row) + "\n")
 
 
+@contextlib.contextmanager
+def going_on(workdir):
+    """The lock of a run that began before its records were written."""
+    with locked(workdir):
+        note = json.loads((workdir / lock.FILE).read_text())
+        write(workdir / lock.FILE, note | {"since": "2026-01-01T00:00:00+00:00"})
+        yield
+
+
 @pytest.fixture
 def workdir(tmp_path):
     """The baseline is trained and scored, the first stage of the other arm is finished, its second is at step 120."""
@@ -42,8 +54,8 @@ def workdir(tmp_path):
     return tmp_path
 
 
-def test_a_run_that_goes_on_says_where_it_is_and_how_long_its_stage_will_take(workdir):
-    with locked(workdir):
+def test_a_run_that_goes_on_says_where_it_is_and_how_long_its_stage_will_take(workdir, monkeypatch):
+    with going_on(workdir):
         found = read_progress(workdir)
         # 280 steps of 1.5 s are 7 minutes.
         assert found.words == "running: arm eim, stage ie (2 of 2), step 120 of 400, 7 min left in this stage"
@@ -59,22 +71,29 @@ def test_a_run_that_goes_on_says_where_it_is_and_how_long_its_stage_will_take(wo
         (workdir / "eim" / "metrics.jsonl").write_text("")
         steps(workdir / "eim", "ie", 1, 60, 120)
         # Nothing for five minutes: said, and taken from what is left.
-        at = time.time() - 300
-        os.utime(workdir / "eim" / "metrics.jsonl", (at, at))
+        at = (workdir / "eim" / "metrics.jsonl").stat().st_mtime
+        monkeypatch.setattr(progress, "time", types.SimpleNamespace(time=lambda: at + 300))
         assert read_progress(workdir).words.endswith("2 min left in this stage, no record for 5:00")
-        at = time.time() - 1000
-        os.utime(workdir / "eim" / "metrics.jsonl", (at, at))
+        monkeypatch.setattr(progress, "time", types.SimpleNamespace(time=lambda: at + 1000))
         assert read_progress(workdir).words.endswith("step 120 of 400, no record for 16:40")
 
 
-def test_between_stages_and_before_any(workdir):
+def test_a_run_that_was_stopped_and_is_continued_has_its_silence_behind_it(workdir):
+    before = time.time() - 24 * 3600
+    os.utime(workdir / "eim" / "metrics.jsonl", (before, before))
     with locked(workdir):
+        words = read_progress(workdir).words
+    assert words == "running: arm eim, stage ie (2 of 2), step 120 of 400, being prepared"
+
+
+def test_between_stages_and_before_any(workdir):
+    with going_on(workdir):
         (workdir / "eim" / "metrics.jsonl").write_text("")
         words = read_progress(workdir).words
         assert words == "running: arm eim, stage ie (2 of 2), being prepared"
         (workdir / "baseline" / "scores_test.json").unlink()
         words = read_progress(workdir).words
-        assert words == "running: arm baseline, all 1 stages trained, its test scores are next"
+        assert words == "running: arm baseline, all 1 stages trained, not scored yet"
         (workdir / "baseline" / "run.json").unlink()
         (workdir / "baseline" / "metrics.jsonl").unlink()
         assert read_progress(workdir).words == "running: arm baseline, stage base (1 of 1), being prepared"

@@ -20,7 +20,11 @@ from served import client as client  # noqa: E402
 from served import world as world  # noqa: E402
 
 from eim_jax import api  # noqa: E402
+from eim_jax.losses.queue_files import StaleQueue  # noqa: E402
+from eim_jax.serving.errors import RequestError  # noqa: E402
+from eim_jax.serving.nearest_keys import NearestKeys  # noqa: E402
 from eim_jax.serving.text_stream import TextStream  # noqa: E402
+from eim_jax.training.setup import Inputs  # noqa: E402
 
 MANY = 32
 
@@ -183,3 +187,16 @@ def test_a_text_is_sent_once_it_can_be_meant(world):
     stream = TextStream(tokenizer, [" before", "not there"])
     pieces = [stream.feed(ids[:count]) for count in range(1, len(ids) + 1)]
     assert "".join(pieces) == "one stops" and stream.stopped
+
+
+def test_queues_of_another_device_leave_an_arm_without_nearest_keys_but_served(world, monkeypatch):
+    def stale(*_):
+        raise StaleQueue("made of bfloat16. Delete it")
+
+    monkeypatch.setattr(Inputs, "queue", stale)
+    arm = world.engine.arms["eim"]
+    nearest = NearestKeys(world.inputs, [arm])
+    with pytest.raises(
+        RequestError, match=r"arm eim has no nearest keys here: the run's queue .* another kind of device"
+    ):
+        nearest.of(arm, np.zeros((8, 8, 3), np.uint8), 4)

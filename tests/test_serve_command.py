@@ -109,3 +109,20 @@ def test_the_command_follows_a_run_and_serves_an_arm_once_it_is_finished(finishe
         finally:
             process.kill()
         assert files(workdir) == before | {name: at for name, at in files(workdir).items() if "0-base" in name}
+
+
+def test_a_signal_while_an_arm_is_loaded_ends_the_server_and_blames_no_file(finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    result = workdir / "baseline" / "checkpoints" / "0-base" / "result"
+    hidden = result.rename(tmp_path / "hidden")
+    process = mains.Main(["--mode=serve", f"--workdir={workdir}", "--port=0"], tmp_path / "said.txt")
+    try:
+        process.until(lambda: "/v1" in process.said())
+        hidden.rename(result)
+        process.until(lambda: "towers " in process.said())  # read, and about to be compiled
+        process.signal(signal.SIGTERM)
+        assert process.wait(60) == 0, process.said()
+        assert process.said().rstrip().endswith("stopped: all that was begun is answered"), process.said()
+    finally:
+        process.kill()

@@ -12,13 +12,12 @@ pytest.importorskip("uvicorn", reason="--mode=serve needs the extra serve")
 playwright = pytest.importorskip("playwright.sync_api", reason="a browser is driven by Playwright: make browser")
 
 from served import world as world  # noqa: E402 the fixtures
-from test_progress import STAGE, steps, write  # noqa: E402
+from test_progress import STAGE, going_on, steps, write  # noqa: E402
 from test_progress import workdir as workdir  # noqa: E402
 from test_serve_watching import following as following  # noqa: E402
 
-from eim_jax.parallel.lock import locked  # noqa: E402
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
 
@@ -89,7 +88,7 @@ def test_what_a_model_says_is_text(world, browser, tmp_path, monkeypatch):
 
 
 def test_the_report_renews_itself_and_stays_where_it_is_read(workdir, following, browser):
-    with locked(workdir):
+    with going_on(workdir):
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(f"{following}/report")
         page.wait_for_selector("#progress:not(:empty)")

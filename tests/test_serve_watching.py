@@ -5,17 +5,17 @@ import concurrent.futures
 import json
 import os
 import threading
+import urllib.error
 import urllib.request
 
 import pytest
-from test_progress import STAGE, steps, write
+from test_progress import STAGE, going_on, steps, write
 from test_progress import workdir as workdir  # a fixture
 from tiny import config_of
 
 pytest.importorskip("uvicorn", reason="--mode=serve needs the extra serve")
 
 from eim_jax import config as settings
-from eim_jax.parallel.lock import locked
 from eim_jax.serving.engine import Engine
 from eim_jax.serving.server import Server, listen
 from eim_jax.serving.service import Options, Service
@@ -50,7 +50,7 @@ def ask(following):
 
 def test_a_stage_that_finished_is_on_the_page_before_the_next_one_ends(workdir, ask):
     (workdir / "baseline" / "scores_test.json").unlink()
-    with locked(workdir):
+    with going_on(workdir):
         before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
         first, state = ask("/report"), json.loads(ask("/report/state"))
         run = json.loads(ask("/api/run"))
@@ -77,3 +77,14 @@ def test_the_page_that_a_run_wrote_is_shown_until_its_files_are_newer(workdir, a
     os.utime(records, (now + 2, now + 2))
     assert "the run's own" not in ask("/report") and "Stage 2" in ask("/report")
     assert (workdir / "report.html").read_text().startswith("<html><head><title>the run's own")
+
+
+def test_a_damaged_file_is_not_hidden_behind_an_older_page(workdir, ask):
+    (workdir / "report.html").write_text("<html><head><title>the run's own</title></head></html>")
+    write(workdir / "eim" / "run.json", {"stages": [{"name": n, "steps": 20, **STAGE} for n in ("st", "ie")]})
+    (workdir / "eim" / "scores_test.json").write_text('{"greedy": 3')
+    later = (workdir / "report.html").stat().st_mtime + 1
+    os.utime(workdir / "eim" / "scores_test.json", (later, later))
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask("/report")
+    assert "eim/scores_test.json" in refused.value.read().decode()

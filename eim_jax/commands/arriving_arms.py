@@ -2,7 +2,7 @@
 
 import contextlib
 import queue
-import time
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,6 +37,8 @@ class ArrivingArms:
         self._service, self._names, self._neighbours = service, tuple(names), neighbours
         self._inputs: Inputs | None = None
         self._failed: set[str] = set()
+        self._ended, self._idle = threading.Event(), threading.Event()
+        self._idle.set()
 
     def begin(self) -> None:
         """Serves the arms that are finished, and says which are not.
@@ -51,17 +53,46 @@ class ArrivingArms:
 
     def follow(self) -> None:
         """Serves each other arm once it is finished; what goes wrong with one is said, here and on the page."""
-        while True:
-            time.sleep(_LOOK)
-            for name in self._coming():
-                try:
-                    self._serve(name)
-                except Exception as error:
-                    self._failed.add(name)
-                    self._service.pending[name] = f"arm {name} cannot be served: {type(error).__name__}: {error}"
-                    console.print(self._service.pending[name], soft_wrap=True)
-                else:
-                    console.print(f"arm {name} is finished, and answers", soft_wrap=True)
+        said = ""
+        while not self._ended.wait(_LOOK):
+            self._idle.clear()
+            try:
+                self._look()
+            except OSError as error:  # a file system that is away for a while: the next look may succeed
+                if not self._ended.is_set() and str(error) != said:
+                    said = str(error)
+                    console.print(f"the run cannot be looked at now, it is tried again: {error}", soft_wrap=True)
+            finally:
+                self._idle.set()
+
+    def end(self, seconds: float) -> bool:
+        """Has `follow` return.
+
+        Args:
+          seconds: how long it may take: an arm that is being loaded is not left halfway.
+
+        Returns:
+          Whether no arm is being loaded any more.
+        """
+        self._ended.set()
+        return self._idle.wait(seconds)
+
+    def _look(self) -> None:
+        for name in self._coming():
+            if self._ended.is_set():
+                return
+            try:
+                self._serve(name)
+            except OSError:
+                raise
+            except Exception as error:
+                if self._ended.is_set():  # by the engine that has stopped
+                    return
+                self._failed.add(name)
+                self._service.pending[name] = f"arm {name} cannot be served: {type(error).__name__}: {error}"
+                console.print(self._service.pending[name], soft_wrap=True)
+            else:
+                console.print(f"arm {name} is finished, and answers", soft_wrap=True)
 
     def _coming(self) -> list[str]:
         """The arms that are finished and not served yet; why the others are not is told to the service."""

@@ -4,6 +4,7 @@ A run that is still being trained is followed: its report from the beginning, ea
 """
 
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from eim_jax.serving.service import Options, Service
 from eim_jax.utils.console import console
 
 KEY_VARIABLE = "EIM_JAX_API_KEY"
+_GRACE = 5.0  # seconds for an arm that is being loaded when the server ends
 
 
 def serve(
@@ -51,16 +53,20 @@ def serve(
         engine = Engine({}, options.max_waiting)
         service = Service(config, workdir, engine, options)
         progress = service.run.progress()
-        if progress.over:
-            console.print(f"this run is {progress.words}" if progress.state == "finished" else progress.words)
-        else:
+        console.print(("this run is " if progress.state == "finished" else "") + progress.words, soft_wrap=True)
+        if progress.state != "finished":  # one that stopped may be continued while it is served
             _keep_out(workdir)
-            console.print(progress.words, soft_wrap=True)
         engine.start()
         arms = ArrivingArms(service, [arm] if arm else list(config.arms), neighbours=neighbours)
         arms.begin()
         threading.Thread(target=arms.follow, name="arms", daemon=True).start()
         run_server_with(service, listening, host)
+        if not arms.end(_GRACE):
+            # A thread that loads an arm would meet an interpreter that is being taken down, and abort the process.
+            service.run.close()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
 
 def _keep_out(workdir: Path) -> None:

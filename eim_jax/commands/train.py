@@ -77,7 +77,7 @@ def _train(config: Config, workdir: Path, record: dict) -> None:
             doing(f"scoring arm {arm}")
             scores = scoring.evaluate(inputs, vlm, params, test, workdir / arm)
         table[arm] = scores
-    if news or test is None:
+    if news or test is None or "finished" not in record:  # --mode=eval may have scored a run that was stopped
         finished = datetime.now(UTC).isoformat(timespec="seconds")
         record |= {"finished": finished, "seconds": round(spent + time.monotonic() - begun, 1)}
         write_json(workdir / "run.json", record)

@@ -30,10 +30,12 @@ class Holder(NamedTuple):
     Attributes:
       described: process, host and since when, in words.
       alive: whether it still runs; None where that cannot be seen from this machine.
+      since: seconds of the epoch; None where the note does not say.
     """
 
     described: str
     alive: bool | None
+    since: float | None = None
 
 
 def holder_of(workdir: Path) -> Holder | None:
@@ -56,7 +58,11 @@ def holder_of(workdir: Path) -> Holder | None:
     if not holder:
         return None
     here = holder.get("host") == socket.gethostname()
-    return Holder(_described(holder), not _is_gone(holder) if here else None)
+    try:
+        since = datetime.fromisoformat(holder["since"]).timestamp()
+    except (KeyError, TypeError, ValueError):
+        since = None
+    return Holder(_described(holder), not _is_gone(holder) if here else None, since)
 
 
 class InUse(OSError):

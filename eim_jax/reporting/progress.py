@@ -140,12 +140,15 @@ def _running(workdir: Path, arm: ArmProgress, rows: Sequence[dict[str, Any]], ho
     stage = next((stage for stage in arm.stages if stage.state != "done"), None)
     elsewhere = "" if holder is None or holder.alive else f" ({holder.described}: seen from here by its records alone)"
     if stage is None:
-        doing = "what follows is being prepared" if arm.scored else "its test scores are next"
+        doing = "scored" if arm.scored else "not scored yet"
         return f"running: arm {arm.name}, all {len(arm.stages)} stages trained, {doing}{elsewhere}"
     where = _where(arm)
     if stage.state == "ahead":
         return f"running: {where.removesuffix(', not begun')}, being prepared{elsewhere}"
-    silent = max(time.time() - (workdir / arm.name / "metrics.jsonl").stat().st_mtime, 0.0)
+    last = (workdir / arm.name / "metrics.jsonl").stat().st_mtime
+    if holder is not None and holder.since is not None and holder.since > last:  # stopped before, and continued
+        return f"running: {where}, being prepared{elsewhere}"
+    silent = max(time.time() - last, 0.0)
     left = _left(stage, [row for row in rows if row["stage_index"] == rows[-1]["stage_index"]], silent)
     late = f", no record for {duration(silent)}" if silent > _SILENT else ""
     return f"running: {where}{left}{late}{elsewhere}"

@@ -14,6 +14,7 @@ from eim_jax.evaluation.scoring import EVALS, SCORES
 from eim_jax.evaluation.tasks import TASKS, task_of
 from eim_jax.reporting.page import render
 from eim_jax.reporting.progress import Progress, read_progress
+from eim_jax.utils.files import Damaged
 
 _FILES = ("run.json", "metrics.jsonl", SCORES, "predictions_test.json", "items_test.json")
 _SCRIPT = '<script src="report.js" defer></script>'
@@ -33,6 +34,10 @@ class FollowedRun:
         self._page: tuple[str, str] = ("", "")  # version, page
         self._test: Split | None = None
         self._own = tempfile.TemporaryDirectory(prefix="eim_jax-", ignore_cleanup_errors=True)
+
+    def close(self) -> None:
+        """Removes what the data kept for themselves."""
+        self._own.cleanup()
 
     def progress(self) -> Progress:
         """Returns how far the run is."""
@@ -71,6 +76,8 @@ class FollowedRun:
         """The page as it would be written now; where its data are gone, the one that the run wrote."""
         try:
             return self._rendered()
+        except Damaged:  # the run's own file: an older page would hide it
+            raise
         except (OSError, ValueError):
             path = self._workdir / "report.html"
             if not path.exists():

@@ -11,11 +11,14 @@ from jaxtyping import UInt8
 from eim_jax.data.conversation import readable
 from eim_jax.losses.kinds import ContrastiveLoss
 from eim_jax.losses.neighbours import similarities
+from eim_jax.losses.queue_files import StaleQueue
 from eim_jax.losses.queues import Queue
 from eim_jax.losses.table import losses_of
 from eim_jax.models.batch import Batch
+from eim_jax.serving.errors import RequestError
 from eim_jax.serving.served_arm import ServedArm
 from eim_jax.training.setup import Inputs
+from eim_jax.utils.console import console
 
 _SIDE = 160  # pixels of a training picture as the page shows it
 _FIELDS = {"image", "has_image", "before"}  # what a picture alone gives, and what no query reads
@@ -33,17 +36,26 @@ class NearestKeys:
         self._inputs = inputs
         self._losses: dict[str, list[ContrastiveLoss]] = {}
         self._queues: dict[str, Queue] = {}
+        self._lacking: dict[str, str] = {}
         for arm in arms:
             self.add(arm)
 
     def add(self, arm: ServedArm) -> None:
-        """Reads, or builds, the queues of an arm's losses."""
+        """Reads, or builds, the queues of an arm's losses; where they are of another form, it says so and has none."""
         config = self._inputs.config
         stages = (config.stages[stage] for stage in config.arm[arm.name].sequence)
         seen = [loss for loss in losses_of(*stages) if _of_picture(loss, config.losses)]
         for kind in (loss.queue for loss in seen):
             if kind.name not in self._queues:
-                self._queues[kind.name] = self._inputs.queue(arm.vlm, kind)
+                try:
+                    self._queues[kind.name] = self._inputs.queue(arm.vlm, kind)
+                except StaleQueue:
+                    self._lacking[arm.name] = (
+                        f"arm {arm.name} has no nearest keys here: the run's queue {kind.name} was made from other "
+                        "files or settings, or on another kind of device, where keys have another type"
+                    )
+                    console.print(self._lacking[arm.name], soft_wrap=True)
+                    return
         self._losses[arm.name] = seen
 
     def of(self, arm: ServedArm, crop: UInt8[np.ndarray, "h w 3"], count: int) -> list[dict[str, Any]]:
@@ -57,7 +69,12 @@ class NearestKeys:
         Returns:
           [{"loss", "queue", "rows", "similarity" (its kind), "nearest"}], the last a list of
           {"row", "id", "similarity", "text", "picture"}; `picture` is a data URL, None for a sample without one.
+
+        Raises:
+          RequestError: the arm's queues cannot be read here.
         """
+        if arm.name in self._lacking:
+            raise RequestError(self._lacking[arm.name], status=404, param="model")
         size, settings = arm.padded(1), self._inputs.config.losses
         batch = Batch(np.zeros(size, np.int32), image=np.repeat(crop[None], size, 0), has_image=np.ones(size, bool))
         found = []

@@ -78,8 +78,8 @@ class Service:
 
     def arm(self, name: str) -> ServedArm:
         """Returns a served arm; RequestError where there is none of this name."""
-        if name in self.pending:
-            raise RequestError(f"{name}: {self.pending[name]}", status=404, param="model", code="model_not_found")
+        if (why := self.pending.get(name)) is not None:  # the arm may arrive meanwhile
+            raise RequestError(f"{name}: {why}", status=404, param="model", code="model_not_found")
         if name not in (arms := self.arms):
             raise no_such_model(name, list(arms))
         return arms[name]

@@ -61,7 +61,7 @@ function progress(run) {
   at("progress").hidden = false;
   at("progress").className = how;
   if (at("words").textContent !== words) at("words").textContent = words;
-  const shown = JSON.stringify(arms);
+  const shown = JSON.stringify([how, arms]);
   if (state.stages === shown) return;
   state.stages = shown;
   at("stages").replaceChildren(...(how === "finished" ? [] : arms).map((arm) =>
@@ -84,6 +84,7 @@ function arrive(run) {
   const known = new Set(before ? before.arms.map((arm) => arm.name) : []);
   const come = run.arms.filter((arm) => !known.has(arm.name));
   if (!come.length) return;
+  at("most").max = Math.max(...run.arms.map((arm) => arm.most));
   if (!known.size) first();
   for (const arm of come) {
     const box = element("input", { type: "checkbox", value: arm.name, checked: true });
@@ -95,12 +96,11 @@ function arrive(run) {
 
 // The form, when there is somebody to ask.
 function first() {
-  const { arms, captions, decode } = state.run;
+  const { captions, decode } = state.run;
   at("ask-words").hidden = captions;
   at("send").textContent = captions ? "Caption" : "Ask";
   at("method").options[0].textContent = `as the run: ${decode.method}${decode.method === "beam" ? `, ${decode.beams}` : ""}`;
   at("top_p").value = decode.top_p;
-  at("most").max = Math.max(...arms.map((arm) => arm.most));
   at("most").value = at("most").max;
   at("main").hidden = false;
 }
