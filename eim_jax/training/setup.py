@@ -223,7 +223,7 @@ def _say_what_runs(config: Config, dtype, mesh: Mesh, clip, lm, pictures: pretra
         f"device(s), {dtype.name}",
         soft_wrap=True,
     )
-    if said := faster_dtype(dtype, platform_of(mesh.devices.flat[0]), vector_units()):
+    if said := faster_dtype(dtype, platform_of(mesh.devices.flat[0]), vector_units(), lm.config.width):
         console.print(said, soft_wrap=True)
     if said := describe_attention(lm.config.attention):
         console.print(said, soft_wrap=True)

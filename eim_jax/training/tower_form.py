@@ -13,6 +13,10 @@ from eim_jax.models.stacks import Form
 from eim_jax.parallel.sharding import parts_of
 from eim_jax.utils.cpu import BF16_UNITS
 
+# The narrowest LM for which the log names bfloat16 on a CPU: a step of GPT-2 small, of width 768, gains by it
+# (docs/performance), one of the miniature's, of width 128, does not.
+_WIDE = 512
+
 
 def resolve_form(config: Config, dtype: jnp.dtype, platform: str) -> Form:
     """Returns how the towers are computed, by config.towers, in this dtype on this platform.
@@ -63,16 +67,16 @@ def describe_attention(attention: str) -> str:
     return "attention: jax.nn.dot_product_attention" if attention == "xla" else ""
 
 
-def faster_dtype(dtype: jnp.dtype, platform: str, units: Collection[str]) -> str:
-    """Says that a CPU with these units multiplies bfloat16 faster than a run's float32; "" where it has none.
+def faster_dtype(dtype: jnp.dtype, platform: str, units: Collection[str], width: int) -> str:
+    """Says that a CPU with these units multiplies bfloat16 faster than a run's float32; "" where it does not.
 
-    >>> faster_dtype(jnp.dtype("float32"), "cpu", ("avx512f", "amx_bf16")).split(":")[0]
+    >>> faster_dtype(jnp.dtype("float32"), "cpu", ("avx512f", "amx_bf16"), 768).split(":")[0]
     'this CPU has bfloat16 units (amx_bf16)'
-    >>> faster_dtype(jnp.dtype("float32"), "cpu", ("avx2", "avx512f"))
+    >>> faster_dtype(jnp.dtype("float32"), "cpu", ("avx2", "avx512f"), 768)
     ''
     """
     found = [unit for unit in units if unit in BF16_UNITS]
-    if platform != "cpu" or dtype != jnp.float32 or not found:
+    if platform != "cpu" or dtype != jnp.float32 or not found or width < _WIDE:
         return ""
     return f"this CPU has bfloat16 units ({', '.join(found)}): --config.towers.dtype=bfloat16 is likely faster on it"
 
