@@ -52,22 +52,29 @@ class World:
     def listening(self, **options):
         """(server, its address)."""
         service = Service(self.inputs.config, self.inputs.workdir, self.engine, Options(**options), self.nearest)
-        server, loops = Server(service, listen("127.0.0.1", 0)), concurrent.futures.Future()
-        server._socket.listen()
+        with listening(service) as found:
+            yield found
 
-        async def run():
-            loops.set_result(asyncio.get_running_loop())
-            await server.run_until_stopped(signals=False)
 
-        thread = threading.Thread(target=lambda: asyncio.run(run()))
-        thread.start()
-        server.loop = loops.result()
-        try:
-            yield server, f"http://127.0.0.1:{server._socket.getsockname()[1]}"
-        finally:
-            if thread.is_alive():
-                server.loop.call_soon_threadsafe(server.drain)
-            thread.join()
+@contextlib.contextmanager
+def listening(service):
+    """(a server of this service, its address)."""
+    server, loops = Server(service, listen("127.0.0.1", 0)), concurrent.futures.Future()
+    server._socket.listen()
+
+    async def run():
+        loops.set_result(asyncio.get_running_loop())
+        await server.run_until_stopped(signals=False)
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    server.loop = loops.result()
+    try:
+        yield server, f"http://127.0.0.1:{server._socket.getsockname()[1]}"
+    finally:
+        if thread.is_alive():
+            server.loop.call_soon_threadsafe(server.drain)
+        thread.join()
 
 
 @functools.cache

@@ -1,10 +1,7 @@
 """A server without any arm yet: the report of a run that goes on, by its files, which it never writes."""
 
-import asyncio
-import concurrent.futures
 import json
 import os
-import threading
 import urllib.error
 import urllib.request
 
@@ -13,11 +10,13 @@ from test_progress import STAGE, going_on, steps, write
 from test_progress import workdir as workdir  # a fixture
 from tiny import config_of
 
+pytest.importorskip("openai", reason="the extra test brings OpenAI's client")
 pytest.importorskip("uvicorn", reason="--mode=serve needs the extra serve")
+
+from served import listening
 
 from eim_jax import config as settings
 from eim_jax.serving.engine import Engine
-from eim_jax.serving.server import Server, listen
 from eim_jax.serving.service import Options, Service
 
 
@@ -27,19 +26,8 @@ def following(workdir):
     config = config_of("miniature")
     run = json.loads((workdir / "run.json").read_text())
     write(workdir / "run.json", run | {"config": settings.as_dict(config)})
-    server = Server(Service(config, workdir, Engine({}, 1), Options()), listen("127.0.0.1", 0))
-    loops: concurrent.futures.Future = concurrent.futures.Future()
-    server._socket.listen()
-
-    async def run_server():
-        loops.set_result(asyncio.get_running_loop())
-        await server.run_until_stopped(signals=False)
-
-    thread = threading.Thread(target=lambda: asyncio.run(run_server()))
-    thread.start()
-    yield f"http://127.0.0.1:{server._socket.getsockname()[1]}"
-    loops.result().call_soon_threadsafe(server.drain)
-    thread.join()
+    with listening(Service(config, workdir, Engine({}, 1), Options())) as (_, address):
+        yield address
 
 
 @pytest.fixture

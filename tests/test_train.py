@@ -18,8 +18,8 @@ from eim_jax.parallel.sharding import make_mesh, shard_params
 from eim_jax.pretrained import load_lm
 from eim_jax.training import arm_model, assembly, partition
 from eim_jax.training import setup as loading
-from eim_jax.training import stage as one_stage
 from eim_jax.training.arm import run_arm
+from eim_jax.training.compiled_step import compile_step
 from eim_jax.training.log import read_metrics
 from eim_jax.training.monitor import NonFinite
 
@@ -174,9 +174,9 @@ def test_a_packed_stage_has_the_losses_of_one_that_is_not_and_says_what_it_saves
 
 def test_a_width_beyond_the_configured_number_is_an_error(config):
     with pytest.raises(RuntimeError, match="stage lm: texts of 9 tokens are a width beyond the 2 that"):
-        one_stage._compile("lm", None, (), (9,), 2, 2)
+        compile_step("lm", None, (), (9,), 2, 2)
     with pytest.raises(RuntimeError, match="a defect of eim_jax"):
-        one_stage._compile("st", None, (), (0,), 1, 4)  # without texts there is one
+        compile_step("st", None, (), (0,), 1, 4)  # without texts there is one
 
 
 def test_a_second_start_restores_the_results_without_training(finished, monkeypatch):

@@ -66,14 +66,14 @@ def same(one, other):
 def test_scores_change_no_parameter_and_the_best_step_is_kept_as_it_was_also_after_a_stop(
     inputs, tmp_path, monkeypatch, capsys
 ):
-    programs, make = {}, one_stage._compile
+    programs, make = {}, one_stage.compile_step
 
     def once(stage, step, arguments, width, *rest):  # all runs below are of one program for each width
         if width not in programs:
             programs[width] = make(stage, step, arguments, width, *rest)
         return programs[width]
 
-    monkeypatch.setattr(one_stage, "_compile", once)
+    monkeypatch.setattr(one_stage, "compile_step", once)
     # Stopped after step 3, when the best one (2) is no longer the state: what goes on knows it, and scores once more.
     told, stops = Told([1.0], while_training(inputs)), iter([False] * 2 + [True])
     with monkeypatch.context() as patch:

@@ -7,7 +7,7 @@ import functools
 import time
 from contextlib import closing
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from eim_jax.parallel.signals import Interrupted, Signals, doing, spent
 from eim_jax.training import partition
 from eim_jax.training.assembly import assemble
 from eim_jax.training.checkpoint import StageCheckpoints
+from eim_jax.training.compiled_step import Program, compile_step, peak_memory, shape_of
 from eim_jax.training.log import RunLog, StageInfo
 from eim_jax.training.monitor import Meter, check_finite
 from eim_jax.training.packing import stage_packer
@@ -37,7 +38,6 @@ from eim_jax.training.scorer import Best, Scorer, is_due
 from eim_jax.training.setup import Inputs
 from eim_jax.training.vision_features import stage_features
 from eim_jax.utils.console import console, duration
-from eim_jax.utils.flops import work
 
 
 def run_stage(
@@ -89,13 +89,6 @@ def run_stage(
 
 
 WARM, MEASURED = 2, 5  # steps that are slower than those to come, and steps by which a stage says how long it will take
-
-
-class Program(NamedTuple):
-    """A stage's step for one width of texts or shape of packed rows, and its matrix products' FLOPs on all devices."""
-
-    compiled: Any
-    flops: float
 
 
 class _StageRun:
@@ -219,7 +212,7 @@ class _StageRun:
             "prepare_seconds": self.prepare_seconds,
             "examples_per_second": info.steps * self.stage.batch / self.seconds,
             "peak_memory_bytes": max(
-                filter(None, (_peak_memory(program.compiled) for program in self.programs.values())), default=None
+                filter(None, (peak_memory(program.compiled) for program in self.programs.values())), default=None
             ),
             **self.meter.shares(),
             "frozen_unchanged": True,
@@ -273,12 +266,12 @@ class _StageRun:
         self.meter.rows(number, batch)
         made = self.made
         arguments = (self.trained, self.opt_state, made.frozen, placed, made.queues, self.key, jnp.int32(number))
-        shape = _shape_of(batch)
+        shape = shape_of(batch)
         if shape not in self.programs:  # compiled ahead of time: another shape is an error, not a silent compilation
             with self.meter.apart():
                 buckets = self.inputs.config.data.buckets
                 alike = sum(bool(other[1:]) == bool(shape[1:]) for other in self.programs)
-                self.programs[shape] = _compile(self.info.name, made.step, arguments, shape, alike, buckets)
+                self.programs[shape] = compile_step(self.info.name, made.step, arguments, shape, alike, buckets)
         with self.meter.stepping(), jax.profiler.StepTraceAnnotation("train", step_num=number):
             self.trained, self.opt_state, metrics = self.programs[shape].compiled(*arguments)
         if not self.told:
@@ -370,41 +363,3 @@ def _peak_rate(inputs: Inputs) -> float:
     """FLOP/s of all devices together, where they have published figures and compute in bfloat16; else 0."""
     chip = chip_of(inputs.mesh.devices.flat[0].device_kind)
     return 0.0 if chip is None or inputs.dtype != jnp.bfloat16 else chip.flops * inputs.mesh.size
-
-
-def _shape_of(batch: Batch) -> tuple:
-    """What tells a stage's programs apart: the text's width, and for packed texts each reading's rows."""
-    width = 0 if batch.tokens is None else batch.tokens.shape[1]
-    packed = batch.packing or {}
-    return (width, *((name, *packed[name].segment.shape[1:]) for name in sorted(packed)))
-
-
-def _compile(stage: str, step: Any, arguments: tuple, shape: tuple, before: int, most: int) -> Program:
-    """The stage's step for texts of this shape (`_shape_of`); packed or not, there are at most `most` each."""
-    width, *packed = shape
-    if before == (most if width else 1):
-        raise RuntimeError(
-            f"stage {stage}: texts of {width} tokens are a width beyond the {before} that config.data.buckets allows: "
-            "this is a defect of eim_jax, please report it"
-        )
-    texts = f" for texts of {width} tokens" if width and (most > 1 or packed) else ""
-    if packed:
-        rows = ", ".join(f"{name} {count} x {length} slots" for name, count, length in packed)
-        texts = f" for packed texts ({rows})"
-    console.print(f"compiling {stage}{texts}", soft_wrap=True)
-    doing(f"compiling {stage}")
-    begun = time.monotonic()
-    traced = step.trace(*arguments)
-    program = Program(traced.lower().compile(), work(traced.jaxpr).flops)
-    console.print(f"compiled {stage}{texts} in {duration(time.monotonic() - begun)}", soft_wrap=True)
-    doing(f"training {stage}")
-    return program
-
-
-def _peak_memory(compiled) -> int | None:
-    """Bytes that the compiled step holds on each device: arguments + temporaries + outputs not aliased."""
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return None
-    held = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-    return int(held + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
