@@ -30,7 +30,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", float(os.environ
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-_hook = install_import_hook("eim_jax", "beartype.beartype")
+# Shapes are checked at run time where they are stated. A check of every call of every function, of configs and texts as
+# well, took a fifth of the suite's time.
+SHAPED = [
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for file in sorted((ROOT / "eim_jax").rglob("*.py"))
+    if "jaxtyping" in file.read_text(encoding="utf-8")
+]
+_hook = install_import_hook(SHAPED, "beartype.beartype")
 
 
 # Whole modules go to a worker (what a module sets up is set up once), those that take minutes first.

@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,9 +117,10 @@ def test_rates_are_compared_on_the_validation_split():
     drawn = set()
     for row in TABLES["tuning"].rows:
         config = cell(row, "miniature", 0).config
-        if repr(config.data) not in drawn:
-            drawn.add(repr(config.data))
-            assert load_split(config, "test", Path()).name == "val" != load_split(config, "train", Path()).name
+        few = replace(config, data=replace(config.data, own={**config.data.own, "scenes": 8}))
+        if repr(few.data) not in drawn:
+            drawn.add(repr(few.data))
+            assert load_split(few, "test", Path()).name == "val" != load_split(few, "train", Path()).name
         (rate,) = (value for field, value in row.overrides.items() if field.endswith(".lr"))
         assert rate == config.stages[config.arm[row.arm].sequence[-1]].lr
 

@@ -98,16 +98,26 @@ _CHOICES = {
 _BY_LOSS = {"losses.center": ("none", "mean"), "losses.positives": ("self", "group", "mask", "others")}
 
 
+def _by_pattern(flat: dict[str, Any]) -> dict[str, list[tuple[str, Any]]]:
+    """The fields by their own name, and by "stages.*.lr" with any stage's or arm's name."""
+    found: dict[str, list[tuple[str, Any]]] = {}
+    for name, value in flat.items():
+        group, _, rest = name.partition(".")
+        _, named, field = rest.rpartition(".")
+        for pattern in [name, f"{group}.*.{field}"] if named else [name]:
+            found.setdefault(pattern, []).append((name, value))
+    return found
+
+
 def check(config: "Config", flat: dict[str, Any]) -> None:
     """Raises ConfigError for the first field, of `flat` = {"data.max_tokens": 40, ...}, that cannot be meant."""
     for name, value in flat.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"config.{name}: {value} is no finite number")
+    matches = _by_pattern(flat)
     for pattern, allowed in _CHOICES.items():
-        head, _, tail = pattern.partition(".*.")
-        for name, value in flat.items():
-            hit = name == pattern if not tail else name.startswith(head + ".") and name.endswith("." + tail)
-            if hit and value not in allowed:
+        for name, value in matches.get(pattern, ()):
+            if value not in allowed:
                 raise ConfigError(f"config.{name}: {value!r} is none of {', '.join(allowed)}")
     for name, allowed in _BY_LOSS.items():
         for_all, named = by_loss(flat[name])
@@ -120,10 +130,8 @@ def check(config: "Config", flat: dict[str, Any]) -> None:
                     f"'ie:{allowed[1]}, lm:{allowed[1]}')"
                 )
     for pattern, (low, high) in _RANGES.items():
-        head, _, tail = pattern.partition(".*.")
-        for name, value in flat.items():
-            hit = name == pattern if not tail else name.startswith(head + ".") and name.endswith("." + tail)
-            if hit and not low <= value <= high:
+        for name, value in matches.get(pattern, ()):
+            if not low <= value <= high:
                 raise ConfigError(f"config.{name}: {value} is not in {low} .. {high}")
     steps = re.fullmatch(r"(\d+):(\d+)", config.profile or "0:1")
     if not steps or int(steps[1]) >= int(steps[2]):
