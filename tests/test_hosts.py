@@ -179,6 +179,7 @@ def test_new_pictures_are_captioned_as_by_one_process(runs, alone, pair):
     assert found[0] == found[1] and len(found[0]) == 3
 
 
+@pytest.mark.exhaustive
 def test_questions_are_answered_as_by_one_process(runs):
     """LaVIN: questions with and without a picture, 7 in batches of 8 over four devices."""
     stage = {"steps": 2, "warmup_steps": 0, "batch": 8}
@@ -228,6 +229,7 @@ def test_a_checkpoint_of_two_processes_continues_on_other_numbers_of_processes(
     assert_same_run(alone, here, loss=1e-5, parameters=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_a_lost_process_ends_the_others_in_bounded_time_and_the_restarted_run_is_the_same(runs, alone, pair):
     here = runs / "lost"
     shutil.copytree(runs / "pair" / "cache", here / "cache")  # what the image check found

@@ -31,6 +31,7 @@ def test_no_outputs_are_kept():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_cell_does_what_stands_above_it(tmp_path, monkeypatch):
     monkeypatch.setenv("EIM_JAX_FEWER", fewer(("base", "st", "lm", "ie")))
     monkeypatch.setenv("EIM_JAX_FEWER_QUESTIONS", fewer(("align", "tune")))

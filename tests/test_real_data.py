@@ -96,6 +96,7 @@ def test_the_official_scienceqa_layout_trains_and_scores_through_all_four_stages
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_instruction_tasks_train_the_chatbot_which_then_answers_about_a_picture(towers, shared_data, tmp_path):
     sources = tuple(
         str(shared_data("instruct") / name) for name in ("seed_tasks.jsonl", "user_oriented_instructions.jsonl")

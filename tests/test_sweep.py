@@ -121,6 +121,7 @@ class Forked(mains.Main):
     returncode = property(mains.Main.poll)
 
 
+@pytest.mark.exhaustive
 def test_a_real_run_is_scored_on_the_validation_split_alone(sweep, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep.subprocess, "Popen", Forked)
     short = {"steps": 2, "warmup_steps": 1, "batch": 8}

@@ -117,6 +117,7 @@ def test_own_photos_in_ten_minutes(follower, captions):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_vqa_set_with_lora(follower, captions):
     take(captions, follower.folder / "pictures")
     rows = example("questions_from_captions").questions(captions[0])
