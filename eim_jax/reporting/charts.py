@@ -37,13 +37,23 @@ class Bars:
 
 @dataclass(frozen=True)
 class Interval:
-    """One row of `intervals`: a value with its interval, and another value that it is compared with, a diamond."""
+    """One row of `intervals`.
+
+    Args:
+      label: its name.
+      value: drawn as a dot.
+      span: its interval.
+      mark: another value that it is compared with, a diamond.
+      colour: its number.
+      band: values within it of 0 are too small to matter, a pale bar.
+    """
 
     label: str
     value: float
     span: tuple[float, float]
     mark: float | None = None
     colour: int = 0
+    band: float = 0.0
 
 
 def panel(
@@ -162,27 +172,38 @@ def bars(series: Sequence[Bars], categories: Sequence[str], *, unit: str, name: 
         return inline_svg(figure, name, f"{unit}. " + "; ".join(spoken))
 
 
-def intervals(rows: Sequence[Interval], *, unit: str, name: str) -> str:
+def intervals(rows: Sequence[Interval], *, unit: str, name: str, reach: float | None = None, width: float = 6.4) -> str:
     """Draws a point and its interval for each row, from the top down, around a line at 0.
 
     Args:
       rows: the values.
       unit: of the values.
       name: must be unique in the page.
+      reach: where the axis ends on either side; what lies beyond stands at the edge, in figures.
+      width: of the figure, in inches.
 
     Returns:
       an <svg> element as `panel` does.
     """
     with text_style(name, 9):
-        figure = Figure(figsize=(6.4, 0.7 + 0.27 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(width, 0.7 + 0.27 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         axes.axvline(0, color=INK, linewidth=0.8)
+        if reach is not None:
+            axes.set_xlim(-reach, reach)
         for place, row in enumerate(rows):
             colour = LINES[row.colour % len(LINES)]
+            if row.band:
+                axes.barh(place, 2 * row.band, 0.7, left=-row.band, color=GRID, alpha=0.8, linewidth=0)
             axes.plot(row.span, (place, place), color=colour, linewidth=1.6, marker="|", markersize=5)
             axes.plot([row.value], [place], color=colour, marker="o", markersize=4.5)
             if row.mark is not None:
                 axes.plot([row.mark], [place], color=INK, marker="D", markersize=3.5, fillstyle="none")
+            if reach is not None and abs(row.value) > reach:
+                told = f"{row.value:+.1f} [{row.span[0]:+.1f}, {row.span[1]:+.1f}]"
+                right = row.value > 0
+                edge, told = (reach, f"{told} →") if right else (-reach, f"← {told}")
+                axes.text(edge, place, told, ha="right" if right else "left", va="center", fontsize=8, color=colour)
         axes.set_yticks(range(len(rows)), [row.label for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         _dress(axes, "")

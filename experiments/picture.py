@@ -1,0 +1,74 @@
+"""The picture of the results page: every claim as an interval, beside the paper's effect and what is too small.
+
+python -m experiments.picture             # docs/assets/claims.svg, of the committed results
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from eim_jax.evaluation.metrics import metric_of
+from eim_jax.reporting.charts import Interval, intervals
+from eim_jax.utils.console import console
+from experiments import report, results
+from experiments.claims import Verdict
+from experiments.design import POINT
+
+SCALE = "miniature"
+FILE = Path(__file__).resolve().parent.parent / "docs/assets/claims.svg"
+PERCENT = 100  # scores that are shares are drawn in points; others have a scale of their own and are left out
+REACH = 13  # points: one claim lies beyond
+WIDTH = 9.6
+# The page's light colours: a picture in a page of documentation knows nothing of that page's style.
+STYLE = "svg{background:#fff;color:#3c444d;font-family:system-ui,'Segoe UI','DejaVu Sans',sans-serif;--line:#dfe1e4}"
+COLOURS = "svg{--c0:#2468c9;--c1:#c4611a;--c2:#22855a;--c3:#8650b8;--c4:#6b7480;--c5:#b5386f}"
+
+
+def main() -> None:
+    """Writes the picture."""
+    found = report.read(results.OUT, SCALE, report.DEFAULT[SCALE], 100)
+    FILE.write_text(alone(drawn(report.verdicts(found, SCALE))), encoding="utf-8")
+    console.print(str(FILE), soft_wrap=True)
+
+
+def drawn(judged: Sequence[Verdict]) -> str:
+    """The claims in their order, the paper's before ours, those that were measured in points."""
+    shown = [v for v in judged if v.word != "not measured" and metric_of(v.claim.metric).factor == PERCENT]
+    rows = [_row(v) for v in sorted(shown, key=lambda v: v.claim.ours)]
+    return intervals(rows, unit="difference, points of BLEU-4 or accuracy", name="claims", reach=REACH, width=WIDTH)
+
+
+def _row(v: Verdict) -> Interval:
+    assert v.change is not None and v.change.interval is not None
+    of = "ours" if v.claim.ours else f"Table {v.claim.table}"
+    accuracy = "" if v.claim.metric == "Bleu_4" else ", accuracy"
+    low, high = v.change.interval
+    return Interval(
+        f"{v.claim.statement} ({of}{accuracy}, {v.change.seeds} seeds)",
+        PERCENT * v.change.mean,
+        (PERCENT * low, PERCENT * high),
+        PERCENT * v.expected if v.expected else None,
+        report.COLOURS.get(v.word, 4),
+        PERCENT * bound(v),
+    )
+
+
+def bound(v: Verdict) -> float:
+    """What difference is too small to matter: half of the paper's effect here, a point where it names none."""
+    return v.expected / 2 if v.expected else POINT
+
+
+def alone(svg: str) -> str:
+    """The element as a file of its own."""
+    head, body = svg.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}{COLOURS}</style>{body}\n'
+
+
+def spoken(svg: str) -> str:
+    """What a screen reader says of a picture, every number of it."""
+    [text] = re.findall(r'aria-label="([^"]*)"', svg)
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""The picture of the results page says what the committed results say."""
+
+from experiments import picture, report, results
+from experiments.claims import CLAIMS
+
+
+def test_the_committed_picture_is_that_of_the_committed_results():
+    # Read aloud it names every claim with its numbers; how a line is drawn may differ by matplotlib's version.
+    found = report.read(results.OUT, picture.SCALE, report.DEFAULT[picture.SCALE], 100)
+    drawn = picture.alone(picture.drawn(report.verdicts(found, picture.SCALE)))
+    assert picture.spoken(picture.FILE.read_text(encoding="utf-8")) == picture.spoken(drawn)
+    page = (results.OUT / "miniature.md").read_text(encoding="utf-8")
+    for claim in CLAIMS:
+        row = next((line for line in page.splitlines() if line.startswith(f"| {claim.statement} | {claim.table} ")), "")
+        measured = bool(row) and not row.endswith("not measured |") and "MME" not in row
+        assert (f"{claim.statement} (" in picture.spoken(drawn)) == measured, claim.statement
+
+
+def test_a_claim_beyond_the_edge_stands_there_in_figures():
+    svg = picture.FILE.read_text(encoding="utf-8")
+    assert "+27.7 [+22.1, +33.8] →" in svg and svg.count("→") + svg.count("←") == 1
