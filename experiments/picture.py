@@ -9,6 +9,7 @@ from pathlib import Path
 
 from eim_jax.evaluation.metrics import metric_of
 from eim_jax.reporting.charts import Interval, intervals
+from eim_jax.reporting.svg import alone
 from eim_jax.utils.console import console
 from experiments import report, results
 from experiments.claims import Verdict
@@ -19,9 +20,6 @@ FILE = Path(__file__).resolve().parent.parent / "docs/assets/claims.svg"
 PERCENT = 100  # scores that are shares are drawn in points; others have a scale of their own and are left out
 REACH = 13  # points: one claim lies beyond
 WIDTH = 9.6
-# The page's light colours: a picture in a page of documentation knows nothing of that page's style.
-STYLE = "svg{background:#fff;color:#3c444d;font-family:system-ui,'Segoe UI','DejaVu Sans',sans-serif;--line:#dfe1e4}"
-COLOURS = "svg{--c0:#2468c9;--c1:#c4611a;--c2:#22855a;--c3:#8650b8;--c4:#6b7480;--c5:#b5386f}"
 
 
 def main() -> None:
@@ -56,12 +54,6 @@ def _row(v: Verdict) -> Interval:
 def bound(v: Verdict) -> float:
     """What difference is too small to matter: half of the paper's effect here, a point where it names none."""
     return v.expected / 2 if v.expected else POINT
-
-
-def alone(svg: str) -> str:
-    """The element as a file of its own."""
-    head, body = svg.split(">", 1)
-    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{STYLE}{COLOURS}</style>{body}\n'
 
 
 def spoken(svg: str) -> str:

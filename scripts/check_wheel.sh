@@ -26,7 +26,7 @@ if base/bin/eim_jax --help 2>said; then echo "the command ran without its depend
 grep -q "eim_jax\[train\]" said
 
 "$uv" venv --quiet --python "$python" train
-"$uv" pip install --quiet --python train/bin/python -c "$constraints" "$wheel[train]"
+"$uv" pip install --quiet --python train/bin/python -c "$constraints" "${wheel}[train]"
 short=(--config.data.scenes=60 --config.data.eval_limit=40 --config.decode.max_tokens=24 --config.decode.java=False)
 for stage in base st lm ie; do
   short+=("--config.stages.$stage.steps=12" "--config.stages.$stage.warmup_steps=2")

@@ -1,5 +1,6 @@
 """The picture of the results page says what the committed results say."""
 
+from eim_jax.reporting.svg import alone
 from experiments import picture, report, results
 from experiments.claims import CLAIMS
 
@@ -7,7 +8,7 @@ from experiments.claims import CLAIMS
 def test_the_committed_picture_is_that_of_the_committed_results():
     # Read aloud it names every claim with its numbers; how a line is drawn may differ by matplotlib's version.
     found = report.read(results.OUT, picture.SCALE, report.DEFAULT[picture.SCALE], 100)
-    drawn = picture.alone(picture.drawn(report.verdicts(found, picture.SCALE)))
+    drawn = alone(picture.drawn(report.verdicts(found, picture.SCALE)))
     assert picture.spoken(picture.FILE.read_text(encoding="utf-8")) == picture.spoken(drawn)
     page = (results.OUT / "miniature.md").read_text(encoding="utf-8")
     for claim in CLAIMS:

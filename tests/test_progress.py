@@ -125,6 +125,12 @@ def test_a_finished_run_and_one_of_an_earlier_version(workdir):
     }
     write(workdir / "run.json", {"config": config, "finished": "2026-11-29T20:00:00+00:00"})  # without a plan
     assert read_progress(workdir).words == "finished 2026-11-29T20:00:00+00:00"
+    with locked(workdir):  # it is scored once more by --mode=eval
+        found = read_progress(workdir)
+        assert found.over and found.words.startswith("finished 2026-11-29T20:00:00+00:00; in use (process ")
+        (workdir / "eim" / "scores_test.json").unlink()  # it is scored anew, since its test pictures are others
+        assert read_progress(workdir).words == "running: arm eim, all 2 stages trained, not scored yet"
+    write(workdir / "eim" / "scores_test.json", {"greedy": {}})
     (workdir / "eim" / "run.json").unlink()
     assert "arm eim, stage st (1 of 2), step 20. The same" in read_progress(workdir).words
     for plan, field in ({"eim": 3}, "plan.eim"), ({"eim": [{"name": "st"}]}, r"plan.eim\[0\].steps"):

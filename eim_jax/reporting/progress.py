@@ -72,17 +72,18 @@ def read_progress(workdir: Path) -> Progress:
     logs = {name: _steps(workdir / name) for name in names}
     arms = tuple(_arm(workdir / name, plan_of(file, run, name) or _configured(run, name), logs[name]) for name in names)
     complete = all(stage.state == "done" for arm in arms for stage in arm.stages)
-    if holder is not None and holder.alive is not False:
+    held = holder is not None and holder.alive is not False
+    if complete and run.get("finished") and (not held or all(arm.scored for arm in arms)):
+        state = "finished"  # whoever holds it trains nothing: --mode=eval, or the same command once more
+    elif held:
         state = "running"
-    elif complete and run.get("finished"):
-        state = "finished"
     else:
         state = "stopped" if holder is None else "died"
     number = _current(arms, logs)
     where, again = _where(arms[number]), "The same command continues it"
     words = {
         "running": lambda: _running(workdir, arms[number], logs[names[number]], holder),
-        "finished": lambda: f"finished {run.get('finished')}",
+        "finished": lambda: f"finished {run.get('finished')}" + (f"; in use ({_said(holder)})" if held else ""),
         "stopped": lambda: f"stopped: {where}. {again}",
         "died": lambda: f"ended without a word ({_said(holder)}): {where}. {again}",
     }[state]()

@@ -10,6 +10,12 @@ from matplotlib.figure import Figure
 INK, GRID, LINES = "#010203", "#010204", tuple(f"#01021{i}" for i in range(6))
 CSS = {INK: "currentColor", GRID: "var(--line)"} | {colour: f"var(--c{i})" for i, colour in enumerate(LINES)}
 
+# A file of its own knows nothing of the style of the page that shows it: these are a page's light colours.
+_ALONE = (
+    "svg{background:#fff;color:#3c444d;font-family:system-ui,'Segoe UI','DejaVu Sans',sans-serif;--line:#dfe1e4;"
+    "--c0:#2468c9;--c1:#c4611a;--c2:#22855a;--c3:#8650b8;--c4:#6b7480;--c5:#b5386f}"
+)
+
 
 def text_style(name: str, size: int | float):
     """Returns a context in which figures keep their text as text; `name` makes their element ids repeatable."""
@@ -29,6 +35,12 @@ def inline_svg(figure: Figure, name: str, spoken: str) -> str:
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(text.getvalue(), name, spoken)
+
+
+def alone(svg: str) -> str:
+    """Returns an element of `inline_svg` as the text of an .svg file, on white."""
+    head, body = svg.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{_ALONE}</style>{body}\n'
 
 
 def _inline(svg: str, name: str, label: str) -> str:
