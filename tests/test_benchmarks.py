@@ -16,6 +16,7 @@ sys.path.insert(0, str(FOLDER))
 try:
     import clipcap_case
     import gpu
+    import growth
     import overhead
     import step_case
 finally:
@@ -151,3 +152,22 @@ def test_no_stage_computes_what_its_losses_do_not_need(recipe):
     if "adapter" in rows:
         assert rows["adapter"]["towers"] == ["st", "lm"]
     assert rows["st"]["flops"] < 0.05 * rows["ie"]["flops"]
+
+
+def test_a_slope_is_the_exponent_of_growth():
+    curve = growth.Curve("a step", "keys", "ms", (10, 20, 80), (3.0, 12.0, 12.0))
+    assert curve.slopes == pytest.approx([2.0, 0.0])
+    assert growth.table(curve).splitlines()[2] == "| keys | 3 | 12 (2.00) | 12 (0.00) |"
+
+
+def test_how_cost_grows_is_counted_from_compiled_steps(tmp_path):
+    # Rows of a batch: temporaries of twice the rows are about twice as many. Devices: of the same shapes half as many.
+    rows = growth.steps("rows", (8, 16), growth_options(), lambda n: {"batch": n})[1]
+    assert 0.7 < rows.slopes[0] < 1.3
+    keys = growth.loss_over_keys((200, 400), 1)
+    assert len(keys.y) == 2 and min(keys.y) > 0
+    assert "aria-label" in growth.alone(growth.drawn([rows, keys]))
+
+
+def growth_options():
+    return growth.argparse.Namespace(size="tiny", rounds=1)
