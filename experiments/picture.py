@@ -12,6 +12,7 @@ from eim_jax.reporting.charts import Interval, intervals
 from eim_jax.reporting.svg import alone
 from eim_jax.utils.console import console
 from experiments import report, results
+from experiments.cells import DEFAULT
 from experiments.claims import Verdict
 from experiments.design import POINT
 
@@ -24,7 +25,7 @@ WIDTH = 9.6
 
 def main() -> None:
     """Writes the picture."""
-    found = report.read(results.OUT, SCALE, report.DEFAULT[SCALE], 100)
+    found = report.read(results.OUT, SCALE, DEFAULT[SCALE], 100)
     FILE.write_text(alone(drawn(report.verdicts(found, SCALE))), encoding="utf-8")
     console.print(str(FILE), soft_wrap=True)
 

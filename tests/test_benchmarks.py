@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic, and gpu.py from its command line to its files in the small form."""
 
+import argparse
 import ast
 import dataclasses
 import importlib
@@ -160,14 +161,8 @@ def test_a_slope_is_the_exponent_of_growth():
     assert growth.table(curve).splitlines()[2] == "| keys | 3 | 12 (2.00) | 12 (0.00) |"
 
 
-def test_how_cost_grows_is_counted_from_compiled_steps(tmp_path):
-    # Rows of a batch: temporaries of twice the rows are about twice as many. Devices: of the same shapes half as many.
-    rows = growth.steps("rows", (8, 16), growth_options(), lambda n: {"batch": n})[1]
-    assert 0.7 < rows.slopes[0] < 1.3
-    keys = growth.loss_over_keys((200, 400), 1)
-    assert len(keys.y) == 2 and min(keys.y) > 0
-    assert "aria-label" in growth.alone(growth.drawn([rows, keys]))
-
-
-def growth_options():
-    return growth.argparse.Namespace(size="tiny", rounds=1)
+def test_temporaries_of_a_compiled_step_grow_with_its_rows():
+    options = argparse.Namespace(size="tiny", rounds=1)
+    _, memory = growth.steps("rows", (8, 16), options, lambda n: {"batch": n})
+    assert 0.7 < memory.slopes[0] < 1.3
+    assert f"{memory.y[1]:.3g} at 16" in growth.drawn([memory])
