@@ -167,7 +167,7 @@ def child(setting: dict) -> dict:
     return {}
 
 
-HEAD = ("work", "ms", "samples/s", "share of", "compiled GiB", "device peak GiB")
+HEAD = ("work", "ms", "expected ms", "samples/s", "share of", "compiled GiB", "device peak GiB")
 HEAD += ("PyTorch compiled ms", "eager ms", "its peak GiB", "PyTorch / ours", "target", "met")
 
 
@@ -212,6 +212,7 @@ def _cells(row: dict) -> str:
     cells = [
         f"{row['section']}: {row['case']}",
         milli(ours),
+        f"{1e3 * ours['expected_seconds']:.4g}" if "expected_seconds" in ours else "",
         f"{ours['samples_per_s']:.4g}" if "samples_per_s" in ours else "",
         f"{100 * ours['share']:.3g} % of {ours['share_of']}" if "share" in ours else "",
         gib(ours.get("compiled_bytes")),

@@ -6,8 +6,12 @@ import statistics
 from typing import Any, NamedTuple
 
 import jax
-from step_case import Case, Updates
+from step_case import Case, Updates, nbytes
 from timing import DevicePeak, Side, measure, ratio
+
+from eim_jax.parallel.chips import Chip, chip_of, platform_of
+from eim_jax.planning.expected import expected_seconds, lower_bounds
+from eim_jax.utils.flops import work
 
 try:  # one answer for all that the other side needs
     import torch
@@ -99,7 +103,17 @@ def jax_step(case: Case, name: str) -> tuple[dict[str, Side], dict]:
         raise FloatingPointError(f"{name}: the loss of random weights is {loss}")
     ours = {"loss": loss, "compile_seconds": step.compile_seconds, **memory(step.buffers, peak)}
     ours["trained"] = sum(leaf.size for leaf in case.arguments[0].values())
+    device = jax.devices()[0]
+    if (chip := chip_of(device.device_kind)) is not None:
+        ours["expected_seconds"] = expected_of(case, chip, platform_of(device))
     return {"ours": Side(step.run)}, {"case": name, "ours": ours, "torch": {}}
+
+
+def expected_of(case: Case, chip: Chip, platform: str) -> float:
+    """What --mode=plan would expect of the step on one such chip, in seconds."""
+    done = work(case.step.trace(*case.arguments).jaxpr)
+    state = {"trained": nbytes(case.arguments[0]), "optimizer": nbytes(case.arguments[1])}
+    return expected_seconds(lower_bounds(done, chip, 1, sent={}, **state), platform)
 
 
 def modes_of(setting: Setting) -> tuple[str, ...]:
@@ -147,7 +161,7 @@ def fill(row: dict, times: dict[str, list[float]], samples: int) -> None:
         row["ratio"], row["ratio_to"] = ratio(times, "ours", others[0]), others[0]
 
 
-def fill_share(row: dict, work: float, setting: Setting) -> None:
-    """Adds the share of the matmul peak that `work` FLOPs in the measured time are."""
-    share = work / row["ours"]["seconds"] / setting.peak["matmul_flops_per_s"]
-    row["ours"] |= {"flops": work, "share": share, "share_of": "matmul peak"}
+def fill_share(row: dict, flops: float, setting: Setting) -> None:
+    """Adds the share of the matmul peak that `flops` in the measured time are."""
+    share = flops / row["ours"]["seconds"] / setting.peak["matmul_flops_per_s"]
+    row["ours"] |= {"flops": flops, "share": share, "share_of": "matmul peak"}

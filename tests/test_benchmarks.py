@@ -12,11 +12,15 @@ import sys
 
 import pytest
 
+from eim_jax.parallel import chips
+from eim_jax.utils import flops
+
 FOLDER = pathlib.Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 try:
     import clipcap_case
     import gpu
+    import gpu_rows
     import growth
     import overhead
     import step_case
@@ -153,6 +157,18 @@ def test_no_stage_computes_what_its_losses_do_not_need(recipe):
     if "adapter" in rows:
         assert rows["adapter"]["towers"] == ["st", "lm"]
     assert rows["st"]["flops"] < 0.05 * rows["ie"]["flops"]
+
+
+def test_what_is_expected_of_a_step_is_the_slowest_rate_over_its_share():
+    """ClipCap's ST stage on one H100, by hand: its bytes over 0.8 of 3,350 GB/s, since it computes next to nothing."""
+    case = clipcap_case.clipcap_case(clipcap_case.SIZES["tiny"], "st", batch=4, dtype="float32")
+    done = flops.work(case.step.trace(*case.arguments).jaxpr)
+    state = 3 * step_case.nbytes(case.arguments[0]) + 2 * step_case.nbytes(case.arguments[1])
+    found = gpu_rows.expected_of(case, chips.CHIPS["h100"], "cuda")
+    assert found == pytest.approx((done.bytes + state) / 3350e9 / 0.8)
+    slow = dataclasses.replace(chips.CHIPS["h100"], flops=1e6)
+    assert gpu_rows.expected_of(case, slow, "cuda") == pytest.approx(done.flops / 1e6 / 0.5)
+    assert gpu_rows.expected_of(case, slow, "tpu") == pytest.approx(done.flops / 1e6 / 0.6)
 
 
 def test_a_slope_is_the_exponent_of_growth():

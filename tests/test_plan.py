@@ -117,6 +117,7 @@ def test_a_plan_on_eight_cpu_devices_adds_up(monkeypatch):
     assert 0 < build.temporaries < 10 * texts
     assert found.fits and found.knob == ""
     assert found.steps_per_epoch == 100 // 8
+    assert found.expected == max(found.seconds.values())  # a CPU's rates are assumed as they stand
     assert found.epoch_seconds == found.step_seconds * 12 == max(found.seconds.values()) * 12
     small = dataclasses.replace(targets.target("cpu:8").chip, memory=found.memory.peak)
     (tight,), _ = plan.plan(config, targets.target("cpu:8")._replace(chip=small), samples=100)
@@ -232,13 +233,18 @@ def test_plan_is_a_command_that_needs_no_workdir(tmp_path):
     out.mkdir()
     code, said = mains.run([*command, f"--out={out}/plan.json"], tmp_path / "said.txt")
     assert code == 0, said
+    assert "expected at 50% of the arithmetic's, 80% of the memory's and 80% of the links' peak" in said
     assert "2 x H100 SXM" in said and ("fake CPU devices stand in" in said or gpus.has_gpu_compiler())
     assert "| eim | st " in said and "fits" in said
     lines = {mesh: line.split("|") for line in said.splitlines() if (mesh := line[2:11]) in ("(2, 1, 1)", "(1, 2, 1)")}
     assert len(lines) == 2 and all(float(columns[3].replace(",", "")) > 0 for columns in lines.values())
     least = min(lines, key=lambda mesh: float(lines[mesh][3].replace(",", "")))
     assert f'Recommended: --config.mesh="{least.replace(" ", "")}"' in said
-    assert json.loads((out / "plan.json").read_text())["mesh"] == [int(n) for n in least[1:-1].split(",")]
+    written = json.loads((out / "plan.json").read_text())
+    assert written["mesh"] == [int(n) for n in least[1:-1].split(",")]
+    (stage,) = written["stages"]
+    shares = {"compute": 0.5, "memory": 0.8, "links": 0.8}
+    assert stage["expected"] == max(stage["seconds"][rate] / share for rate, share in shares.items()) > 0
     code, said = mains.run([*command, "--topology=h100x16"], tmp_path / "said.txt")
     assert code != 0 and "no such topology. Valid: v5e" in said
     assert list(out.iterdir()) == [out / "plan.json"]
@@ -249,7 +255,7 @@ def test_the_recommended_mesh_sends_least_of_those_that_fit():
 
     def stage(sent, steps, fits=True, peak=1):
         sent = {"all-gather": sent, "all-reduce": 1.0}
-        return plan.StagePlan("eim", "st", memory(frozen=peak), 0, fits, "", 1.0, sent, {}, 1, steps, ())
+        return plan.StagePlan("eim", "st", memory(frozen=peak), 0, fits, "", 1.0, sent, {}, 0.0, 1, steps, ())
 
     few = meshes.MeshPlan((8, 1, 1), (stage(1.0, 10), stage(1.0, 10, fits=False)))
     some = meshes.MeshPlan((2, 4, 1), (stage(9.0, 10), stage(3.0, 5, peak=50)))

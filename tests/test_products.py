@@ -45,6 +45,24 @@ def test_a_sum_over_rows_keeps_float32(rows):
     np.testing.assert_allclose(found, wide(a).T @ wide(b), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [(12,), (3, 4)])
+def test_float32_sums_over_rows_are_exact_to_their_own_roundings(rows):
+    """Off by at most a rounding of each of the 12 terms and sums; a CPU alone turns its rows first."""
+    a, b = (jax.random.normal(jax.random.key(i), (*rows, *more)) for i, more in enumerate([(5,), (3, 2)]))
+    found = jax.jit(sum_over_rows, static_argnums=2)(a, b, len(rows))
+    assert found.shape == (5, 3, 2)
+    left, right = (np.asarray(x, np.float64).reshape(12, -1) for x in (a, b))
+    bound = 12 * 2.0**-23 * (abs(left).T @ abs(right))
+    np.testing.assert_array_less(abs(np.asarray(found, np.float64).reshape(5, 6) - left.T @ right), bound)
+
+    def traced():
+        return str(jax.make_jaxpr(lambda a, b: sum_over_rows(a, b, len(rows)))(a, b))
+
+    assert "optimization_barrier" in traced()
+    with compiling_for("cuda"):
+        assert "optimization_barrier" not in traced()
+
+
 def test_attentions_mix_and_its_gradients_are_rounded_once():
     weights, values, dy = draw(0, 2, 3, 4, 5), draw(1, 2, 5, 3, 6), draw(2, 2, 4, 3, 6)
     out, back = jax.vjp(lambda a, b: mix("bhts,bshe->bthe", a, b), weights, values)

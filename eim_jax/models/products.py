@@ -1,10 +1,11 @@
-"""Matrix products in bfloat16, each in the form that is fast on what it is compiled for.
+"""Matrix products, each in the form that is fast on what it is compiled for.
 
 A CPU with bf16 units (AMX, AVX-512 BF16) is reached by XLA's compiler only through a product of bf16 operands with a
 float32 result, where both operands are summed over their rows only if these rows lie on two axes, and where there is
 one row only if a second one of zeros stands under it: other forms run at float32's rate or below it (`python
 benchmarks/gemm_rates.py` shows both). Accelerators have bf16 results and any axes at full speed. Products in float32
-are lax.dot_general's to the bit everywhere.
+are lax.dot_general's to the bit; sums over rows on a CPU to rounding, since their rows are turned first, which its
+compiler would do slowly.
 """
 
 import contextlib
@@ -41,9 +42,14 @@ def compiling_for(platform: str) -> Iterator[None]:
         _PLATFORM.reset(before)
 
 
+def on_cpu() -> bool:
+    """Whether products are compiled for a CPU."""
+    return (_PLATFORM.get() or jax.default_backend()) == "cpu"
+
+
 def wants_float32(dtype: Any) -> bool:
     """Whether a product of operands of this dtype is faster with a float32 result, rounded afterwards."""
-    return dtype == jnp.bfloat16 and (_PLATFORM.get() or jax.default_backend()) == "cpu"
+    return dtype == jnp.bfloat16 and on_cpu()
 
 
 def product(a: Array, b: Array, contract: tuple[Sequence[int], Sequence[int]]) -> Array:
@@ -72,8 +78,20 @@ def sum_over_rows(a: Array, b: Array, rows: int, dtype: Any = None) -> Array:
         rows = 2
     axes = tuple(range(rows))
     wide = wide or dtype != a.dtype
-    found = lax.dot_general(a, b, ((axes, axes), ((), ())), preferred_element_type=jnp.float32 if wide else None)
+    if a.dtype == jnp.float32 and on_cpu():
+        a = _rows_last(a, rows)
+        contract = ((a.ndim - 1,), (0,))
+        b = b.reshape(-1, *b.shape[rows:])
+    else:
+        contract = (axes, axes)
+    found = lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32 if wide else None)
     return found.astype(dtype)
+
+
+def _rows_last(x: Array, rows: int) -> Array:
+    """[*rows *d] as [*d n] in memory, which XLA's CPU compiler else does in a slow loop beside what made x."""
+    x = jnp.moveaxis(x.reshape(-1, *x.shape[rows:]), 0, -1)
+    return lax.optimization_barrier(x)
 
 
 def _on_two_axes(x: Array) -> Array:

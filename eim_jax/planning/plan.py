@@ -2,7 +2,8 @@
 
 Each stage's own step (training.assembly) is compiled for the topology from shapes alone: no weight is allocated, no
 data read. Memory and collectives come from the compiled program, FLOPs from the traced one. Times are what the
-published peak rates would allow at best: the larger of arithmetic, memory traffic and collectives.
+published peak rates would allow at best, the larger of arithmetic, memory traffic and collectives, and what can be
+expected of them (expected.py).
 """
 
 import functools
@@ -24,6 +25,7 @@ from eim_jax.models.vlm import VLM
 from eim_jax.parallel.sharding import make_mesh, param_shardings, parts_of
 from eim_jax.planning import gpus
 from eim_jax.planning.collectives import KINDS, moved
+from eim_jax.planning.expected import expected_seconds, lower_bounds
 from eim_jax.planning.shapes import abstract_inputs, batch_shapes, queue_encoder, queue_shapes, replicated
 from eim_jax.planning.targets import Target
 from eim_jax.training import partition
@@ -73,7 +75,10 @@ class Build(NamedTuple):
 
 
 class StagePlan(NamedTuple):
-    """One stage's costs; `sent` is bytes a device sends a step, by kind of collective. Seconds are lower bounds."""
+    """One stage's costs; `sent` is bytes a device sends a step, by kind of collective.
+
+    `seconds` are lower bounds; `expected` is what a step can be expected to take.
+    """
 
     arm: str
     stage: str
@@ -84,6 +89,7 @@ class StagePlan(NamedTuple):
     flops: float
     sent: dict[str, float]
     seconds: dict[str, float]  # compute, memory, links
+    expected: float
     steps_per_epoch: int
     steps: int
     notes: tuple[str, ...]
@@ -195,11 +201,8 @@ def _stage_plan(
     if done.unknown:
         notes.append(f"{done.unknown} loop(s) whose arithmetic is counted once")
     memory = Memory(*held, temporaries)
-    # Products read and write their share; gathered leaves are written and read again; the state is read and written.
-    traffic = done.bytes / devices + 2 * sent["all-gather"] + 3 * memory.trained + 2 * memory.optimizer
-    chip = target.chip
-    seconds = {"compute": done.flops / devices / chip.flops, "memory": traffic / chip.bandwidth}
-    seconds["links"] = sum(sent.values()) / chip.link
+    state = {"trained": memory.trained, "optimizer": memory.optimizer}
+    seconds = lower_bounds(done, target.chip, devices, sent=sent, **state)
     fits = known and memory.peak <= capacity
     return StagePlan(
         arm,
@@ -211,6 +214,7 @@ def _stage_plan(
         done.flops,
         sent,
         seconds,
+        expected_seconds(seconds, target.platform),
         loader.steps_per_epoch(inputs.train, stage.batch),
         steps,
         tuple(notes),

@@ -7,6 +7,7 @@ from pathlib import Path
 from eim_jax.config import Config
 from eim_jax.parallel.sharding import make_mesh, table
 from eim_jax.planning.collectives import KINDS
+from eim_jax.planning.expected import SHARES
 from eim_jax.planning.meshes import MeshPlan, best
 from eim_jax.planning.plan import USABLE, Memory, StagePlan
 from eim_jax.planning.shapes import abstract_inputs
@@ -42,19 +43,39 @@ def print_plan(target: Target, mesh: tuple, plans: list[StagePlan], notes: list[
             for *names, number, more, peak, fits in builds
         ]
         _print_markdown(("arm", "stage", "queue", "rows", "temporaries", "peak", "verdict"), rows)
-    _say("\nA step of all devices in TFLOP; GB that each device sends; seconds at peak rates (a step: the largest):\n")
+    shares = SHARES[target.platform]
+    _say("\nA step of all devices in TFLOP; GB that each device sends; seconds at peak rates (a step: the largest);")
+    _say(
+        f"expected at {shares.compute:.0%} of the arithmetic's, {shares.memory:.0%} of the memory's and "
+        f"{shares.links:.0%} of the links' peak ({shares.source}):\n"
+    )
     rows = [
         [
             *(p.arm, p.stage, f"{p.flops / 1e12:,.1f}"),
             *(f"{p.sent[kind] / 1e9:.2f}" for kind in KINDS),
             *(f"{x:.4f}" for x in p.seconds.values()),
             f"{p.step_seconds:.4f}",
+            f"{p.expected:.4f}",
             f"{p.steps_per_epoch:,}",
             duration(p.epoch_seconds),
+            duration(p.expected * p.steps_per_epoch),
         ]
         for p in plans
     ]
-    heads = ("arm", "stage", "TFLOP", *KINDS, "compute", "memory", "links", "step", "steps", "epoch")
+    heads = (
+        "arm",
+        "stage",
+        "TFLOP",
+        *KINDS,
+        "compute",
+        "memory",
+        "links",
+        "step",
+        "expected",
+        "steps",
+        "epoch",
+        "expected epoch",
+    )
     _print_markdown(heads, rows)
     _say()
     for p in plans:
