@@ -7,7 +7,8 @@ eim_jax/models/products.py and, in brackets, in the plain form that it takes the
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,17 @@ from pairs import machine, timer
 
 from eim_jax.models.products import product, sum_over_rows
 
-B, T, D, M = 8, 50, 768, 3072
-FLOPS = dict.fromkeys(("x W", "dy W^T", "x^T dy"), 2 * B * T * D * M) | {"one row: x W": 2 * D * M}
+
+class Shape(NamedTuple):
+    """x [rows slots width] and W [width inner]."""
+
+    rows: int = 8
+    slots: int = 50
+    width: int = 768
+    inner: int = 3072
+
+
+GPT2 = Shape()
 ROUNDS = 30
 
 
@@ -29,19 +39,27 @@ def main() -> None:
     print(table())
 
 
-def table() -> str:
+def table(shape: Shape = GPT2, dtypes: Sequence[str] = ("float32", "bfloat16")) -> str:
     """GFLOP/s of every product, the fastest of ROUNDS calls; a product that no library here makes is a dash."""
-    sides = {"JAX float32": _ours("float32"), "JAX bfloat16": _ours("bfloat16"), "plain": _ours("bfloat16", plain=True)}
-    sides |= {f"PyTorch {dtype}": _theirs(dtype) for dtype in ("float32", "bfloat16")}
-    lines = [
-        f"| GFLOP/s at {B} x {T} tokens, widths {D} and {M} | JAX float32 | JAX bfloat16 (plain) | PyTorch float32 "
-        "| PyTorch bfloat16 |",
-        "|---|---|---|---|---|",
-    ]
-    for name, flops in FLOPS.items():
-        found = {side: f"{flops / _fastest(calls[name]) / 1e9:.0f}" if calls else "-" for side, calls in sides.items()}
-        ours, plain, theirs = found["JAX bfloat16"], found["plain"], found["PyTorch float32"]
-        lines.append(f"| {name} | {found['JAX float32']} | {ours} ({plain}) | {theirs} | {found['PyTorch bfloat16']} |")
+    b, t, d, m = shape
+    work = dict.fromkeys(("x W", "dy W^T", "x^T dy"), 2 * b * t * d * m) | {"one row: x W": 2 * d * m}
+    columns = {}  # head -> what the column's cells show, one call or two
+    for library, made in (("JAX", _ours), ("PyTorch", _theirs)):
+        columns |= {f"{library} {dtype}": [made(shape, dtype)] for dtype in dtypes}
+    if "bfloat16" in dtypes:
+        plain = _ours(shape, "bfloat16", plain=True)
+        columns = {
+            f"{head} (plain)" if head == "JAX bfloat16" else head: [*calls, plain] if head == "JAX bfloat16" else calls
+            for head, calls in columns.items()
+        }
+    lines = [f"| GFLOP/s at {b} x {t} tokens, widths {d} and {m} | {' | '.join(columns)} |"]
+    lines.append("|---|" + "---|" * len(columns))
+    for name, flops in work.items():
+        cells = []
+        for first, *second in columns.values():
+            found = [f"{flops / _fastest(calls[name]) / 1e9:.0f}" if calls else "-" for calls in (first, *second)]
+            cells.append(f"{found[0]} ({found[1]})" if second else found[0])
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -55,8 +73,8 @@ def _fastest(call: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def _ours(dtype: str, plain: bool = False) -> dict[str, Callable[[], object]]:
-    x, w, dy = (jnp.asarray(a, dtype) for a in _operands())
+def _ours(shape: Shape, dtype: str, plain: bool = False) -> dict[str, Callable[[], object]]:
+    x, w, dy = (jnp.asarray(a, dtype) for a in _operands(shape))
 
     def dot(axes, a, b):
         return lax.dot_general(a, b, (axes, ((), ())))
@@ -67,7 +85,7 @@ def _ours(dtype: str, plain: bool = False) -> dict[str, Callable[[], object]]:
         "one row: x W": (forward, x[:1, :1], w),
         "dy W^T": (functools.partial(dot, ((2,), (1,))) if plain else lambda y, w: product(y, w, ((2,), (1,))), dy, w),
         "x^T dy": (
-            (lambda x, y: dot(((0,), (0,)), x.reshape(-1, D), y.reshape(-1, M)))
+            (lambda x, y: dot(((0,), (0,)), x.reshape(-1, shape.width), y.reshape(-1, shape.inner)))
             if plain
             else lambda x, y: sum_over_rows(x, y, 2),
             x,
@@ -82,13 +100,13 @@ def _ours(dtype: str, plain: bool = False) -> dict[str, Callable[[], object]]:
     return {name: call(*parts) for name, parts in forms.items()}
 
 
-def _theirs(dtype: str) -> dict[str, Callable[[], object]]:
+def _theirs(shape: Shape, dtype: str) -> dict[str, Callable[[], object]]:
     try:
         import torch
     except ImportError:
         return {}
-    x, w, dy = (torch.from_numpy(a).to(getattr(torch, dtype)) for a in _operands())
-    flat, slope = x.reshape(-1, D), dy.reshape(-1, M)
+    x, w, dy = (torch.from_numpy(a).to(getattr(torch, dtype)) for a in _operands(shape))
+    flat, slope = x.reshape(-1, shape.width), dy.reshape(-1, shape.inner)
     return {
         "x W": lambda: flat @ w,
         "dy W^T": lambda: slope @ w.T,
@@ -97,9 +115,9 @@ def _theirs(dtype: str) -> dict[str, Callable[[], object]]:
     }
 
 
-def _operands() -> tuple[np.ndarray, ...]:
-    rng = np.random.default_rng(0)
-    return tuple(rng.standard_normal(shape, np.float32) for shape in ((B, T, D), (D, M), (B, T, M)))
+def _operands(shape: Shape) -> tuple[np.ndarray, ...]:
+    rng, (b, t, d, m) = np.random.default_rng(0), shape
+    return tuple(rng.standard_normal(sides, np.float32) for sides in ((b, t, d), (d, m), (b, t, m)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from eim_jax.utils.cpu import cpu_model, vector_units
@@ -55,7 +55,7 @@ def timer() -> Callable[[], float]:
     return time.process_time if cores() == 1 else time.perf_counter
 
 
-def report(title: str, pairs: list[Pair], repeats: int) -> None:
+def report(title: str, pairs: Iterable[Pair], repeats: int) -> None:
     """Runs JAX and PyTorch in turn, `repeats` times after one warm-up each, and prints medians.
 
     The ratio is the median of the pairs' own ratios, which a machine that is busy at times disturbs least. On one core

@@ -15,6 +15,7 @@ from eim_jax.losses import objective
 from eim_jax.losses.kinds import QueueKind
 from eim_jax.losses.queues import Queue
 from eim_jax.models.batch import Batch
+from eim_jax.models.lora import Tuned
 from eim_jax.models.quant import NF4_SCALES
 from eim_jax.models.vlm import VLM
 from eim_jax.training import partition
@@ -83,7 +84,11 @@ def parameters(vlm: VLM, ever: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruc
     }
 
     def init(key):
-        return partition.flatten({name: module.init(key, x)["params"] for name, (module, x) in made.items()})
+        flat = partition.flatten({name: module.init(key, x)["params"] for name, (module, x) in made.items()})
+        for name, (module, _) in made.items():
+            if isinstance(module, Tuned):
+                flat |= {f"{name}/{path}": leaf for path, leaf in module.draw(key).items()}
+        return flat
 
     def held(path, leaf):
         whole = any(re.fullmatch(pattern, path) for pattern in ever) or path.rpartition("/")[2] in NF4_SCALES

@@ -1,7 +1,8 @@
 """LaVIN-EIM's training steps in PyTorch: transformers' LLaMA and CLIP, router adapters on their attention's input.
 
-Frozen weights lie in the compute dtype. Every block is checkpointed and compiled by itself (one compilation serves all
-of them). Attention is causal without a mask for hidden markers, which PyTorch's flash attention would not take.
+Frozen weights lie in the compute dtype. Every block is checkpointed where the case recomputes, and compiled by itself
+(one compilation serves all of them). Attention is causal without a mask for hidden markers, which PyTorch's flash
+attention would not take.
 """
 
 import numpy as np
@@ -61,7 +62,8 @@ class Lavin(nn.Module):
             self.visual.train()
         if stage != "st":
             shape = {"vocab_size": c.vocab, "hidden_size": c.width, "intermediate_size": c.mlp}
-            shape |= {"num_hidden_layers": c.layers, "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads}
+            shape |= {"num_hidden_layers": c.layers, "num_attention_heads": c.heads}
+            shape |= {"num_key_value_heads": c.kv_heads or c.heads, "tie_word_embeddings": c.tied}
             config = transformers.LlamaConfig(**shape, attn_implementation="sdpa")
             self.lm = _frozen(lambda: transformers.LlamaForCausalLM(config), device, dtype)
             self.modality = nn.Parameter(torch.randn(2, c.width, device=device))
@@ -69,9 +71,9 @@ class Lavin(nn.Module):
                 adapted = Adapted(layer.input_layernorm, c.width, c.adapter, self.modality).to(device)
                 adapted.has_image = torch.arange(case.stage.batch, device=device) % 2
                 layer.input_layernorm = adapted
-            # The first name is that of transformers from 5.20 on, the second goes away with 6.
-            checkpoint = getattr(self.lm, "activation_checkpointing_enable", None)
-            (checkpoint or self.lm.gradient_checkpointing_enable)({"use_reentrant": False})
+            if c.remat != "none":  # the first name is that of transformers from 5.20 on, the second goes away with 6
+                checkpoint = getattr(self.lm, "activation_checkpointing_enable", None)
+                (checkpoint or self.lm.gradient_checkpointing_enable)({"use_reentrant": False})
             self.lm.train()
 
     def compile_blocks(self) -> None:

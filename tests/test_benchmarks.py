@@ -22,6 +22,7 @@ try:
     import gpu
     import gpu_rows
     import growth
+    import lavin_case
     import overhead
     import step_case
 finally:
@@ -157,6 +158,40 @@ def test_no_stage_computes_what_its_losses_do_not_need(recipe):
     if "adapter" in rows:
         assert rows["adapter"]["towers"] == ["st", "lm"]
     assert rows["st"]["flops"] < 0.05 * rows["ie"]["flops"]
+
+
+def _recomputed(make):
+    """What "dots" and "full" add to the arithmetic of a step that recomputes nothing."""
+    counted = [flops.work(case.step.trace(*case.arguments).jaxpr).flops for case in map(make, ("none", "dots", "full"))]
+    return counted[1] - counted[0], counted[2] - counted[0]
+
+
+@pytest.mark.parametrize(("stage", "images"), [("lm", False), ("ie", True)])
+def test_recomputing_all_but_products_leaves_clipcap_attentions_alone(stage, images):
+    """4 b t^2 width a layer for q k^T and for the mix; of a tower whose kernels are frozen nothing needs the mix."""
+    size = clipcap_case.SIZES["tiny"]
+
+    def make(remat):
+        towers = {part: dataclasses.replace(getattr(size, part), remat=remat) for part in ("lm", "visual")}
+        return clipcap_case.clipcap_case(size._replace(**towers), stage, batch=4, dtype="float32")
+
+    lm, visual = size.lm, size.visual
+    slots = size.length + (visual.tokens if images else 0)
+    scores = 4 * 4 * slots**2 * lm.width * lm.layers
+    if images:
+        scores += 2 * 4 * visual.tokens * (visual.tokens + 10) * visual.width * visual.layers
+    dots, full = _recomputed(make)
+    assert dots == pytest.approx(scores, rel=0.02)
+    assert full > 5 * dots
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_recomputing_all_but_products_leaves_llamas_attention_alone(quant):
+    size = lavin_case.SIZES["tiny"]
+    form = {"quant": quant, "batch": 2, "accumulate": 1, "dtype": "float32"}
+    dots, full = _recomputed(lambda remat: lavin_case.lavin_case(size, "lm", **form, remat=remat))
+    assert dots == pytest.approx(4 * 2 * size.length**2 * size.lm.width * size.lm.layers / 2, rel=0.01)
+    assert full > 5 * dots
 
 
 def test_what_is_expected_of_a_step_is_the_slowest_rate_over_its_share():

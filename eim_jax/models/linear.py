@@ -8,9 +8,12 @@ import functools
 
 import jax
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from eim_jax.models.products import product, sum_over_rows
+
+PRODUCT = "product"  # what a policy of recomputation calls a result: it does not see into a custom gradient
 
 
 def linear(
@@ -25,7 +28,7 @@ def linear(
             f"linear contracts the last axis of x with the first of the kernel at JAX's default precision, "
             f"not {dimensions} at precision {precision}"
         )
-    return _product(x, kernel)
+    return checkpoint_name(_product(x, kernel), PRODUCT)
 
 
 @jax.custom_vjp

@@ -4,8 +4,8 @@ A CPU with bf16 units (AMX, AVX-512 BF16) is reached by XLA's compiler only thro
 float32 result, where both operands are summed over their rows only if these rows lie on two axes, and where there is
 one row only if a second one of zeros stands under it: other forms run at float32's rate or below it (`python
 benchmarks/gemm_rates.py` shows both). Accelerators have bf16 results and any axes at full speed. Products in float32
-are lax.dot_general's to the bit; sums over rows on a CPU to rounding, since their rows are turned first, which its
-compiler would do slowly.
+are lax.dot_general's to the bit; sums over rows on a CPU to rounding, since the rows of what is narrower are turned
+first, which its compiler would do slowly.
 """
 
 import contextlib
@@ -78,7 +78,8 @@ def sum_over_rows(a: Array, b: Array, rows: int, dtype: Any = None) -> Array:
         rows = 2
     axes = tuple(range(rows))
     wide = wide or dtype != a.dtype
-    if a.dtype == jnp.float32 and on_cpu():
+    narrow = math.prod(a.shape[rows:]) <= math.prod(b.shape[rows:])
+    if a.dtype == jnp.float32 and narrow and on_cpu():
         a = _rows_last(a, rows)
         contract = ((a.ndim - 1,), (0,))
         b = b.reshape(-1, *b.shape[rows:])

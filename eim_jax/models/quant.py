@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from eim_jax.models.linear import linear
-from eim_jax.models.products import wants_float32
+from eim_jax.models.linear import PRODUCT, linear
 
 QUANTS = ("none", "nf4")
 BLOCK = 64  # weights along `in` that share a scale
@@ -166,17 +166,12 @@ class QDense(nn.Module):
     def __call__(self, x: Float[Array, "*b {self.features_in}"]) -> Float[Array, "*b {self.features}"]:
         """Returns x W (+ bias) in `dtype`."""
         x = x.astype(self.dtype)
-        y = _times(x, self.kernel.astype(self.dtype)) if self.quant == "none" else self.packed_product(x)
+        y = linear(x, self.kernel.astype(self.dtype)) if self.quant == "none" else self.packed_product(x)
         return y + jnp.broadcast_to(self.bias.astype(self.dtype), y.shape) if self.use_bias else y
 
     def packed_product(self, x: Float[Array, "*b {self.features_in}"], places: Places = ()) -> Array:
         """Returns x W from the four leaves, each of which lies on its `places` while it is read."""
-        return product(x, self.leaves, places)
-
-
-def _times(x, kernel):
-    """The product in the form for the platform; in float32 autodiff's own gradient, as ever."""
-    return linear(x, kernel) if wants_float32(x.dtype) else x @ kernel
+        return checkpoint_name(product(x, self.leaves, places), PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -191,7 +186,7 @@ def product(x: Float[Array, "*b a"], leaves: Quantised, places: Places = ()) -> 
     """
     # Tied to x by the barrier, no kernel can be hoisted out of a loop over x: decoding would hold every layer's.
     x, leaves = jax.lax.optimization_barrier((x, leaves))
-    return _times(x, dequantise(_put(leaves, places), x.dtype))
+    return linear(x, dequantise(_put(leaves, places), x.dtype))
 
 
 def _put(leaves, places):
@@ -204,7 +199,7 @@ def _product_forward(x, leaves, places):
 
 def _product_backward(places, leaves, dy):
     dy, leaves = jax.lax.optimization_barrier((dy, leaves))
-    return _times(dy, dequantise(_put(leaves, places), dy.dtype).T), None
+    return linear(dy, dequantise(_put(leaves, places), dy.dtype).T), None
 
 
 product.defvjp(_product_forward, _product_backward)
