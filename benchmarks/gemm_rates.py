@@ -2,7 +2,7 @@
 
     python benchmarks/gemm_rates.py
 
-A layer's products at 8 rows of 50 tokens and at one token, GPT-2 small's widths; the bfloat16 ones in the form of
+A layer's products at 8 rows of 50 tokens and at one token, GPT-2 small's widths, in the form of
 eim_jax/models/products.py and, in brackets, in the plain form that it takes the place of.
 """
 
@@ -43,23 +43,16 @@ def table(shape: Shape = GPT2, dtypes: Sequence[str] = ("float32", "bfloat16")) 
     """GFLOP/s of every product, the fastest of ROUNDS calls; a product that no library here makes is a dash."""
     b, t, d, m = shape
     work = dict.fromkeys(("x W", "dy W^T", "x^T dy"), 2 * b * t * d * m) | {"one row: x W": 2 * d * m}
-    columns = {}  # head -> what the column's cells show, one call or two
-    for library, made in (("JAX", _ours), ("PyTorch", _theirs)):
-        columns |= {f"{library} {dtype}": [made(shape, dtype)] for dtype in dtypes}
-    if "bfloat16" in dtypes:
-        plain = _ours(shape, "bfloat16", plain=True)
-        columns = {
-            f"{head} (plain)" if head == "JAX bfloat16" else head: [*calls, plain] if head == "JAX bfloat16" else calls
-            for head, calls in columns.items()
-        }
+    columns = {f"JAX {dtype} (plain)": (_ours(shape, dtype), _ours(shape, dtype, plain=True)) for dtype in dtypes}
+    columns |= {f"PyTorch {dtype}": (_theirs(shape, dtype),) for dtype in dtypes}
     lines = [f"| GFLOP/s at {b} x {t} tokens, widths {d} and {m} | {' | '.join(columns)} |"]
     lines.append("|---|" + "---|" * len(columns))
     for name, flops in work.items():
-        cells = []
-        for first, *second in columns.values():
-            found = [f"{flops / _fastest(calls[name]) / 1e9:.0f}" if calls else "-" for calls in (first, *second)]
-            cells.append(f"{found[0]} ({found[1]})" if second else found[0])
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        found = [
+            [f"{flops / _fastest(calls[name]) / 1e9:.0f}" if calls else "-" for calls in sides]
+            for sides in columns.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(f'{x[0]} ({x[1]})' if x[1:] else x[0] for x in found)} |")
     return "\n".join(lines)
 
 

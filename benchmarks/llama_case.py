@@ -31,7 +31,7 @@ SIZES = {
 def llama_case(lm: LlamaConfig, kind: str, *, batch: int, text: int, dtype: str = "float32") -> Case:
     """Returns the step of a kind, layers unrolled and nothing recomputed, on cached features of 50 visual tokens.
 
-    The text is supervised whole; of LaVIN's, whose case is lavin_case's, the second half.
+    The text is supervised whole; of LaVIN's, whose case is lavin_case's, the second half, and the head reads no more.
     """
     form = {"dtype": jnp.dtype(dtype), "scan": False}
     lm = dataclasses.replace(lm, **form)
@@ -41,16 +41,11 @@ def llama_case(lm: LlamaConfig, kind: str, *, batch: int, text: int, dtype: str 
         return lavin_case.lavin_case(
             size, "adapter", quant="none", batch=batch, accumulate=1, remat="none", dtype=dtype, scan=False
         )
-    tokens = PROMPTS if kind == "llama_adapter" else 0
+    st = {"kind": "projector", "width_in": VISION.width, "width_out": lm.width, "dtype": form["dtype"]}
     if kind == "llama_adapter":
         lm = dataclasses.replace(lm, adapter=ZeroInit(prompts=PROMPTS, layers=lm.layers))
+        st |= {"kind": "queries", "tokens": PROMPTS, "hidden": 64, "layers": 1, "heads": 4}
     tower = Llama(lm)
-    st = {"width_in": VISION.width, "width_out": lm.width, "dtype": form["dtype"]}
-    st |= (
-        {"kind": "queries", "tokens": tokens, "hidden": 64, "layers": 1, "heads": 4}
-        if tokens
-        else {"kind": "projector"}
-    )
     vlm = VLM(
         visual=CLIPVision(dataclasses.replace(VISION, **form)),
         text=CLIPText(dataclasses.replace(TEXT_TOWER, **form)),

@@ -23,6 +23,7 @@ try:
     import gpu_rows
     import growth
     import lavin_case
+    import llama_case
     import overhead
     import step_case
 finally:
@@ -192,6 +193,22 @@ def test_recomputing_all_but_products_leaves_llamas_attention_alone(quant):
     dots, full = _recomputed(lambda remat: lavin_case.lavin_case(size, "lm", **form, remat=remat))
     assert dots == pytest.approx(4 * 2 * size.length**2 * size.lm.width * size.lm.layers / 2, rel=0.01)
     assert full > 5 * dots
+
+
+@pytest.mark.parametrize(
+    ("kind", "counted"),
+    [
+        # Embedding, norms, and a layer's q and o, k and v, MLP and norms.
+        ("full", 512 * 64 + 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64)),
+        ("lora", 2 * 8 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))),
+        ("llama_adapter", 2 * (10 * 64 + 4)),
+    ],
+)
+def test_a_llamas_step_trains_what_its_kind_says(kind, counted):
+    case = llama_case.llama_case(llama_case.SIZES["tiny"], kind, batch=2, text=16)
+    trained = {path: leaf.size for path, leaf in case.arguments[0].items()}
+    assert sum(size for path, size in trained.items() if path.startswith("lm/")) == counted
+    assert sum(trained.values()) > counted  # the ST
 
 
 def test_what_is_expected_of_a_step_is_the_slowest_rate_over_its_share():

@@ -1,7 +1,7 @@
 """What a step takes at least, and what it can be expected to take.
 
 At least: at the published peak rates. Expected: at the shares of these that training reaches. The shares were measured
-by others, none of them here, and none is fitted to this project's steps.
+by others or, the memory's, assumed; none was measured here, and none is fitted to this project's steps.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ class Shares(NamedTuple):
     Attributes:
       compute: of the arithmetic, recomputation counted, over a whole training step: what lies between the products,
         and the collectives behind them, is in it.
-      memory: of the memory's bandwidth. Nobody's figure: copies reach about 0.9, other kernels less.
+      memory: of the memory's bandwidth; assumed, no publication stands behind it.
       links: of the links' bandwidth.
       source: where the shares come from.
     """
@@ -32,7 +32,7 @@ SHARES = {
     # LLM Foundry, 0.76 to 13 billion parameters on 8 H100 at 512 to 2,048 tokens: 0.35 to 0.59, recomputation counted.
     # NCCL, on NVLink: 370 of 450 GB/s.
     "cuda": Shares(0.5, 0.8, 0.8, "LLM Foundry's H100 table and NCCL's 370 of 450 GB/s"),
-    # MaxText, Llama 2 70B: 0.57 on v4 and v5e, 0.65 on v5p.
+    # MaxText, Llama 2 70B: 0.57 on v4 and v5e, 0.65 on v5p, recomputation not counted.
     "tpu": Shares(0.6, 0.8, 0.8, "MaxText's table for Llama 2"),
     # A CPU's rates are themselves assumed (targets.py).
     "cpu": Shares(1.0, 1.0, 1.0, "the rates are assumed as they stand"),

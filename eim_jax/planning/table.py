@@ -62,20 +62,8 @@ def print_plan(target: Target, mesh: tuple, plans: list[StagePlan], notes: list[
         ]
         for p in plans
     ]
-    heads = (
-        "arm",
-        "stage",
-        "TFLOP",
-        *KINDS,
-        "compute",
-        "memory",
-        "links",
-        "step",
-        "expected",
-        "steps",
-        "epoch",
-        "expected epoch",
-    )
+    heads = ("arm", "stage", "TFLOP", *KINDS, "compute", "memory", "links", "step", "expected")
+    heads += ("steps", "epoch", "expected epoch")
     _print_markdown(heads, rows)
     _say()
     for p in plans:
