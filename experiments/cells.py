@@ -28,6 +28,7 @@ from configs import (
 from eim_jax.config import Arm, Config, Stage, deciding, flatten, from_config_dict
 from eim_jax.data import datasets
 from eim_jax.losses.table import weights
+from experiments import related
 
 SCALES = ("miniature", "full")
 BUDGETS = ("steps", "time", "paper")
@@ -63,6 +64,14 @@ FAMILIES = {
     # A third of the steps on three eighths of the scenes: what two rows of seeds cost is an hour of a core.
     "clipcap_pilot": Family(
         {"miniature": miniature},
+        {"miniature": 300},
+        {"miniature": 1 / 12},
+        {"miniature": {**CHEAP, "data.scenes": 600}},
+        {"miniature": {"cls": 1e-3, "*": 4e-3}},
+    ),
+    # The same with two losses of related work in its tables.
+    "clipcap_related": Family(
+        {"miniature": related},
         {"miniature": 300},
         {"miniature": 1 / 12},
         {"miniature": {**CHEAP, "data.scenes": 600}},
@@ -205,7 +214,8 @@ def cell(row: Row, scale: str, seed: int, budget: str = "steps", pace: float = 1
             overrides[f"stages.{stage}.warmup_steps"] = round(steps * family.warmup[scale])
             overrides[f"stages.{stage}.warmup_epochs"] = 0.0
         config = resolve(module, overrides)
-    file = f"configs/{module.__name__.rpartition('.')[2]}.py"
+    folder = "experiments" if module.__name__.startswith("experiments.") else "configs"
+    file = f"{folder}/{module.__name__.rpartition('.')[2]}.py"
     return Cell(row, scale, budget, seed, file, overrides, config)
 
 

@@ -4,6 +4,7 @@ python -m experiments.run --table=confirm           # 280 runs, a seed at a time
 python -m experiments.run --table=negatives
 python -m experiments.run --table=rivals
 python -m experiments.run --table=pilot,pilot-sizes # 20 runs on a small scale
+python -m experiments.run --table=related           # 20 more
 python -m experiments.decide                        # experiments/results/miniature-design.md
 
 Its rows are those of the tables, tested on 2,000 scenes instead of 400. Nothing here may change once a run of it has
@@ -37,9 +38,13 @@ from experiments.rows import (
     NORMS_ZERO,
     PILOT_10,
     PILOT_BATCH,
+    PILOT_FEATURES,
     PILOT_QUEUE,
     PILOT_RECENT,
+    PILOT_ST,
     PILOT_TESTED,
+    PILOT_VIRAL,
+    PILOT_WORDS,
     PROMPTS_IE,
     PROMPTS_ZERO,
     ST_ALONE,
@@ -136,10 +141,10 @@ def _claim(name: str, family: str, statement: str, worse: Row, better: Row, like
     return Declared(name, statement, family, ((tested(worse), tested(better)),), like=like)
 
 
-def _pilot(family: str, what: str, worse: Row) -> Declared:
-    pair, like = (worse, PILOT_QUEUE), (LM_LAST, NO_LM)
+def _pilot(family: str, what: str, worse: Row, better: Row = PILOT_QUEUE, name: str = "") -> Declared:
     statement = f"pilot, without an LM stage: {what}"
-    return Declared(worse.name, statement, family, (pair,), scenes=PILOT_TESTED, like=like)
+    pair, like = (worse, better), (LM_LAST, NO_LM)
+    return Declared(name or worse.name, statement, family, (pair,), scenes=PILOT_TESTED, like=like)
 
 
 def _of_paper(name: str) -> Declared:
@@ -175,6 +180,8 @@ DECLARED = (
     _pilot("pilot", "queues of all data beat in-batch negatives", PILOT_BATCH),
     _pilot("pilot-sizes", "queues of all data beat a queue of 10 % of the data", PILOT_10),
     _pilot("pilot-sizes", "queues of all data beat the keys of the 8 batches before", PILOT_RECENT),
+    _pilot("related", "loss_VRA (VIRAL) beside loss_base adds to full features", PILOT_FEATURES, PILOT_VIRAL, "viral"),
+    _pilot("related", "the ST stage on loss_W (after SEA) beats that on loss_ST", PILOT_ST, PILOT_WORDS, "sea"),
     _claim(
         "llava",
         "rivals",
@@ -202,5 +209,6 @@ TABLES = (
     Table("negatives", "What a query is contrasted with", rows_of("negatives"), CAPTIONS, about=ABOUT),
     Table("pilot", "Queue or batch, on a small scale", rows_of("pilot"), CAPTIONS, about=PILOT_ABOUT),
     Table("pilot-sizes", "Smaller queues, on a small scale", rows_of("pilot-sizes"), CAPTIONS, about=PILOT_ABOUT),
+    Table("related", "Losses of related work, on a small scale", rows_of("related"), CAPTIONS, about=PILOT_ABOUT),
     Table("rivals", "Other recipes", rows_of("rivals"), CAPTIONS, about=ABOUT),
 )

@@ -14,7 +14,7 @@ from scipy import linalg
 from eim_jax.models.batch import Batch
 from eim_jax.models.language.llama_block import LlamaBlock
 from eim_jax.models.layers import Block
-from eim_jax.models.vlm import VLM
+from eim_jax.models.vlm import VLM, LMInput
 
 
 def integration_rate(vlm: VLM, params: dict, batch: Batch) -> float | None:
@@ -38,6 +38,12 @@ def layers(vlm: VLM, params: dict, batch: Batch) -> list[tuple[Float[jax.Array, 
     """The outputs of every block of the LM at the visual tokens and at the text that stands behind them."""
     visual = vlm.connect(params, vlm.encode_image(params, batch.image))
     read = vlm.lm_input(params, batch.tokens, batch.valid, visual=visual, has_image=batch.has_image)
+    m, t = visual.shape[1], batch.tokens.shape[1]
+    return [(out[:, -t - m : -t], out[:, -t:]) for out in block_outputs(vlm, params, read)]
+
+
+def block_outputs(vlm: VLM, params: dict, read: LMInput) -> list[Float[jax.Array, "b s d"]]:
+    """The outputs of every block of the LM at all that it reads."""
     _, kept = vlm.lm.apply(
         {"params": params["lm"]},
         read.embeds,
@@ -50,11 +56,8 @@ def layers(vlm: VLM, params: dict, batch: Batch) -> list[tuple[Float[jax.Array, 
     )
     blocks = kept["intermediates"]
     if "blocks" in blocks:  # scanned: one array [layers b s d]
-        outputs = list(blocks["blocks"]["__call__"][0][0])
-    else:
-        outputs = [blocks[f"blocks_{i}"]["__call__"][0][0] for i in range(vlm.lm.config.layers)]
-    m, t = visual.shape[1], batch.tokens.shape[1]
-    return [(out[:, -t - m : -t], out[:, -t:]) for out in outputs]
+        return list(blocks["blocks"]["__call__"][0][0])
+    return [blocks[f"blocks_{i}"]["__call__"][0][0] for i in range(vlm.lm.config.layers)]
 
 
 def distance(visual: Float[np.ndarray, "n d"], text: Float[np.ndarray, "m d"]) -> float:

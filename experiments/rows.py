@@ -1,5 +1,7 @@
 """Every row of every table, each defined once. Overrides: see experiments/cells.py; values are the paper's."""
 
+from typing import Any
+
 from experiments.cells import Row
 from experiments.layout import SCIENCEQA
 
@@ -179,16 +181,27 @@ NEGATIVES = (
 PILOT_SEEDS, PILOT_TESTED = 5, 1000
 
 
-def _pilot(name: str, title: str, word: str) -> Row:
-    overrides = {**NO_LM.overrides, "losses.negatives": word, "data.test_items": PILOT_TESTED}
+def _pilot(name: str, title: str, family: str = "clipcap_pilot", **overrides: Any) -> Row:
+    tested = {**overrides, "data.test_items": PILOT_TESTED}
     alike = {"scales": ("miniature",), "seeds": PILOT_SEEDS, "base": "pilot-queue"}
-    return Row(f"pilot-{name}", f"pilot, {title}", "clipcap_pilot", overrides=overrides, **alike)
+    return Row(f"pilot-{name}", f"pilot, {title}", family, overrides=tested, **alike)
 
 
-PILOT_QUEUE = _pilot("queue", "queues of all data", "queue")
-PILOT_BATCH = _pilot("batch", "in-batch negatives", "batch")
-PILOT_10 = _pilot("10", "a queue of 10 % of the data", "10%")
-PILOT_RECENT = _pilot("recent", "the keys of the 8 batches before", "recent-8")
+def _contrasted(name: str, title: str, word: str) -> Row:
+    return _pilot(name, title, **{**NO_LM.overrides, "losses.negatives": word})
+
+
+PILOT_QUEUE = _contrasted("queue", "queues of all data", "queue")
+PILOT_BATCH = _contrasted("batch", "in-batch negatives", "batch")
+PILOT_10 = _contrasted("10", "a queue of 10 % of the data", "10%")
+PILOT_RECENT = _contrasted("recent", "the keys of the 8 batches before", "recent-8")
+# Related work's losses at the same size (related.py), without prompts: CLIP is frozen, as it is there
+PILOT_FEATURES = _pilot("features", FEATURES.title, **FEATURES.overrides)
+PILOT_VIRAL = _pilot(
+    "viral", "full features, loss_VRA beside loss_base", "clipcap_related", **PLAIN, sequence=("aligned",)
+)
+PILOT_ST = _pilot("st", "full features, ST stage on loss_ST", **FEATURES_ST.overrides)
+PILOT_WORDS = _pilot("words", "full features, ST stage on loss_W", "clipcap_related", **PLAIN, sequence=("sea", "base"))
 # LLaVA's recipe: the projector by captions first, then projector and LM, loss_base all along
 LLAVA = Row(
     "llava",

@@ -66,6 +66,17 @@ def pytest_unconfigure(config):
 
 
 @pytest.fixture(scope="module", autouse=True)
+def losses_of_one_module():
+    """Takes out of the table what a module's config files put into it: another module's pages list what they find."""
+    from eim_jax.config.tables import LOSSES  # here: behind the import hook
+
+    before = set(LOSSES)
+    yield
+    for name in LOSSES.keys() - before:
+        del LOSSES[name]
+
+
+@pytest.fixture(scope="module", autouse=True)
 def programs_of_one_module():
     """Drops compiled programs after each module: a worker that keeps thousands runs out of memory maps and crashes."""
     yield

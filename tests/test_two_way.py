@@ -152,7 +152,7 @@ def test_a_claim_has_no_verdict_until_its_declared_seeds_are_there():
         [one] = decide(outcomes(found, lambda _: metric, [claim]))
         assert one.word == said and (one.outcome.layout is None) == (seeds < 5)
     page = markdown({}, {})
-    assert "Not run: confirm, loss-ie, negatives, pilot, pilot-sizes, rivals." in page and "|" not in page
+    assert "Not run: confirm, loss-ie, negatives, pilot, pilot-sizes, related, rivals." in page and "|" not in page
 
 
 def test_the_power_page_is_students_where_seeds_alone_differ_and_adds_its_hours_up():

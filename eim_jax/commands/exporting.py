@@ -103,10 +103,10 @@ def write_arm(
     and clip/, the terms inside their kernels.
 
     LEAVES holds, in float32, in our shapes and by our paths ("st/...", "visual/prompt/...", "lm/..."), every leaf that
-    a stage of the arm trains, every one that no tower has, and those of `kept` (config.init's); with the towers of
-    RECORD they are the whole model (with towers.scan the blocks are stacked). For one process. A folder that is this
-    export already stays as it is, as one does whose command was killed when all was written. Raises ConfigError where
-    `out` holds other files.
+    a stage of the arm trains, every one that no tower has, and those of `kept` (config.init's), but not what losses
+    have of their own ("loss/..."); with the towers of RECORD they are the whole model (with towers.scan the blocks are
+    stacked). For one process. A folder that is this export already stays as it is, as one does whose command was killed
+    when all was written. Raises ConfigError where `out` holds other files.
     """
     config = inputs.config
     if merge:
@@ -121,7 +121,7 @@ def write_arm(
     leaves = {
         path: np.asarray(leaf, np.float32)
         for path, leaf in params.items()
-        if path in trained or path not in inputs.towers
+        if (path in trained or path not in inputs.towers) and not path.startswith("loss/")
     }
     record = {
         "eim_jax": metadata.version("eim_jax"),

@@ -121,16 +121,32 @@ def by_loss(value: str) -> tuple[str, dict[str, str]]:
     return for_all, {name.strip(): word.strip() for name, _, word in (p.partition(":") for p in parts if ":" in p)}
 
 
+def _given(weights: Mapping[str, float]) -> dict[str, float]:
+    return {name: weight for name, weight in weights.items() if weight}
+
+
 class LossWeights(dict):
     """The weight of each loss in a stage by its name in eim_jax.losses.table; one that is 0 or absent is not computed.
 
     Example:
       >>> LossWeights(base=1, ie=0.5)
       {'base': 1.0, 'ie': 0.5}
+      >>> LossWeights(base=1, ie=0) == LossWeights(base=1)
+      True
     """
 
     def __init__(self, weights: Mapping[str, int | float] | Iterable = (), /, **named: int | float):
         super().__init__({name: float(weight) for name, weight in dict(weights, **named).items()})
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the same losses have weights: where a config file adds one, each stage has it with weight 0."""
+        return isinstance(other, dict) and _given(self) == _given(other)
+
+    def __ne__(self, other: object) -> bool:
+        """A dict's own would compare the zeros too."""
+        return not self == other
+
+    __hash__ = None
 
 
 @dataclass(frozen=True)

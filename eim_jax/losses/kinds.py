@@ -126,7 +126,13 @@ class Forward:
 
 @runtime_checkable
 class Loss(Protocol):
-    """What every entry of `table.LOSSES` answers."""
+    """What every entry of `table.LOSSES` answers.
+
+    It may have three methods more: `averaged(mean)`, for a sum that is not over rows; `readings(settings)`, for texts
+    that it can read packed; and `drawn(vlm, key)`, for parameters of its own, say a head behind the query. They are a
+    tree at `params["loss"][name]` (paths "loss/NAME/..."), train where a stage's patterns say so, and are part of
+    checkpoints but not of an export.
+    """
 
     name: str  # in configs and logs: "ie"
     title: str  # in reports: "loss_IE"
@@ -161,6 +167,7 @@ class ContrastiveLoss:
       query: (what the model computed) -> [b D].
       needs: batch fields that `query` reads.
       needs_image: whether a row without an image takes no part; then data of texts alone is refused.
+      drawn: (the arm's modules, a key) -> parameters of its own, which `query` finds at `forward.params["loss"][NAME]`.
     """
 
     name: str
@@ -169,6 +176,7 @@ class ContrastiveLoss:
     query: Callable[[Forward], Array]
     needs: frozenset[str]
     needs_image: bool = False
+    drawn: Callable[[VLM, Array], dict] | None = None
 
     def fields(self, settings: Losses) -> frozenset[str]:
         """The batch fields that it reads besides `index`, under these settings."""

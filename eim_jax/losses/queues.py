@@ -1,7 +1,6 @@
 """Queues: read-only arrays with one fixed key for each training sample, built once, kept on disk, sharded by row."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,17 +16,12 @@ from eim_jax.losses.centering import Center, centred, check_center
 from eim_jax.losses.contrastive import NCE, Similarity, queue_nce
 from eim_jax.losses.online_softmax import Positives
 from eim_jax.losses.queue_build import as_keys, compress, encode_all, rows_sharding, whole
-from eim_jax.losses.queue_files import StaleQueue, StoredRows, manifest, open_rows, write_rows
+from eim_jax.losses.queue_checks import BadRow, check_lengths, check_row, common_length
+from eim_jax.losses.queue_files import StaleQueue, manifest, open_rows, write_rows
 from eim_jax.losses.queue_parts import QueueParts
-from eim_jax.parallel.sharding import parts_of
-
-_BLOCK = 65_536  # rows that are read at once
+from eim_jax.losses.queue_placement import padded, place_groups, place_rows, place_whole
 
 __all__ = ["BadRow", "Queue", "QueueParts", "StaleQueue", "compress", "manifest"]
-
-
-class BadRow(ValueError):
-    """A sample's key is not finite, or has no direction."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +93,8 @@ class Queue:
             raise ValueError(f"features of shape {shape} {getattr(features, 'dtype', '')}: a queue takes [N D] floats")
         check_center(center)
         count = shape[0]
-        _check_lengths("the queue", count, {"groups": groups, "ids": ids})
-        total = _padded(count, mesh)
+        check_lengths("the queue", count, {"groups": groups, "ids": ids})
+        total = padded(count, mesh)
 
         def finish(rows):
             rows = jnp.pad(rows, ((0, total - rows.shape[0]), (0, 0))).astype(jnp.float32)
@@ -109,15 +103,15 @@ class Queue:
 
         where = None if mesh is None else (rows_sharding(mesh), whole(mesh))
         if not isinstance(features, jax.Array):
-            features = _place_rows(np.asarray(features), total, mesh, fill=0)
+            features = place_rows(np.asarray(features), total, mesh, fill=0)
         elif mesh is not None:
             features = jax.device_put(jnp.pad(features, ((0, total - count), (0, 0))), rows_sharding(mesh))
         (keys, scale), bad = jax.jit(finish, out_shardings=where)(features)
-        _check("the queue", bad, count, ids, similarity)
+        check_row("the queue", bad, count, ids, similarity)
         mean = None
         if center == "mean":
             (keys, scale), mean = _centred("the queue", keys, count, dtype, similarity, mesh, ids)
-        return cls(keys, _place_groups(groups, count, mesh), count, scale, mean)
+        return cls(keys, place_groups(groups, count, mesh), count, scale, mean)
 
     @classmethod
     def build(
@@ -175,8 +169,8 @@ class Queue:
           (4, (4, 3))
         """
         label = f"queue {name!r}" if name else "the queue"
-        count = _common_length(label, fields, groups, ids)
-        _check_lengths(label, count, {"lengths": lengths})
+        count = common_length(label, fields, groups, ids)
+        check_lengths(label, count, {"lengths": lengths})
         check_center(center)
         if parts is not None and parts.center != center:
             raise ValueError(f"{label}: center={center!r}, but its parts' manifest says {parts.center!r}")
@@ -186,19 +180,19 @@ class Queue:
         with _progress(f"queue {name}".strip(), count) if progress else nullcontext(lambda _: None) as advance:
             for block in encoded:
                 keys, bad, more, steps = block
-                _check(label, pending, count, ids, similarity)  # one step behind, so that the devices never wait
+                check_row(label, pending, count, ids, similarity)  # one step behind, so that the devices never wait
                 pending = bad
                 if parts is not None and steps and parts.due(steps):
-                    _check(label, pending, count, ids, similarity)
+                    check_row(label, pending, count, ids, similarity)
                     parts.save(keys, steps)
                 advance(more)
-            _check(label, pending, count, ids, similarity)
+            check_row(label, pending, count, ids, similarity)
         flat = jax.jit(lambda x: x.reshape(-1, *x.shape[2:]), donate_argnums=0, out_shardings=rows_sharding(mesh))
         keys, scale = jax.tree.map(flat, keys)
         mean = None
         if center == "mean":
             (keys, scale), mean = _centred(label, keys, count, dtype, similarity, mesh, ids)
-        return cls(keys, _place_groups(groups, count, mesh), count, scale, mean)
+        return cls(keys, place_groups(groups, count, mesh), count, scale, mean)
 
     def nce(
         self,
@@ -291,8 +285,8 @@ class Queue:
         """
         rows, count, beside = open_rows(directory, manifest)
         fill = {"keys": 0, "groups": -1, "scale": 0}
-        placed = {name: _place_rows(part, _padded(count, mesh), mesh, fill[name]) for name, part in rows.items()}
-        return cls(count=count, **placed, **{name: _place_whole(array, mesh) for name, array in beside.items()})
+        placed = {name: place_rows(part, padded(count, mesh), mesh, fill[name]) for name, part in rows.items()}
+        return cls(count=count, **placed, **{name: place_whole(array, mesh) for name, array in beside.items()})
 
 
 _LEAVES = ("keys", "groups", "scale", "center")
@@ -314,82 +308,12 @@ def _unflatten(count: int, leaves) -> Queue:
 jax.tree_util.register_pytree_with_keys(Queue, _flatten, _unflatten)
 
 
-def _padded(count: int, mesh: Mesh | None) -> int:
-    """The rows of a queue of `count` samples: a multiple of the devices."""
-    return count + -count % parts_of(mesh)
-
-
-def _place_groups(groups: Any, count: int, mesh: Mesh | None) -> jax.Array:
-    groups = np.arange(count) if groups is None else groups
-    return _place_rows(np.asarray(groups, np.int32), _padded(count, mesh), mesh, fill=-1)
-
-
-def _place_rows(rows: np.ndarray | StoredRows, total: int, mesh: Mesh | None, fill: int) -> jax.Array:
-    """Places `rows`, filled up to `total`, reading on each process only what its devices hold."""
-    shape, dtype = (total, *rows.shape[1:]), jax.dtypes.canonicalize_dtype(rows.dtype)
-
-    def part(index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(total)
-        out = _aligned((stop - start, *shape[1:]), dtype)
-        real = min(stop, len(rows)) - start
-        for begin in range(0, real, _BLOCK):  # rows of a file are copied on the way
-            end = min(begin + _BLOCK, real)
-            out[begin:end] = rows[start + begin : start + end]
-        out[max(real, 0) :] = fill
-        return out
-
-    return jax.make_array_from_callback(shape, rows_sharding(mesh), part)
-
-
-def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array that begins at a multiple of 64 bytes, which JAX takes over on CPU instead of copying it."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def _place_whole(array: np.ndarray, mesh: Mesh | None) -> jax.Array:
-    """An array that every device holds."""
-    where = rows_sharding(None) if mesh is None else whole(mesh)
-    return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
-
-
 def _centred(label, keys, count, dtype, similarity, mesh, ids):
     held, mean, bad = centred(keys, count, dtype, similarity, mesh)
-    _check(label, bad, count, ids, similarity, "the mean of all keys, so that nothing is left of it once that is taken")
+    check_row(
+        label, bad, count, ids, similarity, "the mean of all keys, so that nothing is left of it once that is taken"
+    )
     return held, mean
-
-
-def _common_length(label: str, fields: Any, groups: Any, ids: Any) -> int:
-    """Returns how many samples there are; raises ValueError naming what has another number of entries."""
-    leaves = jax.tree.leaves(fields)
-    if not leaves or not all(leaf.shape for leaf in leaves):
-        raise ValueError(f"{label}: fields are arrays with one row a sample")
-    count = leaves[0].shape[0]
-    lengths = {f"field {i}": leaf for i, leaf in enumerate(leaves)}
-    _check_lengths(label, count, {**lengths, "groups": groups, "ids": ids})
-    return count
-
-
-def _check_lengths(label: str, count: int, others: dict[str, Any]) -> None:
-    """Raises ValueError naming what has not one entry a sample."""
-    for name, other in others.items():
-        found = None if other is None else other.shape[0] if hasattr(other, "shape") else len(other)
-        if found is not None and found != count:
-            raise ValueError(f"{label}: {count} samples, but {name} has {found}")
-    if not count:
-        raise ValueError(f"{label}: no samples")
-
-
-def _check(
-    label: str, bad: jax.Array | None, count: int, ids: Sequence[str] | None, similarity: str, reason: str = ""
-) -> None:
-    if bad is None or (row := int(bad)) >= count:
-        return
-    sample = f"sample {ids[row]!r} (row {row})" if ids is not None else f"row {row}"
-    reason = reason or ("not finite or zero, so it has no direction" if similarity == "cosine" else "not finite")
-    raise BadRow(f"{label}: the key of {sample} is {reason}; look at the sample, or drop it")
 
 
 def _progress(description: str, count: int):

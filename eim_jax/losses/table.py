@@ -11,7 +11,10 @@ A loss of your own: `LOSSES["mine"] = ContrastiveLoss("mine", ...)`, in a script
 """
 
 import difflib
-from typing import cast
+import zlib
+from typing import Any, cast
+
+import jax
 
 from eim_jax.config import Config, ConfigError, Losses, Stage
 from eim_jax.config.fields import by_loss
@@ -23,11 +26,12 @@ from eim_jax.losses.loss_ie import IE
 from eim_jax.losses.loss_lm import LM
 from eim_jax.losses.loss_st import ST
 from eim_jax.losses.negatives import FORMS, parse
+from eim_jax.models.vlm import VLM
 
 # Their order is that of logs and charts, and of the terms in a stage's sum.
 LOSSES |= {loss.name: loss for loss in (BASE, IE, ST, LM)}
 
-__all__ = ["LOSSES", "center_of", "check", "losses_of", "queues_of", "symbol_of", "title_of", "weights"]
+__all__ = ["LOSSES", "center_of", "check", "heads", "losses_of", "queues_of", "symbol_of", "title_of", "weights"]
 
 
 def weights(stage: Stage) -> dict[str, float]:
@@ -43,6 +47,19 @@ def losses_of(*stages: Stage) -> list[Loss]:
 def queues_of(*stages: Stage) -> list[QueueKind]:
     """The queues that the losses of these stages read, each once."""
     return list(dict.fromkeys(loss.queue for loss in losses_of(*stages) if loss.queue is not None))
+
+
+def heads(vlm: VLM, key: jax.Array, *stages: Stage) -> dict[str, Any]:
+    """The parameters that losses of these stages have of their own: {loss: tree}; those that have none are left out.
+
+    Args:
+      vlm: the arm's modules.
+      key: of the run's seed; each loss draws by its own, which does not depend on what other losses there are.
+      stages: an arm's.
+    """
+    asked = ((loss, getattr(loss, "drawn", None)) for loss in losses_of(*stages))
+    own = {loss.name: draw for loss, draw in asked if draw is not None}
+    return {name: draw(vlm, jax.random.fold_in(key, zlib.crc32(name.encode()))) for name, draw in own.items()}
 
 
 def title_of(name: str) -> str:

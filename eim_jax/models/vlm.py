@@ -1,7 +1,7 @@
 """The towers and the connector as pure functions: encode_image -> connect -> token_logits, and lm_block for text alone.
 
 There is no monolithic model: each stage composes only what its losses need (EIM section 3).
-Parameters are one nested tree {"visual", "text", "st", "lm"}.
+Parameters are one nested tree {"visual", "text", "st", "lm"}, where losses have some of their own with "loss" beside.
 
 What the LM reads (`lm_input`) depends on its family, which says whether texts start with BOS, and on its adapter:
 

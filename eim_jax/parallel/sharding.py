@@ -55,6 +55,9 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"st/(.*/)?(constant|queries)", P(None, "fsdp")),
     # Vectors: norms and the remaining biases.
     (r"(visual|text|lm|st)/(.*/)?(scale|bias)", P()),
+    # What losses have of their own: a head's kernels, and whatever it is.
+    (r"loss/(.*/)?kernel", COLUMN),
+    (r"loss/.*", P()),
 )
 
 

@@ -1,13 +1,15 @@
 """An arm's modules and the parameters that it starts from."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 
-from eim_jax.config import Arm, ConfigError
+from eim_jax.config import Arm, ConfigError, Stage
+from eim_jax.losses.table import heads
 from eim_jax.models.adapters import adapter_of
 from eim_jax.models.connector import ST_KINDS, STConfig, make_st
 from eim_jax.models.language import family_of
@@ -76,8 +78,11 @@ def model(inputs: Inputs, arm: Arm) -> VLM:
     )
 
 
-def fresh(vlm: VLM, key: jax.Array) -> Flat:
-    """The parameters that no checkpoint holds, drawn from the key: the ST's, prompts', adapters', low-rank terms'."""
+def fresh(vlm: VLM, key: jax.Array, stages: Sequence[Stage] = ()) -> Flat:
+    """The parameters that no checkpoint holds, drawn from the key.
+
+    The ST's, prompts', adapters', low-rank terms', and what losses of these stages have of their own.
+    """
     drawn = {"st": vlm.st.init(jax.random.fold_in(key, 1), jnp.zeros((1, 1, vlm.st.config.width_in)))["params"]}
     visual, size = vlm.visual.config, vlm.visual.config.image_size
     own = VISION_TOWERS[visual.model_type].drawn
@@ -87,6 +92,7 @@ def fresh(vlm: VLM, key: jax.Array) -> Flat:
     if vlm.lm.config.adapter is not None:
         tower = vlm.lm.init(jax.random.fold_in(key, 3), jnp.zeros((1, 1), jnp.int32))["params"]
         drawn["lm"] = {"adapter": tower["adapter"]}
+    drawn |= {"loss": own} if (own := heads(vlm, key, *stages)) else {}
     flat = partition.flatten(drawn)
     for i, (name, part) in enumerate(vlm.parts, start=4):
         if isinstance(part, Tuned):
@@ -96,15 +102,19 @@ def fresh(vlm: VLM, key: jax.Array) -> Flat:
 
 def shapes(inputs: Inputs, arm: Arm, vlm: VLM) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every parameter of an arm as `start` holds it, nothing allocated."""
-    drawn = jax.eval_shape(lambda key: fresh(vlm, key), jax.random.key(0))
+    drawn = jax.eval_shape(lambda key: fresh(vlm, key, _stages(inputs, arm)), jax.random.key(0))
     params = {**inputs.towers, **drawn}
     held = _held(inputs, arm, params)
     return {path: jax.ShapeDtypeStruct(leaf.shape, held[path]) for path, leaf in params.items()}
 
 
+def _stages(inputs: Inputs, arm: Arm) -> list[Stage]:
+    return [inputs.config.stages[name] for name in arm.sequence]
+
+
 def _held(inputs: Inputs, arm: Arm, params: Flat) -> dict[str, jnp.dtype]:
     """Each leaf's dtype: float32 for those that some stage trains, the compute dtype for others; NF4's as they are."""
-    ever = {path for s in arm.sequence for g in partition.groups(inputs.config.stages[s], params) for path in g.paths}
+    ever = {path for stage in _stages(inputs, arm) for g in partition.groups(stage, params) for path in g.paths}
 
     def dtype(path: str, leaf) -> jnp.dtype:
         whole = path in ever or not jnp.issubdtype(leaf.dtype, jnp.floating) or path.rpartition("/")[2] in NF4_SCALES
@@ -119,7 +129,7 @@ def start(inputs: Inputs, arm: Arm) -> tuple[VLM, Flat]:
     What config.init holds stands in place of both.
     """
     vlm = model(inputs, arm)
-    draw, key = functools.partial(fresh, vlm), jax.random.key(inputs.config.seed)
+    draw, key = functools.partial(fresh, vlm, stages=_stages(inputs, arm)), jax.random.key(inputs.config.seed)
     where = param_shardings(jax.eval_shape(draw, key), inputs.mesh)
     params: Flat = {**inputs.towers, **jax.jit(draw, out_shardings=where)(key)}
     held = _held(inputs, arm, params)

@@ -98,7 +98,12 @@ def _open(
     target = checkpoints.Target(
         name=next((name for name in config.arms if config.arm[name] == arm), "*"),
         arm=arm,
-        shapes={path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in shapes.items()},
+        # No file holds what a loss has of its own: it stays as it is drawn.
+        shapes={
+            path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            for path, leaf in shapes.items()
+            if not path.startswith("loss/")
+        },
         towers=inputs.towers.keys(),
         visual=vlm.visual.config,
         lm=vlm.lm.config,
