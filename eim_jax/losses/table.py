@@ -79,10 +79,11 @@ def check(config: Config) -> None:
         for name in stage.losses:
             if name not in LOSSES:
                 near = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.4)
-                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(LOSSES)}"
+                hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(LOSSES)}."
                 raise ConfigError(
                     f"config.stages.{where}.losses.{name}: no such loss; {hint} A loss of your own is entered in "
-                    "eim_jax.losses.table.LOSSES before the run starts"
+                    "eim_jax.losses.table.LOSSES before the run starts: where a config file does that, name it as "
+                    "--config, with the flags that the run was trained with"
                 )
     for field in ("positives", "negatives", "center"):
         for name in by_loss(getattr(config.losses, field))[1]:

@@ -196,6 +196,12 @@ def test_an_export_leaves_the_head_out_and_training_goes_on_from_it(trained, tmp
     np.testing.assert_array_equal(begun[f"{HEAD}up/kernel"], after["start"][f"{HEAD}up/kernel"])  # as it is drawn
 
 
+def test_a_process_that_does_not_know_it_says_how_to_name_it(trained, monkeypatch):
+    monkeypatch.delitem(table.LOSSES, "viral")
+    with pytest.raises(ConfigError, match=r"losses\.viral: no such loss; there are .*words\. A .* as --config"):
+        kinds.check(trained[0])
+
+
 def test_a_plan_counts_it(trained):
     config, after = dataclasses.replace(trained[0], mesh=(1, 1, 1)), trained[2]["start"]
     found = {one.stage: one.memory for one in plan.plan(config, targets.target("cpu:1"), samples=1000)[0]}
