@@ -95,6 +95,7 @@ def test_the_second_pass_differs_from_the_first_by_its_towers_and_what_they_need
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_own_photos_in_ten_minutes(follower, captions):
     folder = follower.folder
     take(captions, folder / "photos")
