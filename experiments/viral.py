@@ -48,6 +48,7 @@ class VisualAlignment:
     title: str = "loss_VRA"
     queue: None = None
     needs_image: bool = True
+    unit: str = "1 - cosine"
 
     def drawn(self, vlm: VLM, key: Array) -> dict:
         """The head's parameters.

@@ -131,7 +131,7 @@ class Loss(Protocol):
     It may have three methods more: `averaged(mean)`, for a sum that is not over rows; `readings(settings)`, for texts
     that it can read packed; and `drawn(vlm, key)`, for parameters of its own, say a head behind the query. They are a
     tree at `params["loss"][name]` (paths "loss/NAME/..."), train where a stage's patterns say so, and are part of
-    checkpoints but not of an export.
+    checkpoints but not of an export. And a `unit`, for charts, where it is not in nats.
     """
 
     name: str  # in configs and logs: "ie"

@@ -31,7 +31,18 @@ from eim_jax.models.vlm import VLM
 # Their order is that of logs and charts, and of the terms in a stage's sum.
 LOSSES |= {loss.name: loss for loss in (BASE, IE, ST, LM)}
 
-__all__ = ["LOSSES", "center_of", "check", "heads", "losses_of", "queues_of", "symbol_of", "title_of", "weights"]
+__all__ = [
+    "LOSSES",
+    "center_of",
+    "check",
+    "heads",
+    "losses_of",
+    "queues_of",
+    "symbol_of",
+    "title_of",
+    "unit_of",
+    "weights",
+]
 
 
 def weights(stage: Stage) -> dict[str, float]:
@@ -65,6 +76,11 @@ def heads(vlm: VLM, key: jax.Array, *stages: Stage) -> dict[str, Any]:
 def title_of(name: str) -> str:
     """A loss as reports call it; by its name alone where this process does not know it."""
     return LOSSES[name].title if name in LOSSES else name
+
+
+def unit_of(name: str) -> str:
+    """What a loss is in, as charts write it: nats, unless it says otherwise."""
+    return getattr(LOSSES.get(name), "unit", "nats")
 
 
 def symbol_of(name: str) -> str:

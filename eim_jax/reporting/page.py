@@ -11,7 +11,7 @@ from PIL import Image
 
 from eim_jax.evaluation.scoring import EVALS
 from eim_jax.evaluation.tasks.task import Item, Task
-from eim_jax.losses.table import LOSSES, symbol_of, title_of
+from eim_jax.losses.table import LOSSES, symbol_of, title_of, unit_of
 from eim_jax.reporting.arm_files import Arm, read_arm
 from eim_jax.reporting.blind import ignored_pictures
 from eim_jax.reporting.categories import by_category
@@ -156,7 +156,8 @@ def curves(arm: Arm) -> list[dict]:
         for key in (["loss"] if "loss" in keys and len(terms) != 1 else []) + terms:
             name = key.removeprefix("loss/")
             title = "all losses, weighted" if key == "loss" else title_of(name)
-            charts.append(_chart(arm.name, index, rows, key, title, "nats", _colour(name), levels=_levels(rows, name)))
+            unit = unit_of(name)
+            charts.append(_chart(arm.name, index, rows, key, title, unit, _colour(name), levels=_levels(rows, name)))
         queues = dict.fromkeys(key.split("/")[1] for key in keys if key.startswith("queue/"))
         for queue in queues:
             for key, (title, unit, log, unit_range) in DIAGNOSTICS.items():
@@ -179,7 +180,7 @@ def together(arms: Sequence[Arm]) -> list[dict]:
             label = f"{arm.name}, stage {rows[-1]['stage']}"
             last.setdefault(key.removeprefix("loss/"), []).append(_line(rows, key, label, **look))
     return [
-        {"title": title_of(name), "range": "", "svg": panel(lines, unit="nats", name=f"together-{name}")}
+        {"title": title_of(name), "range": "", "svg": panel(lines, unit=unit_of(name), name=f"together-{name}")}
         for name, lines in last.items()
         if len(lines) > 1
     ]
