@@ -25,7 +25,7 @@ STAGES = [
     ("lavin", "eim", "ie", "nf4"),
 ]
 
-# A stage with the most losses each of GPT-2's and LLaMA's, this in 4 bits: what `make test` runs on a mesh of three axes.
+# A stage with the most losses each of GPT-2's and LLaMA's, this in 4 bits: what `make test` runs on all three axes.
 IN_SHORT = [case for case in STAGES if case[2] == "ie" and case[0] != "llama_adapter"]
 BY_STAGE = [case if case in IN_SHORT else pytest.param(case, marks=pytest.mark.exhaustive) for case in STAGES]
 

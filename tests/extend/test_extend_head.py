@@ -197,8 +197,9 @@ def test_an_export_leaves_the_head_out_and_training_goes_on_from_it(trained, tmp
 
 
 def test_the_page_has_its_curve_in_its_own_unit(trained):
+    # At the axis, and in what is read aloud.
     page = (trained[1] / "report.html").read_text()
-    assert page.count("1 - cosine") == 1 and "loss_VRA" in page and "loss_W" in page
+    assert page.count("1 - cosine") == 2 and "loss_VRA" in page and "loss_W" in page
 
 
 def test_a_process_that_does_not_know_it_says_how_to_name_it(trained, monkeypatch):
