@@ -24,7 +24,7 @@ GPUS = (
 )
 HEAD = (
     *("config", "topology", "stage", "parameters", "optimizer", "queue", "temporaries", "peak GiB", "TFLOP"),
-    *("GB sent", "step s", "bound by", "epoch min", "verdict"),
+    *("GB sent", "step s", "expected s", "bound by", "epoch min", "verdict"),
 )
 
 
@@ -77,6 +77,7 @@ def rows(plan: dict) -> list[list[str]]:
                 f"{p['flops'] / 1e12:,.1f}",
                 f"{sum(p['sent'].values()) / 1e9:.2f}",
                 f"{seconds:.4f}",
+                f"{p['expected']:.4f}",
                 max(p["seconds"], key=p["seconds"].get),
                 f"{seconds * p['steps_per_epoch'] / 60:.1f}",
                 "fits" if p["fits"] else f"does not fit: {p['knob']}",
