@@ -69,7 +69,14 @@ FAMILIES = {
         {"miniature": {**CHEAP, "data.scenes": 600}},
         {"miniature": {"cls": 1e-3, "*": 4e-3}},
     ),
-    # The same with two losses of related work in its tables.
+    # Both with two losses of related work in their tables.
+    "clipcap_viral": Family(
+        {"miniature": related},
+        {"miniature": 900},
+        {"miniature": 1 / 12},
+        {"miniature": CHEAP},
+        {"miniature": {"cls": 1e-3, "*": 4e-3}},
+    ),
     "clipcap_related": Family(
         {"miniature": related},
         {"miniature": 300},

@@ -50,11 +50,16 @@ from experiments.rows import (
     ST_ALONE,
     ST_BY_BASE,
     ST_WITH_LM,
+    VIRAL,
 )
 
 TESTED = 2000  # scenes; questions are two a scene
 QUESTIONS = 4000
-BASES = {"clipcap": BASELINE, "llama_adapter": ADAPTER}  # whose training time the others get in budget "time"
+BASES = {
+    "clipcap": BASELINE,
+    "clipcap_viral": BASELINE,
+    "llama_adapter": ADAPTER,
+}  # whose training time the others get in budget "time"
 POINT = 0.01  # of BLEU-4: what is too small to matter where the paper names no effect
 NLL_MARGIN = 0.01  # of the worse row's NLL a token
 TIMED = ("negatives",)  # families that are judged a second time at equal time
@@ -112,7 +117,12 @@ SEEDS: Mapping[str, int] = {
 }
 OTHERS = 10
 # Rows that the first design has not: how long one runs, by the row that it is a variant of.
-COSTS_AS = {EIM_BATCH.name: EIM, **{row.name: NO_LM for row, _ in NEGATIVES}, LLAVA.name: FEATURES_ST}
+COSTS_AS = {
+    EIM_BATCH.name: EIM,
+    **{row.name: NO_LM for row, _ in NEGATIVES},
+    LLAVA.name: FEATURES_ST,
+    VIRAL.name: FEATURES,
+}
 _tested: dict[str, Row] = {}
 _first: dict[str, Row] = {}  # the name of a row of this design -> the row that it tests on more scenes
 
@@ -180,8 +190,10 @@ DECLARED = (
     _pilot("pilot", "queues of all data beat in-batch negatives", PILOT_BATCH),
     _pilot("pilot-sizes", "queues of all data beat a queue of 10 % of the data", PILOT_10),
     _pilot("pilot-sizes", "queues of all data beat the keys of the 8 batches before", PILOT_RECENT),
-    _pilot("related", "loss_VRA (VIRAL) beside loss_base adds to full features", PILOT_FEATURES, PILOT_VIRAL, "viral"),
-    _pilot("related", "the ST stage on loss_W (after SEA) beats that on loss_ST", PILOT_ST, PILOT_WORDS, "sea"),
+    _pilot(
+        "related", "loss_VRA (VIRAL) beside loss_base adds to full features", PILOT_FEATURES, PILOT_VIRAL, "pilot-viral"
+    ),
+    _pilot("related", "the ST stage on loss_W (after SEA) beats that on loss_ST", PILOT_ST, PILOT_WORDS, "pilot-sea"),
     _claim(
         "llava",
         "rivals",
@@ -189,6 +201,9 @@ DECLARED = (
         LLAVA,
         FEATURES_ST,
         like=(ST_BY_BASE, EIM),
+    ),
+    _claim(
+        "viral", "rivals", "loss_VRA (VIRAL) beside loss_base adds to full features", FEATURES, VIRAL, (LM_LAST, NO_LM)
     ),
 )
 

@@ -200,6 +200,12 @@ PILOT_FEATURES = _pilot("features", FEATURES.title, **FEATURES.overrides)
 PILOT_VIRAL = _pilot(
     "viral", "full features, loss_VRA beside loss_base", "clipcap_related", **PLAIN, sequence=("aligned",)
 )
+VIRAL = Row(
+    "features-viral",
+    "full features, loss_VRA beside loss_base",
+    "clipcap_viral",
+    overrides={**PLAIN, "sequence": ("aligned",)},
+)
 PILOT_ST = _pilot("st", "full features, ST stage on loss_ST", **FEATURES_ST.overrides)
 PILOT_WORDS = _pilot("words", "full features, ST stage on loss_W", "clipcap_related", **PLAIN, sequence=("sea", "base"))
 # LLaVA's recipe: the projector by captions first, then projector and LM, loss_base all along
