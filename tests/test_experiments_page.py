@@ -66,6 +66,7 @@ def test_the_integration_rate_reads_every_block(scan):
     assert np.isfinite(integration.integration_rate(vlm, params, batch))
 
 
+@pytest.mark.exhaustive
 def test_a_model_is_diagnosed_as_it_starts(tmp_path, monkeypatch):
     one = cell(rows.ST_WITH_LM, "miniature", 0)  # one of its stages has a rate of its own for st/.*
     inputs = few_scenes(one, tmp_path)

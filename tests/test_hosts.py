@@ -201,6 +201,7 @@ def test_one_process_speaks_for_all(pair):
     assert (pair.workdir / "report.html").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_signal_to_one_process_stops_all_after_the_same_step_with_the_state_saved(stopped):
     assert all(code not in (0, -signal.SIGTERM, -signal.SIGABRT) for code in stopped.codes), stopped.codes
     steps = {line for i in range(2) for line in stopped.said(i).splitlines() if "the same command continues" in line}
@@ -208,14 +209,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_with_the_state_sa
     assert all("the same command continues" in stopped.said(i) for i in range(2))
 
 
-@pytest.mark.parametrize(
-    ("processes", "devices"),
-    [
-        pytest.param(1, 8, id="1x8"),
-        pytest.param(4, 2, id="4x2", marks=pytest.mark.exhaustive),
-        pytest.param(1, 1, id="1x1", marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("processes", "devices"), [(1, 8), (4, 2), (1, 1)], ids=["1x8", "4x2", "1x1"])
 def test_a_checkpoint_of_two_processes_continues_on_other_numbers_of_processes(
     runs, alone, stopped, processes, devices
 ):

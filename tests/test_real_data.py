@@ -70,10 +70,8 @@ def command(towers, config, workdir, fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "config",
-    ["lavin7b_eim_scienceqa", pytest.param("llama_adapter_eim_scienceqa", marks=pytest.mark.exhaustive)],
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("config", ["lavin7b_eim_scienceqa", "llama_adapter_eim_scienceqa"])
 def test_the_official_scienceqa_layout_trains_and_scores_through_all_four_stages(config, towers, shared_data, tmp_path):
     data = shared_data("scienceqa_mini")
     fields = {"data.folder": data, "data.splits": "('train','val','val')", **MODELS[config]}
