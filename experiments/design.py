@@ -55,11 +55,8 @@ from experiments.rows import (
 
 TESTED = 2000  # scenes; questions are two a scene
 QUESTIONS = 4000
-BASES = {
-    "clipcap": BASELINE,
-    "clipcap_viral": BASELINE,
-    "llama_adapter": ADAPTER,
-}  # whose training time the others get in budget "time"
+# By family, the row whose training time the others get in budget "time"
+BASES = {"clipcap": BASELINE, "clipcap_viral": BASELINE, "llama_adapter": ADAPTER}
 POINT = 0.01  # of BLEU-4: what is too small to matter where the paper names no effect
 NLL_MARGIN = 0.01  # of the worse row's NLL a token
 TIMED = ("negatives",)  # families that are judged a second time at equal time

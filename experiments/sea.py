@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from eim_jax.config import Config, Losses
+from eim_jax.losses.contrastive import unit
 from eim_jax.losses.kinds import Forward
+from eim_jax.losses.loss_st import without_eos
 from eim_jax.losses.queues import Queue
 from eim_jax.models.batch import Batch
 from eim_jax.models.vlm import VLM
@@ -39,17 +41,18 @@ class WordLoss:
 
     def normaliser(self, vlm: VLM, batch: Batch) -> Float[Array, ""]:
         """The rows with an image and a word."""
-        return jnp.float32((batch.read("has_image") & _words(batch).any(axis=1)).sum())
+        return jnp.float32((batch.read("has_image") & without_eos(batch.read("valid")).any(axis=1)).sum())
 
     def value(self, forward: Forward, queue: Queue | None) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """The sum over the rows that take part of the mean over the ST's tokens, in nats; nothing more to log.
 
         Negatives are the tokens of the rows that are computed together: of a micro-batch, where there are such.
         """
-        batch, words = forward.batch, _words(forward.batch)
+        batch, words = forward.batch, without_eos(forward.batch.read("valid"))
         shown = batch.read("has_image") & words.any(axis=1)
-        keys = _unit(forward.vlm.embed(forward.params, batch.read("tokens")))
-        scores = jnp.einsum("bmd,ctd->bmct", _unit(forward.connected), keys) / forward.settings.tau
+        keys = unit(forward.vlm.embed(forward.params, batch.read("tokens")).astype(jnp.float32))
+        queries = unit(forward.connected.astype(jnp.float32))
+        scores = jnp.einsum("bmd,ctd->bmct", queries, keys) / forward.settings.tau
         scores = jnp.where((words & shown[:, None])[None, None], scores, NEVER)
         own = jnp.diagonal(scores, axis1=0, axis2=2)  # [m t b]
         nats = jax.nn.logsumexp(scores, axis=(2, 3)) - jax.nn.logsumexp(own, axis=1).T
@@ -57,14 +60,3 @@ class WordLoss:
 
     def check(self, config: Config) -> None:
         """Takes any settings."""
-
-
-def _words(batch: Batch) -> Bool[Array, "b t"]:
-    """All of a text but its EOS, as in K_e."""
-    valid = batch.read("valid")
-    return valid & (jnp.cumsum(valid, axis=1) < valid.sum(axis=1, keepdims=True))
-
-
-def _unit(vectors: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    vectors = vectors.astype(jnp.float32)
-    return vectors / jnp.sqrt(jnp.square(vectors).sum(axis=-1, keepdims=True) + 1e-12)

@@ -94,7 +94,7 @@ class VisualAlignment:
             {"params": params["loss"][self.name]}, middle[:, -visual.shape[1] :].astype(jnp.float32)
         )
         cosine = (_unit(found) * _unit(seen.astype(jnp.float32))).sum(axis=-1)
-        return ((1 - cosine).mean(axis=1) * shown).sum(), {}
+        return jnp.where(shown, (1 - cosine).mean(axis=1), 0).sum(), {}
 
     def check(self, config: Config) -> None:
         """Takes any settings."""

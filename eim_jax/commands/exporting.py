@@ -16,6 +16,7 @@ from eim_jax.commands.exported_lms import LLAVA_FOLDER, WITH_IMAGE, language_mod
 from eim_jax.commands.trained_arms import load_finished, trained
 from eim_jax.config import Config, ConfigError
 from eim_jax.data import rows
+from eim_jax.losses.table import OWN
 from eim_jax.parallel.lock import held
 from eim_jax.pretrained import export_lm, llava, reader
 from eim_jax.training import arm_model, initial, partition
@@ -121,7 +122,7 @@ def write_arm(
     leaves = {
         path: np.asarray(leaf, np.float32)
         for path, leaf in params.items()
-        if (path in trained or path not in inputs.towers) and not path.startswith("loss/")
+        if (path in trained or path not in inputs.towers) and not path.startswith(OWN)
     }
     record = {
         "eim_jax": metadata.version("eim_jax"),

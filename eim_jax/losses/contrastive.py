@@ -137,11 +137,11 @@ def queue_nce(
 def as_queries(query: Float[Array, "b D"], similarity: str, center: Float[Array, "D"] | None = None):
     """Features [b D] as they meet a queue's keys, in float32: normalised for the cosine, without the queue's mean."""
     query = query.astype(jnp.float32)
-    query = _unit(query) if similarity == "cosine" else query
+    query = unit(query) if similarity == "cosine" else query
     if center is None:
         return query
     left = query - center[None]
-    return _unit(left) if similarity == "cosine" else left
+    return unit(left) if similarity == "cosine" else left
 
 
 def _check_arguments(keys, count, similarity, positives, groups, scale, center, shards) -> None:
@@ -217,8 +217,8 @@ def _lengths(keys, scale):
     return length if scale is None else length * scale
 
 
-def _unit(x: Float[Array, "b D"]) -> Float[Array, "b D"]:
-    """Rows of length 1; a zero row stays zero, with a zero gradient."""
+def unit(x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    """Vectors of length 1; a zero vector stays zero, with a zero gradient."""
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     return jnp.where(square > 0, x * lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
 

@@ -3,18 +3,22 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from eim_jax.losses.key_sources import LM_TEXTS
 from eim_jax.losses.kinds import ContrastiveLoss, QueueKind
 from eim_jax.models.vlm import VLM, mean_tokens
 
 
+def without_eos(valid: Bool[Array, "b t"]) -> Bool[Array, "b t"]:
+    """All of a text but its last token, the EOS; `valid` are the slots that are no padding."""
+    return valid & (jnp.cumsum(valid, axis=1) < valid.sum(axis=1, keepdims=True))
+
+
 def mean_embedding(vlm: VLM, params: dict, texts: Any) -> Float[Array, "b d"]:
     """The mean of LM_e over instruction and response, without the EOS."""
     tokens, valid = texts
-    text = valid & (jnp.cumsum(valid, axis=1) < valid.sum(axis=1, keepdims=True))  # all but the EOS
-    return mean_tokens(vlm.embed(params, tokens), text)
+    return mean_tokens(vlm.embed(params, tokens), without_eos(valid))
 
 
 EMBEDDINGS = QueueKind(

@@ -28,11 +28,14 @@ from eim_jax.losses.loss_st import ST
 from eim_jax.losses.negatives import FORMS, parse
 from eim_jax.models.vlm import VLM
 
+OWN = "loss/"  # before the paths of what losses have of their own ("loss/NAME/...")
+
 # Their order is that of logs and charts, and of the terms in a stage's sum.
 LOSSES |= {loss.name: loss for loss in (BASE, IE, ST, LM)}
 
 __all__ = [
     "LOSSES",
+    "OWN",
     "center_of",
     "check",
     "heads",

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from eim_jax.config import Arm, Config, ConfigError, flatten
+from eim_jax.losses.table import OWN
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel import processes
 from eim_jax.parallel.sharding import param_shardings
@@ -102,7 +103,7 @@ def _open(
         shapes={
             path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
             for path, leaf in shapes.items()
-            if not path.startswith("loss/")
+            if not path.startswith(OWN)
         },
         towers=inputs.towers.keys(),
         visual=vlm.visual.config,

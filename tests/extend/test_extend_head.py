@@ -38,13 +38,13 @@ def known():
     related.get_config()
 
 
-def few_steps(**changes):
+def few_steps():
     """experiments/related.py's arm: two steps on words, two on captions and alignment."""
     values = related.get_config()
     short = {"steps": 2, "warmup_steps": 1, "batch": 8}
     fields = {f"stages.{stage}.{field}": v for stage in ("sea", "aligned") for field, v in short.items()}
     fields |= {"arms": ("eim",), "data.scenes": 8, "data.eval_limit": 4, "decode.max_tokens": 6, "log_every": 1}
-    values.update_from_flattened_dict({**fields, "decode.methods": ("greedy",), "decode.java": False, **changes})
+    values.update_from_flattened_dict({**fields, "decode.methods": ("greedy",), "decode.java": False})
     config = settings.from_config_dict(values)
     kinds.check(config)
     return config
@@ -52,12 +52,11 @@ def few_steps(**changes):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(config, work directory, {stage: parameters}, model) of a run of both stages; "start" is before the first."""
+    """(config, work directory, {stage: parameters}) of a run of both stages; "start" is before the first."""
     config, workdir = few_steps(), tmp_path_factory.mktemp("run")
     scored_runs.run(config, workdir)
     inputs = setup.load(config, workdir)
-    found = {stage: (vlm, params) for stage, vlm, params in after_stages(inputs, "eim")}
-    return config, workdir, {stage: params for stage, (_, params) in found.items()}, found["start"][0]
+    return config, workdir, {stage: params for stage, _, params in after_stages(inputs, "eim")}
 
 
 def small() -> tuple:
@@ -87,6 +86,15 @@ def test_alignment_is_its_formula_in_float64():
     expected = np.delete((1 - cosine).mean(axis=1), DROPPED).sum()
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     assert not more and float(loss.normaliser(vlm, batch)) == 5
+
+    def of_tree(tree):
+        return loss.value(Forward(vlm, settings.Config().losses, {**params, **tree}, batch), None)[0]
+
+    slopes = jax.grad(of_tree)({name: params[name] for name in ("st", "lm", "loss")})
+    for path, slope in partition.flatten(slopes).items():  # the row that is left out gives no NaN
+        assert np.isfinite(slope).all(), path
+    assert np.abs(slopes["st"]["up"]["kernel"]).max() > 0
+    assert not np.abs(slopes["lm"]["blocks_1"]["attn"]["qkv"]["kernel"]).any()  # behind the layer that is aligned
 
 
 def test_words_are_contrasted_token_by_token_as_in_float64():
@@ -169,7 +177,7 @@ def test_on_a_mesh_they_have_the_same_values(monkeypatch):
 
 
 def test_a_head_trains_where_its_loss_does_and_nowhere_else(trained):
-    config, workdir, after, vlm = trained
+    config, workdir, after = trained
     names = {path for path in after["start"] if path.startswith("loss/")}
     assert names == {f"{HEAD}{layer}/{leaf}" for layer in ("up", "middle", "down") for leaf in ("kernel", "bias")}
     for path in sorted(names):
@@ -181,12 +189,13 @@ def test_a_head_trains_where_its_loss_does_and_nowhere_else(trained):
     for row in last:
         np.testing.assert_allclose(row["loss"], row["loss/base"] + 0.5 * row["loss/viral"], rtol=1e-6)
         assert 0 < row["loss/viral"] < 2
-    head = arm_model.fresh(vlm, jax.random.key(config.seed))
-    assert not any(path.startswith("loss/") for path in head)  # an arm without the loss has none of it
+    inputs = setup.load(config, workdir, data=False)
+    _, baseline = arm_model.start(inputs, config.arm["baseline"])  # whose stage gives the loss no weight
+    assert not any(path.startswith("loss/") for path in baseline)
 
 
 def test_an_export_leaves_the_head_out_and_training_goes_on_from_it(trained, tmp_path):
-    config, workdir, after, _ = trained
+    config, workdir, after = trained
     export(config, workdir, "eim", tmp_path / "out")
     held = load_file(tmp_path / "out" / LEAVES)
     assert held and not any(path.startswith("loss/") for path in held)
