@@ -103,7 +103,7 @@ def test_every_committed_result_is_still_known_by_its_hash():
     of_rows = 0
     for file in steps:
         found = json.loads(file.read_text())
-        module = importlib.import_module(f"configs.{Path(found['file']).stem}")
+        module = importlib.import_module(".".join(Path(found["file"]).with_suffix("").parts))
         config = resolve(module, {k: tuple(v) if isinstance(v, list) else v for k, v in found["overrides"].items()})
         arm = found["overrides"]["arms"][0]
         assert hash_of(config, arm) == found["hash"] == file.stem.rpartition("-")[2], file.name
