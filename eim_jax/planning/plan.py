@@ -234,7 +234,7 @@ def _with_builds(
             console.print(f"compiling the encoder of {kind.symbol} for {target.name}", soft_wrap=True)
             step, arguments = queue_encoder(inputs, vlm, kind, towers)
             with compiling_for(target.platform):
-                encoders[kind.name] = (arguments[3].shape[1], *_encoder_temporaries(step, arguments))
+                encoders[kind.name] = (arguments[3].shape[1], *_encoder_temporaries(step, arguments, target))
         rows, temporaries, known = encoders[kind.name]
         peak = beside + temporaries
         builds.append(Build(kind.symbol, rows, temporaries, peak, known and peak <= plan.capacity))
@@ -247,11 +247,11 @@ def _with_builds(
     return plan._replace(builds=tuple(builds), notes=tuple(notes), fits=fits, knob=advice)
 
 
-def _encoder_temporaries(step, arguments: tuple) -> tuple[int, bool]:
+def _encoder_temporaries(step, arguments: tuple, target: Target) -> tuple[int, bool]:
     """What encoding takes besides the towers, keys and texts, and whether the compiler takes it at all."""
     held = local_bytes(arguments)
     try:
-        return _temporaries(step.lower(*arguments).compile(), held), True
+        return _temporaries(step.lower(*arguments).compile(compiler_options=_options(target)), held), True
     except Exception as error:  # as of a stage's step
         used = out_of_memory(str(error))
         if used is None:
@@ -266,13 +266,18 @@ def _compile(lowered, target: Target):
     (v5p, v6e) cannot be read back by JAX's as_text.
     """
     if target.platform != "tpu" or not target.exact:  # without libtpu the CPU's compiler stands in
-        elsewhere = target.platform == "cuda" and target.exact and target.name.startswith("gpu:")
-        compiled = lowered.compile(compiler_options=gpus.OPTIONS if elsewhere else None)
+        compiled = lowered.compile(compiler_options=_options(target))
         return compiled, compiled.as_text()
     with tempfile.TemporaryDirectory() as folder:
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         [file] = Path(folder).glob("*.jit_step.*.after_optimizations.txt")  # others are parts for SparseCores
         return compiled, file.read_text()
+
+
+def _options(target: Target) -> dict | None:
+    """The compiler's options for GPUs that are not here."""
+    elsewhere = target.platform == "cuda" and target.exact and target.name.startswith("gpu:")
+    return gpus.OPTIONS if elsewhere else None
 
 
 def _temporaries(compiled, arguments: int) -> int:
