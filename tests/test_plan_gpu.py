@@ -12,11 +12,15 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from tiny import config_of
 
+from eim_jax.losses.contrastive import queue_nce
+from eim_jax.losses.table import queues_of
 from eim_jax.models.attention import choose_attention, flash
 from eim_jax.parallel.chips import platform_of
-from eim_jax.parallel.sharding import batch_sharding, make_mesh
+from eim_jax.parallel.sharding import batch_sharding, make_mesh, queue_sharding
 from eim_jax.planning import gpus, plan, targets
 from eim_jax.planning.collectives import moved
+from eim_jax.planning.shapes import abstract_inputs, queue_encoder
+from eim_jax.training import arm_model
 from eim_jax.utils.flops import work
 
 pytestmark = [
@@ -91,9 +95,45 @@ def test_auto_s_attention_keeps_no_scores_at_any_length(length):
     assert work(jax.make_jaxpr(jax.grad(loss))(x, x, x)).flops == 7 * 2 * 64 * 16 * padded**2 * 64
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_cublas_reads_a_queue_where_it_lies_and_codes_are_widened_a_chunk_at_a_time(dtype):
+    """Two products, each of the whole queue, and no copy of it; int8's are of chunks."""
+    target, rows, width = targets.target("gpu:h100x8"), 256 * 1024, 512
+    mesh = make_mesh((8, 1, 1), target.devices)
+    held, split = queue_sharding(mesh), batch_sharding(mesh)
+    query = jax.ShapeDtypeStruct((40, width), jnp.float32, sharding=split)
+    keys = jax.ShapeDtypeStruct((8 * rows, width), jnp.dtype(dtype), sharding=held)
+    index = jax.ShapeDtypeStruct((40,), jnp.int32, sharding=split)
+    scale = jax.ShapeDtypeStruct((8 * rows,), jnp.float32, sharding=held) if dtype == "int8" else None
+
+    def gradient(query, keys, index, scale):
+        return jax.grad(lambda q: queue_nce(q, keys, index, count=8 * rows - 3, scale=scale, mesh=mesh).loss)(query)
+
+    text, temporaries = program(gradient, target.name, query, keys, index, scale)
+    assert len(re.findall(r"__cublas\$lt\$matmul", text)) == 2
+    of_queue = re.findall(rf"= \w+\[{rows},{width}\]\S* ([\w-]+)\(", text)
+    assert set(of_queue) <= {"parameter", "get-tuple-element", "bitcast"}
+    if dtype == "bfloat16":
+        assert " while(" not in text
+        assert temporaries < 2.5 * 40 * rows * 2 * 4  # of the scores, which are split into two halves
+    else:
+        assert temporaries < rows * width  # not even the codes once more
+
+
 def test_a_stage_is_planned_by_the_gpu_s_own_compiler():
     changes = {"data.scenes": 24, "arms": ("eim",), "arm.eim.sequence": ("st",), "arm.eim.prompts": 0}
     config = config_of("miniature", **changes, **{"stages.st.batch": 8, "stages.st.warmup_steps": 5})
     (found,), notes = plan.plan(config, targets.target("gpu:l4x8"), samples=100)
     assert found.fits and found.memory.temporaries > 0 and found.sent["all-gather"] > 0
     assert any("cuDNN's flash kernel where" in note for note in notes)
+
+
+def test_the_encoder_of_a_queue_is_compiled_with_the_options_of_the_stages():
+    """CLIP.text at full size, split over 8: a product of 96 columns, which Triton's products do not take untimed."""
+    config, target = config_of("clipcap_eim_coco"), targets.target("gpu:h100x8")
+    inputs, _ = abstract_inputs(config, make_mesh((1, 8, 1), target.devices), platform=target.platform)
+    vlm = arm_model.model(inputs, config.arm["eim"])
+    [kind] = queues_of(config.stages["ie"])
+    step, arguments = queue_encoder(inputs, vlm, kind, plan.placed(inputs.towers, inputs.mesh))
+    temporaries, known = plan._encoder_temporaries(step, arguments, target)
+    assert known and 2**30 < temporaries < 2**31  # 157,696 tokens a device

@@ -91,7 +91,7 @@ class Losses:
     center: str = "none"
     lm_distil: bool = False  # loss_LM draws to the own key alone, (1 - cosine) / tau, instead of against all keys
     lm_with_image: bool = False  # loss_LM's query after the visual tokens, instead of text alone
-    chunk: int = 0  # keys an online-softmax step reads; 0 = 1024 on CPU, 32768 elsewhere
+    chunk: int = 0  # keys an online-softmax step reads; 0: 1024 on CPUs, 32768 on TPUs, more on GPUs
     queue_dtype: str = "auto"  # float32 | bfloat16 | int8 (a scale a row) | auto (float32 on CPU, bfloat16 elsewhere)
 
     def of(self, field: str, loss: str) -> str:

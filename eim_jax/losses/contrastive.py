@@ -21,7 +21,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from eim_jax.losses.online_softmax import Pass, Positives, one_pass
+from eim_jax.losses.online_softmax import Pass, Positives, keys_at_a_time, one_pass
 from eim_jax.parallel.sharding import ROWS, parts_of
 
 UNIT = {"float32": 1e-3, "bfloat16": 1e-2, "int8": 2e-2}  # how far from 1 a unit key's length may be, held so
@@ -87,7 +87,7 @@ def queue_nce(
       among: [m], rows of the queue that are a query's negatives in place of all, beside its own key, which always
         counts and counts once; -1 stands for none, a row that stands twice counts twice. NumPy's are fixed when the
         program is compiled: then each device reads those alone that it holds. None: all `count` rows.
-      chunk: keys read at a time; 0: 1024 on CPU, 32768 elsewhere.
+      chunk: keys read at a time; 0: 1024 on a CPU, on a TPU 32768, on a GPU more (`online_softmax.keys_at_a_time`).
       mesh: the rows of `keys`, `groups` and `scale` lie over its ("data", "fsdp") axes; each device passes over its own
         rows, and only [b] and [b D] move.
 
@@ -112,18 +112,19 @@ def queue_nce(
     _check_arguments(keys, count, similarity, positives, groups, scale, center, parts_of(mesh))
     _check_values(keys, index, count, similarity, scale)
     _check_among(among, count)
-    on_cpu = (mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()) == "cpu"
+    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
     fixed = isinstance(among, np.ndarray)
     if fixed:
         among = _by_device(among, keys.shape[0], parts_of(mesh))
     read = keys.shape[0] // parts_of(mesh) if among is None else among.shape[0] // (parts_of(mesh) if fixed else 1)
-    rows = min(chunk or (1024 if on_cpu else 32768), read)
+    apart = keys_at_a_time(platform, query.shape[0], read, keys.dtype, all_of_them=among is None)
+    rows = min(chunk, read) if chunk else apart
 
     weights = jnp.ones(query.shape[0]) if weights is None else weights.astype(jnp.float32)
     counted = weights != 0
     q = jnp.where(counted[:, None], query, 0).astype(jnp.float32)  # also stops the gradient of uncounted rows
     q = as_queries(q, similarity, center)
-    how = Pass(count, rows, positives, mesh, on_cpu, fixed)
+    how = Pass(count, rows, positives, mesh, platform == "cpu", fixed)
     groups = groups if grouped else None
     loss, (rank, score, effective) = cast(Any, _rowwise(how, q / tau, keys, index, groups, scale, among))
 

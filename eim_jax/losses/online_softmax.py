@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from eim_jax.parallel.sharding import ROWS
@@ -19,6 +20,26 @@ Positives = Literal["self", "group", "mask", "others", "alone"]
 
 MASKED = -1e30  # finite: exp(MASKED - MASKED) stays a number, exp(MASKED - any real score) is 0
 TIE = 1e-6  # scores closer than this fraction of |u||k_y| tie: twice the rounding of an f32 dot product
+
+
+SCORE_BYTES = 256 << 20  # of a chunk's scores on a GPU
+
+
+def keys_at_a_time(platform: str, queries: int, read: int, dtype: DTypeLike, *, all_of_them: bool = True) -> int:
+    """Returns how many of the `read` keys on a device a step of the pass takes, where no number is asked for.
+
+    On a GPU a chunk is copied out of the queue before cuBLAS reads it, twice; keys that are all one chunk are read in
+    place (tests/test_plan_gpu.py). So there it is as many as let their scores fill SCORE_BYTES; but int8 codes are
+    widened and chosen keys gathered, both a copy, which a chunk keeps small.
+
+    >>> [keys_at_a_time(platform, 40, 566_747, jnp.bfloat16) for platform in ("cpu", "tpu", "gpu")]
+    [1024, 32768, 566747]
+    """
+    if platform != "gpu" or dtype == jnp.int8 or not all_of_them:
+        return min(1024 if platform == "cpu" else 32768, read)
+    number = 4 * queries * (1 if dtype == jnp.float32 else 2)  # bytes a key: see _products
+    most = max(32768, SCORE_BYTES // number)
+    return -(-read // -(-read // most))  # chunks of one length: none is read again at the end
 
 
 class Pass(NamedTuple):

@@ -218,7 +218,7 @@ class Queue:
           weights: [b], of each query's loss; 0 leaves it out.
           among: [m], rows that are the negatives in place of all; `index`, for in-batch negatives. None: all rows.
           mesh: the one over which the queue was placed.
-          chunk: keys read at a time; 0: 1024 on CPU, 32768 elsewhere.
+          chunk: keys read at a time; 0: by device, as `queue_nce`.
 
         Returns:
           Sums over the batch: `found.loss / found.weight` is the mean loss in nats.
