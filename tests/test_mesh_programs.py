@@ -104,6 +104,16 @@ def test_fully_sharded_parameters_are_gathered_and_not_activations(towers):
     assert moved(step.as_text(), 8).total() < 4.5 * trained + 4 * embedded
 
 
+def test_llama_adapters_prompts_pass_through_maps_that_their_block_has_gathered(towers):
+    """On (1, 8, 1): the key and value maps are gathered layer by layer in both passes, and never as a stack."""
+    _, step = mesh_cases.compiled(
+        (1, 8, 1), "adapter", towers["clip"], towers["llama"], "llama_adapter", "eim", batch=64
+    )
+    gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", step.as_text())
+    assert gathered.count("64,32") == 4  # k and v, of 64 numbers in 2 heads of 16, forward and backward
+    assert not [dims for dims in gathered if re.fullmatch(r"\d+,64,32", dims)]
+
+
 def test_tensor_parallel_blocks_move_four_activations_a_layer(towers):
     """Megatron's count on (1, 1, 2): after attention and MLP, forward and backward; queries stay with their heads."""
     arguments, step = compiled(towers, "lm", (1, 1, 2), 64)

@@ -126,7 +126,11 @@ class Adapter:
         return z, None
 
     def attention_beside(
-        self, leaf: LayerLeaves, row: Steering, attend: Callable[[Array, Array], Array]
+        self,
+        leaf: LayerLeaves,
+        row: Steering,
+        attend: Callable[[Array, Array], Array],
+        project: Callable[[Array], tuple[Array, Array]],
     ) -> Float[Array, "b t kv g e"] | None:
         """Returns what is added to the heads' output (kv groups of g heads), or None; decoder LMs only.
 
@@ -134,6 +138,7 @@ class Adapter:
           leaf: the layer's part of the leaves.
           row: the layer's part of the steering.
           attend: (keys, values) [b s kv e] -> the layer's queries' own softmax attention over them.
+          project: x [b s d] -> the layer's keys, not turned, and values of it.
         """
         return None
 

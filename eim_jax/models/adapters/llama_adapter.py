@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 class ZeroInit(Adapter):
     """LLaMA-Adapter's prompts with zero-initialised gates, on the topmost `layers` layers.
 
-    `squashed`: the gates pass through tanh; always in training.
+    Attributes:
+      prompts: of each layer.
+      layers: how many of the topmost layers have them.
+      squashed: the gates pass through tanh; always in training.
+      projected: the prompts' keys and values of all layers are made before the blocks run, once for all tokens that are
+        generated. In training each block makes its own, where its maps are read anyhow.
     """
 
     title: ClassVar[str] = "LLaMA-Adapter's prompts"
@@ -29,6 +35,7 @@ class ZeroInit(Adapter):
     prompts: int = 10
     layers: int = 30
     squashed: bool = True
+    projected: bool = False
 
     @classmethod
     def from_arm(cls, arm: "Arm") -> "ZeroInit":
@@ -42,7 +49,7 @@ class ZeroInit(Adapter):
 
     def in_generation(self, settings: "Decode") -> "ZeroInit":
         """Returns the prompts with gates as in training, or without tanh as in LLaMA-Adapter's v1 inference."""
-        return replace(self, squashed=not settings.raw_gates)
+        return replace(self, squashed=not settings.raw_gates, projected=True)
 
     def depth(self, layers: int) -> int:
         """Returns how many of the topmost layers have prompts."""
@@ -54,10 +61,10 @@ class ZeroInit(Adapter):
 
     def steer(
         self, lm: Any, visual: Float[Array, "b m d"] | None, has_image: Bool[Array, "b"] | None
-    ) -> tuple[Float[Array, "l #b K kv e"], Float[Array, "l #b K kv e"]]:
-        """Returns the prompts' keys and values in each of the topmost layers.
+    ) -> Float[Array, "l #b K d"] | tuple[Float[Array, "l #b K kv e"], Float[Array, "l #b K kv e"]]:
+        """Returns each of the topmost layers' prompts, to which the visual tokens are added.
 
-        The visual tokens are added to every layer's prompts, which then pass through the frozen key and value maps.
+        Where `projected`: their keys and values, as the frozen maps of each layer make them.
 
         Raises:
           ValueError: the number of visual tokens is not that of the prompts.
@@ -69,13 +76,18 @@ class ZeroInit(Adapter):
             if has_image is not None:
                 visual = jnp.where(has_image[:, None, None], visual, 0)
             prompts = prompts + visual.astype(lm.config.dtype)[None]
-        return lm.keys_values(prompts)
+        return lm.keys_values(prompts) if self.projected else prompts
 
     def attention_beside(
-        self, leaf: Float[Array, "h"], row: tuple[Array, Array], attend: Callable[[Array, Array], Array]
+        self,
+        leaf: Float[Array, "h"],
+        row: Array | tuple[Array, Array],
+        attend: Callable[[Array, Array], Array],
+        project: Callable[[Array], tuple[Array, Array]],
     ) -> Float[Array, "b t kv g e"]:
         """Returns tanh(gate), or the gate where it is not `squashed`, times a softmax of its own over the prompts."""
-        mixed = attend(*row)
+        keys, values = project(row) if isinstance(row, jax.Array) else row
+        mixed = attend(keys, values)
         gate = leaf.astype(jnp.float32)
         gate = (jnp.tanh(gate) if self.squashed else gate).astype(mixed.dtype)
         return gate.reshape(1, 1, mixed.shape[2], -1, 1) * mixed

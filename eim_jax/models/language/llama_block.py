@@ -161,7 +161,7 @@ class LlamaAttention(nn.Module):
     def __call__(self, x, turn, mask, start, beside, kv, packed=None):
         """Attends from x [b t d] to x, or (kv given) to cache slots after writing x at slot `start`.
 
-        `beside` is an adapter's `attention_beside` without its first two arguments, or None. Where samples share rows
+        `beside` is an adapter's `attention_beside` without its leaf and row, or None. Where samples share rows
         (`packed`), it is asked of each in a row of its own.
         """
         c, (b, t, _) = self.config, x.shape
@@ -188,7 +188,7 @@ class LlamaAttention(nn.Module):
                 seen = _attend(rows, keys.astype(k.dtype), values.astype(v.dtype), None, c.attention_cap)
                 return seen if packed is None else packed.pack(seen)
 
-            more = beside(attend)
+            more = beside(attend, self.keys_values)
             mixed = mixed if more is None else mixed + more
         return self.out(mixed.reshape(b, t, c.heads * c.head_width)), kv
 
