@@ -98,10 +98,10 @@ def visual_tokens(vlm: VLM) -> int:
 
 
 def text_slots(vlm: VLM, stage: Stage, size: Size) -> int:
-    """Slots left for the text: loss_base's rows hold both markers, one of them hidden (vlm.lm_input)."""
+    """Slots left for the text: behind BOS loss_base's rows hold an image behind its marker, or that of no image."""
     if "base" not in stage.losses:
         return size.length - 1
-    return size.length - 1 - len(WITH_IMAGE) - len(WITHOUT_IMAGE) - visual_tokens(vlm)
+    return size.length - 1 - max(len(WITH_IMAGE) + visual_tokens(vlm), len(WITHOUT_IMAGE))
 
 
 def flops(case: Case, length: int) -> dict[str, float]:

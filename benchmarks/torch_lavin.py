@@ -144,7 +144,7 @@ def lavin_step(case, stage: str, device: torch.device, dtype: torch.dtype, compi
     if batch.tokens is not None:
         tokens = torch.from_numpy(rng.integers(0, c.vocab, batch.tokens.shape)).to(device)
         if batch.supervised is not None:
-            marks = 1 + len(case.vlm.with_image) + len(case.vlm.without_image)
+            marks = 1 + len(case.vlm.with_image)
             inputs.append(torch.ones(rows, marks, dtype=torch.long, device=device))
         inputs.append(tokens)
     if batch.supervised is not None:

@@ -56,9 +56,11 @@ def visible(read, row):
     return np.asarray(read.embeds[row])[keep], np.asarray(read.positions[row])[keep]
 
 
-def test_lavin_reads_bos_image_and_visual_tokens_or_na_from_position_one():
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_lavin_reads_bos_image_and_visual_tokens_or_na_from_position_one(count):
+    """In as many slots as the longer of the two needs: "Image: N/A" with 1 visual token, both alike with 2."""
     vlm, params, tokens, valid, images, has_image = build("lavin")
-    visual = look(vlm, params, images)
+    visual = look(vlm, params, images)[:, :count]
     read = vlm.lm_input(params, tokens, valid, visual=visual, has_image=has_image)
     table = np.asarray(params["lm"]["token_embedding"]["embedding"])
     for row in range(3):
@@ -70,6 +72,34 @@ def test_lavin_reads_bos_image_and_visual_tokens_or_na_from_position_one():
         found, positions = visible(read, row)
         np.testing.assert_array_equal(found, expected)
         assert positions.tolist() == list(range(1, len(expected) + 1))  # 0 is the modality row's
+    before = 1 + max(len(WITH) + count, len(WITHOUT))
+    assert read.embeds.shape[1] == before + tokens.shape[1]
+    # Experiments read the visual tokens there.
+    np.testing.assert_array_equal(read.embeds[0, before - count : before], visual[0])
+    alone = vlm.lm_input(params, tokens[:1], valid[:1], visual=visual[:1])
+    np.testing.assert_array_equal(visible(alone, 0)[0], visible(read, 0)[0])
+    assert alone.embeds.shape[1] == 1 + len(WITH) + count + tokens.shape[1]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_a_row_gives_does_not_depend_on_slots_that_other_rows_need(count):
+    vlm, params, tokens, valid, images, has_image = build("lavin")
+    visual = look(vlm, params, images)[:, :count]
+    together = vlm.token_logits(params, visual, tokens, valid, has_image=has_image)
+    for row in range(3):
+        read = vlm.lm_input(params, tokens, valid, visual=visual, has_image=has_image)
+        keep = np.flatnonzero(np.asarray(read.valid[row]))[None]
+        steer = jax.tree.map(lambda part, row=row: part[:, row : row + 1], read.steer)
+        hidden, _ = vlm.lm.apply(
+            {"params": params["lm"]},
+            read.embeds[row, keep],
+            positions=read.positions[row, keep],
+            steer=steer,
+            method="hidden",
+        )
+        own = int(valid[row].sum())
+        expected = vlm.logits(params, hidden[:, -own - 1 : -1])[0]
+        assert_close(together[row, :own], expected, size=size_of(expected))
 
 
 def test_llama_adapter_reads_text_alone_from_position_zero():

@@ -221,29 +221,23 @@ class VLM:
           ValueError: there is nothing to read: no BOS, no text, and no image whose tokens the LM reads.
         """
         b, adapter = tokens.shape[0], self.lm.config.adapter
-        texts, flags = [], []  # token ids before the text, [b k] each
-
-        def say(ids, shown):
-            if not ids:
-                return
-            texts.append(jnp.broadcast_to(jnp.asarray(ids, jnp.int32)[None], (b, len(ids))))
-            flags.append(jnp.broadcast_to(shown[:, None], (b, len(ids))))
-
-        everyone = jnp.ones(b, bool)
         pictured = jnp.broadcast_to(jnp.asarray(visual is not None), (b,)) if has_image is None else has_image
+        inserted = visual if adapter is None or adapter.visual_tokens else None
+        ids, known, over = jnp.zeros((b, 0), jnp.int32), jnp.zeros((b, 0), bool), 0
+        if inserted is not None:
+            without = () if has_image is None else self.without_image
+            ids, known, over = _markers(self.with_image, without, inserted.shape[1], pictured)
         if self.bos is not None:
-            say((self.bos,), everyone)
-        inserted = visual is not None and (adapter is None or adapter.visual_tokens)
-        if inserted and adapter is not None:
-            say(self.with_image, pictured)
-            say(self.without_image, ~pictured)
-        before = sum(part.shape[1] for part in texts)
-        embeds = self.embed(params, jnp.concatenate([*texts, tokens], axis=1))
-        valid = jnp.concatenate([*flags, valid], axis=1)
-        if inserted and visual is not None:
-            shown = jnp.broadcast_to(pictured[:, None], visual.shape[:2])
-            embeds = jnp.concatenate([embeds[:, :before], visual.astype(embeds.dtype), embeds[:, before:]], axis=1)
-            valid = jnp.concatenate([valid[:, :before], shown, valid[:, before:]], axis=1)
+            ids = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=self.bos)
+            known = jnp.pad(known, ((0, 0), (1, 0)), constant_values=True)
+        embeds = self.embed(params, jnp.concatenate([ids, tokens], axis=1))
+        if inserted is not None:
+            words, texts = embeds[:, : ids.shape[1]], embeds[:, ids.shape[1] :]
+            first, apart = ids.shape[1] - over, inserted.shape[1] - over
+            inserted = inserted.astype(embeds.dtype)
+            shared = jnp.where(pictured[:, None, None], inserted[:, apart:], words[:, first:])
+            embeds = jnp.concatenate([words[:, :first], inserted[:, :apart], shared, texts], axis=1)
+        valid = jnp.concatenate([known, valid], axis=1)
         if not embeds.shape[1]:
             raise ValueError(
                 "the language model has nothing to read: its texts start without BOS, no prompt is given, and the "
@@ -378,6 +372,27 @@ class VLM:
         """Returns the text tower's features of captions, in its own tokenizer's ids: rows of K_t."""
         assert self.text is not None, "an arm whose loss reads captions is checked to have a text tower"
         return _apply(self.text, {"params": params["text"]}, tokens, method="encode")
+
+
+def _markers(
+    with_image: tuple[int, ...], without_image: tuple[int, ...], visual: int, pictured: Bool[Array, "b"]
+) -> tuple[Int[Array, "b i"], Bool[Array, "b s"], int]:
+    """Lays out the slots between BOS and the text, which end with the visual tokens or with the marker of no image.
+
+    Both end in the last slot, so that a row without image has its marker where others have visual tokens.
+
+    Returns:
+      ids of the i slots that hold a word in some row, which of all s slots a row reads, and how many slots are in some
+      rows a word and in others a visual token: the last of both.
+    """
+    slots = max(len(with_image) + visual, len(without_image))
+    over = min(visual, len(without_image))
+    image = (0,) * (slots - visual - len(with_image)) + with_image + (0,) * over
+    text = (0,) * (slots - visual + over - len(without_image)) + without_image
+    ids = jnp.where(pictured[:, None], jnp.asarray(image, jnp.int32)[None], jnp.asarray(text, jnp.int32)[None])
+    place = jnp.arange(slots)[None]
+    read = place >= jnp.where(pictured, slots - visual - len(with_image), slots - len(without_image))[:, None]
+    return ids, read, over
 
 
 def _apply(module: nn.Module | Tuned, *arguments: Any, **options: Any) -> Any:

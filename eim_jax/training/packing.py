@@ -92,7 +92,7 @@ def before(vlm: VLM, params: Mapping[str, Any], pictured: np.ndarray, reading: s
     alone = tokens_before(vlm, params, with_image=False)
     if reading == "text":
         return np.full(len(pictured), alone)
-    every = tokens_before(vlm, params, with_image=True)  # both markers and the visual tokens
+    every = tokens_before(vlm, params, with_image=True)
     if every == alone:  # the adapter takes the image elsewhere
         return np.full(len(pictured), alone)
-    return np.where(pictured, every - len(vlm.without_image), alone + len(vlm.without_image))
+    return np.where(pictured, every, alone + len(vlm.without_image))
