@@ -18,7 +18,7 @@ from pairs import machine
 from eim_jax.generation.continuous import continue_all
 from eim_jax.generation.sampler import DecodeConfig, continue_text
 from eim_jax.models.language.gpt2 import GPT2, GPT2Config
-from eim_jax.models.vlm import LMInput
+from eim_jax.models.lm_input import LMInput
 
 PREFIX, VOCAB, GROUPS = 10, 32, (8, 4, 2)
 

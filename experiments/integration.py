@@ -14,7 +14,8 @@ from scipy import linalg
 from eim_jax.models.batch import Batch
 from eim_jax.models.language.llama_block import LlamaBlock
 from eim_jax.models.layers import Block
-from eim_jax.models.vlm import VLM, LMInput
+from eim_jax.models.lm_input import LMInput
+from eim_jax.models.vlm import VLM
 
 
 def integration_rate(vlm: VLM, params: dict, batch: Batch) -> float | None:

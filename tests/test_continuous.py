@@ -9,7 +9,7 @@ from test_decode import EOS, VOCAB, logit_size, tiny, visual
 
 from eim_jax.generation import continuous
 from eim_jax.generation.sampler import DecodeConfig, continue_text
-from eim_jax.models.vlm import LMInput
+from eim_jax.models.lm_input import LMInput
 from eim_jax.parallel.sharding import make_mesh
 
 ROWS, LONGEST = 23, 9

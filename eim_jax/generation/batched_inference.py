@@ -20,7 +20,8 @@ from eim_jax.data.rows import end_id, limit
 from eim_jax.generation.continuous import continue_all
 from eim_jax.generation.sampler import DecodeConfig, Decoded, continue_text, texts
 from eim_jax.generation.visual_tokens import VisualTokens, progress_or_quiet, rounded, tree_of
-from eim_jax.models.vlm import VLM, LMInput
+from eim_jax.models.lm_input import LMInput
+from eim_jax.models.vlm import VLM
 from eim_jax.parallel.processes import fetch, place_rows
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eim_jax.models.adapters.adapter import Steering
 from eim_jax.models.kv_cache import Cache, init_cache
-from eim_jax.models.vlm import LMInput
+from eim_jax.models.lm_input import LMInput
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from eim_jax.generation.decode_state import (
 )
 from eim_jax.models.adapters.adapter import Steering
 from eim_jax.models.kv_cache import init_cache
-from eim_jax.models.vlm import LMInput
+from eim_jax.models.lm_input import LMInput
 
 
 class RowSettings(NamedTuple):

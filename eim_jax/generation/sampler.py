@@ -21,8 +21,8 @@ from eim_jax.generation.decode_state import (
     prefill,
     stops,
 )
+from eim_jax.models.lm_input import LMInput
 from eim_jax.models.lora import Tuned
-from eim_jax.models.vlm import LMInput
 
 
 def generate(

@@ -9,7 +9,8 @@ from eim_jax.config import Config, ConfigError, Losses
 from eim_jax.losses.key_sources import LM_TEXTS
 from eim_jax.losses.kinds import ContrastiveLoss, Forward, QueueKind
 from eim_jax.losses.online_softmax import Positives
-from eim_jax.models.vlm import VLM, last_token
+from eim_jax.models.pooling import last_token
+from eim_jax.models.vlm import VLM
 
 
 def original_last_token(vlm: VLM, params: dict, texts: Any) -> Float[Array, "b d"]:

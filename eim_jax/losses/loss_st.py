@@ -7,7 +7,8 @@ from jaxtyping import Array, Bool, Float
 
 from eim_jax.losses.key_sources import LM_TEXTS
 from eim_jax.losses.kinds import ContrastiveLoss, QueueKind
-from eim_jax.models.vlm import VLM, mean_tokens
+from eim_jax.models.pooling import mean_tokens
+from eim_jax.models.vlm import VLM
 
 
 def without_eos(valid: Bool[Array, "b t"]) -> Bool[Array, "b t"]:

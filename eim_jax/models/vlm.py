@@ -15,37 +15,21 @@ What the LM reads (`lm_input`) depends on its family, which says whether texts s
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from eim_jax.config import Decode
-from eim_jax.models.adapters.adapter import Steering
 from eim_jax.models.layers import Block
+from eim_jax.models.lm_input import LMInput, before_texts
 from eim_jax.models.lora import Tuned, dropout_of, plain
 from eim_jax.models.packing import Packing
 from eim_jax.models.quant import quantised_shapes
 from eim_jax.parallel.sharding import by_row, whole_over_fsdp
 from eim_jax.utils.images import normalise
-
-
-class LMInput(NamedTuple):
-    """Everything a language model reads for a batch of rows; slots that are not `valid` are never seen."""
-
-    embeds: Float[Array, "b s d"]
-    valid: Bool[Array, "b s"]
-    positions: Int[Array, "b s"]
-    steer: Steering | None = None  # what the adapter changes inside the LM
-    newest: Int[Array, "b"] | None = None  # the position after which a generated token stands; None: the last one's
-
-    @property
-    def last_position(self) -> Int[Array, "b"]:
-        """The position after which a row's first generated token stands."""
-        return self.positions[:, -1] if self.newest is None else self.newest
 
 
 @dataclass(frozen=True)
@@ -223,21 +207,15 @@ class VLM:
         b, adapter = tokens.shape[0], self.lm.config.adapter
         pictured = jnp.broadcast_to(jnp.asarray(visual is not None), (b,)) if has_image is None else has_image
         inserted = visual if adapter is None or adapter.visual_tokens else None
-        ids, known, over = jnp.zeros((b, 0), jnp.int32), jnp.zeros((b, 0), bool), 0
-        if inserted is not None:
+        if inserted is None:
+            before = before_texts(self.bos, (), (), 0, pictured)
+        else:
             without = () if has_image is None else self.without_image
-            ids, known, over = _markers(self.with_image, without, inserted.shape[1], pictured)
-        if self.bos is not None:
-            ids = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=self.bos)
-            known = jnp.pad(known, ((0, 0), (1, 0)), constant_values=True)
-        embeds = self.embed(params, jnp.concatenate([ids, tokens], axis=1))
+            before = before_texts(self.bos, self.with_image, without, inserted.shape[1], pictured)
+        embeds = self.embed(params, jnp.concatenate([before.ids, tokens], axis=1))
         if inserted is not None:
-            words, texts = embeds[:, : ids.shape[1]], embeds[:, ids.shape[1] :]
-            first, apart = ids.shape[1] - over, inserted.shape[1] - over
-            inserted = inserted.astype(embeds.dtype)
-            shared = jnp.where(pictured[:, None, None], inserted[:, apart:], words[:, first:])
-            embeds = jnp.concatenate([words[:, :first], inserted[:, :apart], shared, texts], axis=1)
-        valid = jnp.concatenate([known, valid], axis=1)
+            embeds = before.embeds(embeds, inserted, pictured)
+        valid = jnp.concatenate([before.valid, valid], axis=1)
         if not embeds.shape[1]:
             raise ValueError(
                 "the language model has nothing to read: its texts start without BOS, no prompt is given, and the "
@@ -374,40 +352,6 @@ class VLM:
         return _apply(self.text, {"params": params["text"]}, tokens, method="encode")
 
 
-def _markers(
-    with_image: tuple[int, ...], without_image: tuple[int, ...], visual: int, pictured: Bool[Array, "b"]
-) -> tuple[Int[Array, "b i"], Bool[Array, "b s"], int]:
-    """Lays out the slots between BOS and the text, which end with the visual tokens or with the marker of no image.
-
-    Both end in the last slot, so that a row without image has its marker where others have visual tokens.
-
-    Returns:
-      ids of the i slots that hold a word in some row, which of all s slots a row reads, and how many slots are in some
-      rows a word and in others a visual token: the last of both.
-    """
-    slots = max(len(with_image) + visual, len(without_image))
-    over = min(visual, len(without_image))
-    image = (0,) * (slots - visual - len(with_image)) + with_image + (0,) * over
-    text = (0,) * (slots - visual + over - len(without_image)) + without_image
-    ids = jnp.where(pictured[:, None], jnp.asarray(image, jnp.int32)[None], jnp.asarray(text, jnp.int32)[None])
-    place = jnp.arange(slots)[None]
-    read = place >= jnp.where(pictured, slots - visual - len(with_image), slots - len(without_image))[:, None]
-    return ids, read, over
-
-
 def _apply(module: nn.Module | Tuned, *arguments: Any, **options: Any) -> Any:
     """What a module's method returns, without collections that it may have changed: there are none."""
     return module.apply(*arguments, **options)
-
-
-def mean_tokens(values: Float[Array, "b t d"], mask: Bool[Array, "b t"]) -> Float[Array, "b d"]:
-    """Returns the mean over the marked tokens, in float32."""
-    mask = mask[..., None].astype(jnp.float32)
-    return (values.astype(jnp.float32) * mask).sum(1) / jnp.maximum(mask.sum(1), 1.0)
-
-
-def last_token(values: Float[Array, "b t d"], valid: Bool[Array, "b t"]) -> Float[Array, "b d"]:
-    """Returns the vector at each row's last valid token (the appended EOS)."""
-    t = values.shape[1]
-    last = jnp.max(jnp.where(valid, jnp.arange(t)[None], 0), axis=1)
-    return jax.vmap(lambda row, i: row[i])(values, last)

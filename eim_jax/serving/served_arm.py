@@ -19,7 +19,8 @@ from eim_jax.generation.decode_state import Decoded, stops
 from eim_jax.generation.open_batch import OpenBatch
 from eim_jax.generation.sampler import continue_text
 from eim_jax.generation.visual_tokens import connect_images, rounded, tree_of
-from eim_jax.models.vlm import VLM, LMInput
+from eim_jax.models.lm_input import LMInput
+from eim_jax.models.vlm import VLM
 from eim_jax.parallel.processes import fetch, place_rows
 from eim_jax.serving.conversation import captions
 from eim_jax.serving.errors import RequestError
