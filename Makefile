@@ -35,29 +35,31 @@ demo: .venv/run$(EXTRAS)
 # the fusion emitters, whose code takes longer to compile, and each program is compiled as one piece: both cores have
 # a worker. `make isa` and `make parity` keep the emitters. Eight devices share two cores: where these are lent to others
 # for a while, one device lags behind, and XLA ends the process after 40 seconds unless it is told to wait longer.
+# Flags that the installed XLA does not know (newer ones have only the fusion emitters) are left out: KNOWN.
 BRIEF := --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true \
 	--xla_cpu_collective_call_terminate_timeout_seconds=300
 QUICK := $(BRIEF) --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
+KNOWN := $(BIN)/python scripts/xla_flags.py
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=tests/,parity harness)
 
 test: .venv/test$(EXTRAS)
-	XLA_FLAGS="$(QUICK)" $(TESTS) -m "not topology and not exhaustive"
+	XLA_FLAGS="$$($(KNOWN) $(QUICK))" $(TESTS) -m "not topology and not exhaustive"
 
 # More cases of what `make test` claims as well: every mesh of every stage, and the like.
 CASES ?= exhaustive
 FILES ?=
 exhaustive: .venv/test$(EXTRAS)
-	XLA_FLAGS="$(QUICK)" $(TESTS) -m "$(CASES)" $(FILES)
+	XLA_FLAGS="$$($(KNOWN) $(QUICK))" $(TESTS) -m "$(CASES)" $(FILES)
 
 # What is compared in numbers, as processors with other vector instructions compute it (tests/close.py).
 ISA ?= AVX2
 NUMERIC := $(addprefix tests/test_,$(addsuffix .py,decode xent dense connector))
 isa: .venv/test$(EXTRAS)
-	XLA_FLAGS="$(BRIEF) --xla_cpu_max_isa=$(ISA)" $(BIN)/python -m pytest -n 2 --dist loadfile $(NUMERIC)
+	XLA_FLAGS="$$($(KNOWN) $(BRIEF) --xla_cpu_max_isa=$(ISA))" $(BIN)/python -m pytest -n 2 --dist loadfile $(NUMERIC)
 
 # The live comparison with PyTorch and transformers, full-size towers included.
 parity: .venv/parity$(EXTRAS)
-	XLA_FLAGS="$(BRIEF)" $(BIN)/python -m pytest -n 2 --dist loadfile tests/parity
+	XLA_FLAGS="$$($(KNOWN) $(BRIEF))" $(BIN)/python -m pytest -n 2 --dist loadfile tests/parity
 
 # Full-size stages compiled for TPUs that are not here: one config a recipe; FITS=topology takes all.
 FITS ?= topology and not slow
@@ -67,11 +69,11 @@ topology: .venv/test$(EXTRAS)
 
 # The page of `--mode=serve` in a real browser, where there is one or apt-get may install one; else it says so.
 browser: .venv/test$(EXTRAS)
-	XLA_FLAGS="$(QUICK)" scripts/browser.sh
+	XLA_FLAGS="$$($(KNOWN) $(QUICK))" scripts/browser.sh
 
 # lmms-eval, as published, scores a run by its own command line; it is installed beside, in .venv/lmms_eval.
 harness: .venv/parity$(EXTRAS)
-	XLA_FLAGS="$(QUICK)" scripts/harness.sh
+	XLA_FLAGS="$$($(KNOWN) $(QUICK))" scripts/harness.sh
 
 lint: .venv/test$(EXTRAS)
 	$(BIN)/ruff check .

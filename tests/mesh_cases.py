@@ -22,7 +22,6 @@ from eim_jax.training import arm_model
 QUICK = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
 }
 SMALL = {  # changes to the miniature towers' config.json; 3 CLIP heads and 745 GPT-2 words divide over no mesh
     "clip": {
