@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 from absl import flags
 
 from eim_jax import __version__, main
+from eim_jax import config as settings
 from eim_jax.commands import command_line
 from eim_jax.commands import help as texts
-from eim_jax.config import Config, flatten, listing
+from eim_jax.config import Config, LossWeights, flatten, listing
+from eim_jax.losses.table import LOSSES
 from eim_jax.training import kinds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,3 +123,52 @@ def test_configs_inherit_over_at_most_two_levels():
 def test_the_package_s_configs_are_those_of_the_checkout():
     module = importlib.import_module("eim_jax.configs.photos")
     assert Path(module.__file__).samefile(ROOT / "configs" / "photos.py")
+
+
+@pytest.fixture
+def own(tmp_path):
+    """(a config file with a loss of its own, the workdir of a run that was trained with it at another rate)."""
+    file, workdir = tmp_path / "own.py", tmp_path / "run"
+    file.write_text(
+        "import dataclasses\n"
+        "from eim_jax.configs import miniature\n"
+        "from eim_jax.losses.table import LOSSES\n"
+        "LOSSES['mine'] = dataclasses.replace(LOSSES['ie'], name='mine')\n"
+        "def get_config():\n"
+        "    config = miniature.get_config()\n"
+        "    config.stages.ie.losses.mine = 0.5\n"
+        "    return config\n"
+    )
+    config = settings.from_config_dict(importlib.import_module("eim_jax.configs.miniature").get_config())
+    config.stages["ie"] = dataclasses.replace(config.stages["ie"], lr=0.125, losses=LossWeights({"mine": 0.5}))
+    workdir.mkdir()
+    (workdir / "run.json").write_text(json.dumps({"config": settings.as_dict(config)}))
+    yield file, workdir
+    LOSSES.pop("mine", None)
+
+
+@pytest.mark.parametrize("form", ["--config={}", "-config={}", "--config {}"])
+def test_a_command_on_a_run_takes_its_config_and_from_a_file_what_it_enters(own, form):
+    file, workdir = own
+    words = ["eim_jax", "--mode=caption", *form.format(file).split(), f"--workdir={workdir}", "photo.jpg"]
+    left, values = command_line._config_of_run(words)
+    assert left == ["eim_jax", "--mode=caption", f"--workdir={workdir}", "photo.jpg"]
+    assert values is not None and values.stages.ie.lr == 0.125 and values.stages.ie.losses.mine == 0.5
+    kinds.check(settings.from_config_dict(values))
+
+
+@pytest.mark.parametrize("change", [("--mode=caption", "--mode=train"), ("own.py", "none.py"), ("/run", "/none")])
+def test_training_a_missing_file_and_a_new_workdir_leave_the_words_as_they_are(own, change):
+    file, workdir = own
+    words = [
+        word.replace(*change) for word in ("eim_jax", "--mode=caption", f"--config={file}", f"--workdir={workdir}")
+    ]
+    assert command_line._config_of_run(words) == (words, None)
+
+
+def test_a_misspelt_field_of_a_run_is_named_with_the_nearest(own):
+    file, workdir = own
+    command = [sys.executable, "-m", "eim_jax.main", "--mode=caption", f"--config={file}", f"--workdir={workdir}"]
+    done = subprocess.run([*command, "--config.decode.max_tokns=3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "did you mean config.decode.max_tokens?" in done.stderr
+    assert "Traceback" not in done.stderr

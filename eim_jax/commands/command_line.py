@@ -5,7 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
@@ -15,19 +17,54 @@ from eim_jax.commands.help import fields, general, presets
 from eim_jax.utils.files import Damaged, user_path
 from eim_jax.utils.this_machine import versions
 
+OF_A_RUN = ("caption", "chat", "eval", "export", "inspect", "serve")  # modes that may be given a finished run alone
 
-def _define_config(argv: list[str]) -> None:
-    """--config is a file; without it, the config of the workdir's run, whose fields can be overridden all the same."""
+
+def _config_of_run(argv: list[str]) -> tuple[list[str], ml_collections.ConfigDict | None]:
+    """The config that the workdir's run was trained with, where the command is about it or names no file.
+
+    A file that is given with a run is executed all the same: what it enters into the tables of kinds (a loss, an
+    adapter, ...) the workdir knows by name alone.
+
+    Returns:
+      The words without such a file, and the run's config, or None.
+    """
     from eim_jax.losses import table  # noqa: F401 a config names a weight for each loss of this table
+    from eim_jax.training import kinds
 
-    workdir = given(argv, "workdir")
-    saved = settings.read_saved(user_path(workdir)) if workdir and given(argv, "config") is None else None
-    if saved is not None:
-        from eim_jax.training import kinds
+    workdir, file = given(argv, "workdir"), given(argv, "config")
+    folder = user_path(workdir) if workdir else None
+    of_run = file is not None and folder is not None and _is_command(argv, folder)
+    if of_run and isinstance(_executed(argv[0], file), ml_collections.ConfigDict):  # else it tells its error below
+        argv, file = _without(argv, "config"), None
+    saved = settings.read_saved(folder) if folder is not None and file is None else None
+    return argv, None if saved is None else kinds.to_config_dict(saved)
 
-        config_flags.DEFINE_config_dict("config", kinds.to_config_dict(saved))
-    else:
-        config_flags.DEFINE_config_file("config", None, "A preset or a file; any field: --config.data.max_tokens=30.")
+
+def _is_command(argv: list[str], workdir: Path) -> bool:
+    """Whether it is about what a run has made, and nothing from elsewhere."""
+    return given(argv, "mode") in OF_A_RUN and given(argv, "init") is None and (workdir / "run.json").exists()
+
+
+def _without(argv: list[str], flag: str) -> list[str]:
+    """The words without a flag and its value, in the forms that `given` reads."""
+    kept, words = [], iter(argv)
+    for word in words:
+        name, sign, _ = word.partition("=")
+        if name not in (f"--{flag}", f"-{flag}"):
+            kept.append(word)
+        elif not sign:
+            next(words, None)
+    return kept
+
+
+def _executed(program: str, file: str | None) -> Any:
+    """The config of a file as it stands, without what the command line changes."""
+    alone = flags.FlagValues()
+    command = [program, f"--config={file}"]
+    holder = config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=command)
+    alone(command)
+    return holder.value
 
 
 def given(argv: list[str], flag: str) -> str | None:
@@ -103,23 +140,25 @@ def parse(argv: list[str], own: Sequence[flags.Flag]) -> list[str]:
         sys.exit(0)
     argv = presets_as_files(argv)
     try:
-        _define_config(argv)
+        argv, values = _config_of_run(argv)
     except settings.ConfigError as error:
         sys.exit(f"error: {error}")
     except Damaged as error:
         sys.exit(f"error: {error}, given --config")
     flags.FLAGS.set_gnu_getopt(True)  # flags may stand behind the images of --mode=caption
     try:
+        if values is not None:
+            config_flags.DEFINE_config_dict("config", values, sys_argv=argv)
+        else:
+            about = "A preset or a file; any field: --config.data.max_tokens=30."
+            config_flags.DEFINE_config_file("config", None, about, sys_argv=argv)
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError, ValueError) as error:  # ValueError: the field is no name at all
         file = given(argv, "config")
-        if file is not None:
-            alone = flags.FlagValues()  # the file as it stands, without what the command line changes
-            command = [argv[0], f"--config={file}"]
-            holder = config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=command)
-            alone(command)
+        values = _executed(argv[0], file) if file is not None else values
+        if values is not None:
             for field in (a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")):
-                message = settings.explain_unknown(holder.value, field)
+                message = settings.explain_unknown(values, field)
                 if message:
                     sys.exit(f"error: {message}")
         raise error

@@ -102,7 +102,7 @@ def check(config: Config) -> None:
                 raise ConfigError(
                     f"config.stages.{where}.losses.{name}: no such loss; {hint} A loss of your own is entered in "
                     "eim_jax.losses.table.LOSSES before the run starts: where a config file does that, name it as "
-                    "--config, with the flags that the run was trained with"
+                    "--config"
                 )
     for field in ("positives", "negatives", "center"):
         for name in by_loss(getattr(config.losses, field))[1]:
