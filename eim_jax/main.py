@@ -229,7 +229,7 @@ def _command() -> str:
 
 
 def _config(workdir: Path | None, mode: str) -> settings.Config:
-    """The config asked for; for a finished workdir without --config, the one it was trained with."""
+    """The config asked for; of commands on a run, the one it was trained with (command_line.py)."""
     if _INIT.value and mode == "serve":
         raise settings.ConfigError(
             "--mode=serve serves a finished run, and takes no --init: ask a checkpoint by --mode=chat or caption, or "
