@@ -11,8 +11,8 @@ def cli() -> None:
         if error.name is None or error.name.startswith("eim_jax"):
             raise
         sys.exit(
-            f"error: the command needs {error.name}, which is not installed: pip install 'eim_jax[train]' "
-            "(without it the queue losses and the partition can be imported)"
+            f"error: the command needs {error.name}, which is not installed: pip install '.[train]' in eim_jax's "
+            "folder (without it the queue losses and the partition can be imported)"
         )
     run()
 

@@ -175,7 +175,7 @@ def _serve(config: settings.Config, workdir: Path) -> None:
         if error.name not in ("starlette", "uvicorn", "anyio"):
             raise
         raise settings.ConfigError(
-            f"--mode=serve needs {error.name}, which is not installed: pip install 'eim_jax[train,serve]'"
+            f"--mode=serve needs {error.name}, which is not installed: pip install '.[train,serve]' in eim_jax's folder"
         ) from None
     host = _HOST.value
     options = serve.options_of(host, _API_KEY.value, _MAX_WAITING.value, _MAX_BODY.value, _IGNORE_TEXT.value)

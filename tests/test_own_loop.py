@@ -77,5 +77,5 @@ cli()
     done = subprocess.run(
         [sys.executable, "-c", code.format(extra=set(extra))], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1 and "pip install 'eim_jax[train]'" in done.stderr, done.stderr
+    assert done.returncode == 1 and "pip install '.[train]'" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr

@@ -25,7 +25,7 @@ from eim_jax.utils.flops import work
 
 pytestmark = [
     pytest.mark.topology,
-    pytest.mark.skipif(not gpus.has_gpu_compiler(), reason="no CUDA plugin (pip install 'eim_jax[plan-gpu]')"),
+    pytest.mark.skipif(not gpus.has_gpu_compiler(), reason="no CUDA plugin (pip install '.[plan-gpu]')"),
 ]
 
 

@@ -29,17 +29,18 @@ def keys_at_a_time(platform: str, queries: int, read: int, dtype: DTypeLike, *, 
     """Returns how many of the `read` keys on a device a step of the pass takes, where no number is asked for.
 
     On a GPU a chunk is copied out of the queue before cuBLAS reads it, twice; keys that are all one chunk are read in
-    place (tests/test_plan_gpu.py). So there it is as many as let their scores fill SCORE_BYTES; but int8 codes are
-    widened and chosen keys gathered, both a copy, which a chunk keeps small.
+    place (tests/test_plan_gpu.py). So there it is as many as let their scores fill SCORE_BYTES. But int8 codes are
+    widened, chosen keys gathered, and a number that is no multiple of 8 filled up: copies, which a chunk keeps small.
 
-    >>> [keys_at_a_time(platform, 40, 566_747, jnp.bfloat16) for platform in ("cpu", "tpu", "gpu")]
-    [1024, 32768, 566747]
+    >>> [keys_at_a_time(platform, 40, 566_752, jnp.bfloat16) for platform in ("cpu", "tpu", "gpu")]
+    [1024, 32768, 566752]
     """
-    if platform != "gpu" or dtype == jnp.int8 or not all_of_them:
+    if platform != "gpu" or dtype == jnp.int8 or not all_of_them or read % 8:
         return min(1024 if platform == "cpu" else 32768, read)
     number = 4 * queries * (1 if dtype == jnp.float32 else 2)  # bytes a key: see _products
     most = max(32768, SCORE_BYTES // number)
-    return -(-read // -(-read // most))  # chunks of one length: none is read again at the end
+    least = -(-read // -(-read // most))  # chunks of one length: next to none is read again at the end
+    return least + -least % 8
 
 
 class Pass(NamedTuple):

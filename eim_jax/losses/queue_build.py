@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 from jaxtyping import Array, Float
 
 from eim_jax.losses.queue_steps import plan_steps
-from eim_jax.parallel.sharding import parts_of, queue_sharding
+from eim_jax.parallel.sharding import parts_of, queue_sharding, rows_of_each
 
 
 def compress(keys: Float[Array, "*rows D"], dtype: Any) -> tuple[Array, Float[Array, "*rows"] | None]:
@@ -87,7 +87,8 @@ def encode_all(encode, params, fields, count, batch, dtype, similarity, mesh, pa
       keep: the last step also encodes some of the step before).
     """
     shards, by_row = parts_of(mesh), rows_sharding(mesh)
-    plan = plan_steps(count, shards, batch, lengths, 0 if lengths is None else longest_of(fields))
+    longest = 0 if lengths is None else longest_of(fields)
+    plan = plan_steps(count, shards, batch, lengths, longest, rows_of_each(count, mesh))
     encode_rows, step = encoder(encode, count, dtype, similarity, mesh)
     zeros = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=by_row)
     keys = None

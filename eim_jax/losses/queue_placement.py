@@ -9,14 +9,14 @@ from jax.sharding import Mesh
 
 from eim_jax.losses.queue_build import rows_sharding, whole
 from eim_jax.losses.queue_files import StoredRows
-from eim_jax.parallel.sharding import parts_of
+from eim_jax.parallel.sharding import parts_of, rows_of_each
 
 _BLOCK = 65_536  # rows that are read at once
 
 
 def padded(count: int, mesh: Mesh | None) -> int:
-    """The rows of a queue of `count` samples: a multiple of the devices."""
-    return count + -count % parts_of(mesh)
+    """The rows of a queue of `count` samples on all devices, padding included."""
+    return rows_of_each(count, mesh) * parts_of(mesh)
 
 
 def place_groups(groups: Any, count: int, mesh: Mesh | None) -> jax.Array:

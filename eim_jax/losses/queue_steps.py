@@ -66,7 +66,9 @@ class Steps(NamedTuple):
         return {**own, "order": digest.hexdigest()}
 
 
-def plan_steps(count: int, shards: int, batch: int, lengths: Int[np.ndarray, "N"] | None, longest: int) -> Steps:
+def plan_steps(
+    count: int, shards: int, batch: int, lengths: Int[np.ndarray, "N"] | None, longest: int, held: int = 0
+) -> Steps:
     """Returns the steps in which `count` samples are encoded.
 
     Args:
@@ -75,8 +77,9 @@ def plan_steps(count: int, shards: int, batch: int, lengths: Int[np.ndarray, "N"
       batch: samples at a time over all devices, at their longest; of shorter ones as many more as have no more slots.
       lengths: of each sample's text; None: samples are encoded as they come, and whole.
       longest: slots of a row as the fields hold it.
+      held: rows of each device; 0: as few as hold all samples.
     """
-    held = -(-count // shards)
+    held = held or -(-count // shards)
     rows = min(max(1, batch // shards), held)
     if lengths is None or count * longest < _LEAST:
         # The last step encodes some rows of the one before again, so that all are of one shape.

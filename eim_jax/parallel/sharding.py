@@ -104,6 +104,17 @@ def parts_of(mesh: Mesh | None, axes: tuple[str, ...] = ROWS) -> int:
     return math.prod(mesh.shape[axis] for axis in axes) if mesh is not None else 1
 
 
+def rows_of_each(count: int, mesh: Mesh | None) -> int:
+    """Rows that each device holds of a queue of `count` samples; the last ones may be padding.
+
+    On GPUs a multiple of 8: of other numbers XLA makes a filled-up copy, of the whole queue and in every step, before
+    cuBLAS multiplies (tests/test_plan_gpu.py).
+    """
+    held = -(-count // parts_of(mesh))
+    platform = mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
+    return held + -held % 8 if platform == "gpu" else held
+
+
 def by_row(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Keeps an activation's rows [b ...] over ("data", "fsdp") and all else of it whole, inside a jitted function.
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from eim_jax.config import ConfigError
 
-INSTALL = "pip install 'eim_jax[plan-gpu]', in an environment of its own where no GPU is"
+INSTALL = "pip install '.[plan-gpu]' in eim_jax's folder, in an environment of its own where no GPU is"
 # Triton's matrix products are chosen by timing them on the GPU: where none is, cuBLAS's are taken.
 OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 

@@ -203,7 +203,7 @@ def batch_shapes(inputs: Inputs, vlm: VLM, stage: Stage, params: Flat) -> Batch:
 def queue_shapes(inputs: Inputs, vlm: VLM, kind: QueueKind) -> Queue:
     """The queue as shapes, its rows filled up to the devices'."""
     mesh, count, dtype = inputs.mesh, len(inputs.train), jnp.dtype(inputs.config.losses.queue_dtype)
-    rows, held = count + -count % parts_of(mesh), queue_sharding(mesh)
+    rows, held = padded(count, mesh), queue_sharding(mesh)
 
     def one_row(params, fields):
         keys, scale = compress(kind.keys(vlm, params, fields).astype(jnp.float32), dtype)
@@ -223,7 +223,7 @@ def queue_encoder(inputs: Inputs, vlm: VLM, kind: QueueKind, towers: Flat) -> tu
     """
     mesh, count, losses = inputs.mesh, len(inputs.samples), inputs.config.losses
     shards, by_row, dtype = parts_of(mesh), queue_sharding(mesh), jnp.dtype(losses.queue_dtype)
-    held = -(-count // shards)
+    held = rows_of_each(count, mesh)
     rows = min(rows_at_once(kind.source.size and kind.source.size(inputs)), held)
     encode_rows, step = encoder(functools.partial(kind.keys, vlm), count, dtype, losses.similarity, mesh)
 

@@ -64,5 +64,5 @@ def _conversion(repo: str) -> str:
             return offer.git_reference
     raise WeightsError(
         f"{repo} has no safetensors on the hub, nor a conversion by {CONVERTER}: run `hf download {repo} --local-dir "
-        "DIR` and give DIR (its pytorch_model*.bin are read by PyTorch: pip install 'eim_jax[torch]')"
+        "DIR` and give DIR (its pytorch_model*.bin are read by PyTorch: pip install '.[torch]' in eim_jax's folder)"
     )

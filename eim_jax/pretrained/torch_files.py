@@ -41,8 +41,8 @@ def read(path: pathlib.Path) -> Any:
         import torch  # here: seconds, and hundreds of MB that a run from safetensors never needs
     except ImportError as error:
         raise WeightsError(
-            f"{path} is a file of PyTorch's, which is not installed here: pip install 'eim_jax[torch]' (a CPU build "
-            "will do)"
+            f"{path} is a file of PyTorch's, which is not installed here: pip install '.[torch]' in eim_jax's folder "
+            "(a CPU build will do)"
         ) from error
     said = ""
     for on_disk in (True, False):  # files of PyTorch before 1.6 cannot stay on disk

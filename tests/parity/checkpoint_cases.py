@@ -25,7 +25,7 @@ from eim_jax.pretrained import (
 from eim_jax.training import arm_model, partition, setup
 from eim_jax.training.arm import run_arm
 
-torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
+torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install '.[parity]'")
 # What float32 leaves between two implementations, as tests/originals has it: fractions of the largest number compared.
 LOGITS, FEATURES = 3e-6, 2e-6
 

@@ -33,7 +33,7 @@ def agree(record_property):
 @pytest.fixture
 def perturbed():
     """Returns a function that moves every parameter of a model, so that no bias is 0 and no scale 1."""
-    torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
+    torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install '.[parity]'")
 
     def move(model, size: float):
         torch.manual_seed(0)

@@ -18,7 +18,7 @@ from eim_jax.training import arm_model, setup
 from eim_jax.training.arm import run_arm
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
+torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install '.[parity]'")
 
 
 @pytest.fixture

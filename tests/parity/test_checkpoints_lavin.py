@@ -34,7 +34,7 @@ from eim_jax.pretrained import (
 from eim_jax.training import arm_model, initial, partition, setup
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
+torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install '.[parity]'")
 
 
 def openai_clip(file: pathlib.Path, place: pathlib.Path) -> pathlib.Path:

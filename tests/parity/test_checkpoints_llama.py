@@ -30,7 +30,7 @@ from eim_jax.pretrained import (
 from eim_jax.training import arm_model, partition, setup
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
+torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install '.[parity]'")
 
 
 @pytest.fixture

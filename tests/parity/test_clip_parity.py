@@ -9,7 +9,7 @@ from eim_jax.models.vision.clip import CLIPText, CLIPVision
 from eim_jax.pretrained import export_clip, load_clip
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
+torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install '.[parity]'")
 transformers = pytest.importorskip("transformers")
 
 TINY = {

@@ -5,7 +5,7 @@ import pytest
 from eim_jax.models.connector import STConfig, make_st
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
+torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install '.[parity]'")
 
 
 def test_transformer_mapper_agrees_with_torchs_own_attention(agree):

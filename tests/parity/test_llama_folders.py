@@ -16,7 +16,7 @@ from eim_jax.pretrained import (
 from eim_jax.training import partition
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
+torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install '.[parity]'")
 
 
 def shards_of(held: dict, parts: int) -> list[dict]:

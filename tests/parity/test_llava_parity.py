@@ -14,7 +14,7 @@ from eim_jax.training import partition
 from eim_jax.utils.images import normalise
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
+torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install '.[parity]'")
 transformers = pytest.importorskip("transformers")
 CASES = {
     "frozen LM": ("clipcap", False, {}),

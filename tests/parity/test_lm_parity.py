@@ -10,7 +10,7 @@ from eim_jax.models.language.llama import Llama
 from eim_jax.pretrained import export_lm, load_lm
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
+torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install '.[parity]'")
 transformers = pytest.importorskip("transformers")
 
 GPT2_TINY = {"vocab_size": 97, "n_positions": 40, "n_embd": 32, "n_layer": 3, "n_head": 4}

@@ -15,8 +15,8 @@ from eim_jax.pretrained import resolve
 from eim_jax.training import arm_model, setup
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
-peft = pytest.importorskip("peft", reason="adapters of PEFT need it: pip install 'eim_jax[parity]'")
+torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install '.[parity]'")
+peft = pytest.importorskip("peft", reason="adapters of PEFT need it: pip install '.[parity]'")
 transformers = pytest.importorskip("transformers")
 
 ALL_LINEAR = ("lm/blocks.*",)

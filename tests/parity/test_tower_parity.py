@@ -11,7 +11,7 @@ from eim_jax.models.vision import VISION_TOWERS, build_text
 from eim_jax.pretrained import export_clip, load_clip
 
 pytestmark = pytest.mark.parity
-torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install 'eim_jax[parity]'")
+torch = pytest.importorskip("torch", reason="make parity needs PyTorch: pip install '.[parity]'")
 transformers = pytest.importorskip("transformers")
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}

@@ -17,7 +17,7 @@ from eim_jax.utils.files import room_in, user_path
 INSIDE = "inside://"  # before the name of a picture that was inside a table
 HUB = "hf://"
 FOLDER = "pictures_inside"  # in the cache
-_EXTRA = "pip install 'eim_jax[datasets]'"
+_EXTRA = "pip install '.[datasets]' in eim_jax's folder"
 _HUB = re.compile(
     HUB + r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?"
 )
