@@ -43,23 +43,23 @@ KNOWN := $(BIN)/python scripts/xla_flags.py
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=tests/,parity harness)
 
 test: .venv/test$(EXTRAS)
-	XLA_FLAGS="$$($(KNOWN) $(QUICK))" $(TESTS) -m "not topology and not exhaustive"
+	flags="$$($(KNOWN) $(QUICK))" && XLA_FLAGS="$$flags" $(TESTS) -m "not topology and not exhaustive"
 
 # More cases of what `make test` claims as well: every mesh of every stage, and the like.
 CASES ?= exhaustive
 FILES ?=
 exhaustive: .venv/test$(EXTRAS)
-	XLA_FLAGS="$$($(KNOWN) $(QUICK))" $(TESTS) -m "$(CASES)" $(FILES)
+	flags="$$($(KNOWN) $(QUICK))" && XLA_FLAGS="$$flags" $(TESTS) -m "$(CASES)" $(FILES)
 
 # What is compared in numbers, as processors with other vector instructions compute it (tests/close.py).
 ISA ?= AVX2
 NUMERIC := $(addprefix tests/test_,$(addsuffix .py,decode xent dense connector))
 isa: .venv/test$(EXTRAS)
-	XLA_FLAGS="$$($(KNOWN) $(BRIEF) --xla_cpu_max_isa=$(ISA))" $(BIN)/python -m pytest -n 2 --dist loadfile $(NUMERIC)
+	flags="$$($(KNOWN) $(BRIEF))" && XLA_FLAGS="$$flags --xla_cpu_max_isa=$(ISA)" $(BIN)/python -m pytest -n 2 --dist loadfile $(NUMERIC)
 
 # The live comparison with PyTorch and transformers, full-size towers included.
 parity: .venv/parity$(EXTRAS)
-	XLA_FLAGS="$$($(KNOWN) $(BRIEF))" $(BIN)/python -m pytest -n 2 --dist loadfile tests/parity
+	flags="$$($(KNOWN) $(BRIEF))" && XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist loadfile tests/parity
 
 # Full-size stages compiled for TPUs that are not here: one config a recipe; FITS=topology takes all.
 FITS ?= topology and not slow
@@ -69,11 +69,11 @@ topology: .venv/test$(EXTRAS)
 
 # The page of `--mode=serve` in a real browser, where there is one or apt-get may install one; else it says so.
 browser: .venv/test$(EXTRAS)
-	XLA_FLAGS="$$($(KNOWN) $(QUICK))" scripts/browser.sh
+	flags="$$($(KNOWN) $(QUICK))" && XLA_FLAGS="$$flags" scripts/browser.sh
 
 # lmms-eval, as published, scores a run by its own command line; it is installed beside, in .venv/lmms_eval.
 harness: .venv/parity$(EXTRAS)
-	XLA_FLAGS="$$($(KNOWN) $(QUICK))" scripts/harness.sh
+	flags="$$($(KNOWN) $(QUICK))" && XLA_FLAGS="$$flags" scripts/harness.sh
 
 lint: .venv/test$(EXTRAS)
 	$(BIN)/ruff check .

@@ -33,4 +33,7 @@ def known(flags: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print(*known(sys.argv[1:]))
+    found = known(sys.argv[1:])
+    if left_out := [flag for flag in sys.argv[1:] if flag not in found]:
+        print(f"this XLA does not know {' '.join(left_out)}: left out", file=sys.stderr)
+    print(*found)

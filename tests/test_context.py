@@ -1,5 +1,7 @@
 """Claims about the language model's context: the longest row with what stands before it, checked on shapes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,14 +49,33 @@ def test_what_stands_before_a_text_is_counted_as_the_model_lays_it_out(shapes):
 
 def test_the_longest_row_that_fits_is_taken_and_one_more_token_is_refused(shapes):
     check(shapes, CONTEXT - VISUAL - 1, base=1)
-    with pytest.raises(ConfigError, match=r"that of sample 'long', is 27 tokens, and 6 stand .* at most 26"):
+    with pytest.raises(ConfigError, match=r"that of sample 'long', is 27 tokens, and 6 slots stand .* at most 26"):
         check(shapes, CONTEXT - VISUAL, base=1)
 
 
-def test_a_row_without_a_picture_has_the_slots_that_no_picture_takes(shapes):
-    check(shapes, CONTEXT - 1, image=None, base=1)
-    with pytest.raises(ConfigError, match=r"32 tokens, and 1 stand .*max_tokens_text_only to at most 31"):
-        check(shapes, CONTEXT, image=None, base=1)
+@pytest.mark.parametrize("markers", [((), ()), ((3, 4), (3, 4, 5)), ((3,), tuple(range(3, 12)))])
+def test_a_row_without_a_picture_has_the_slots_of_one_with_it_and_what_is_let_through_runs(shapes, markers):
+    """Also where the marker of no picture is the longest: 9 ids where a picture takes 1 and 5 tokens."""
+    with_image, without_image = markers
+    plain, params = shapes
+    vlm = dataclasses.replace(plain, with_image=with_image, without_image=without_image)
+    before = 1 + max(len(with_image) + VISUAL, len(without_image))
+    check((vlm, params), CONTEXT - before, image=None, base=1)
+    with pytest.raises(
+        ConfigError, match=rf"{before} slots stand .*max_tokens_text_only to at most {CONTEXT - before}"
+    ):
+        check((vlm, params), CONTEXT - before + 1, image=None, base=1)
+
+    def hidden(params, tokens):
+        visual, alone = jnp.zeros((2, VISUAL, tiny.WIDTH)), jnp.array([True, False])
+        return vlm.lm_hidden(params, visual, tokens, jnp.ones(tokens.shape, bool), has_image=alone)
+
+    def run(length):
+        return jax.eval_shape(hidden, partition.unflatten(params), jax.ShapeDtypeStruct((2, length), jnp.int32))
+
+    assert run(CONTEXT - before).shape[1] == CONTEXT - before
+    with pytest.raises(ValueError, match="do not fit"):
+        run(CONTEXT - before + 1)
 
 
 def test_a_stage_of_texts_alone_has_the_visual_tokens_room_and_one_without_the_lm_any(shapes):

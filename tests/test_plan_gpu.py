@@ -16,7 +16,7 @@ from eim_jax.losses.contrastive import queue_nce
 from eim_jax.losses.table import queues_of
 from eim_jax.models.attention import choose_attention, flash
 from eim_jax.parallel.chips import platform_of
-from eim_jax.parallel.sharding import batch_sharding, make_mesh, queue_sharding
+from eim_jax.parallel.sharding import batch_sharding, make_mesh, queue_sharding, rows_of_each
 from eim_jax.planning import gpus, plan, targets
 from eim_jax.planning.collectives import moved
 from eim_jax.planning.shapes import abstract_inputs, queue_encoder
@@ -98,8 +98,11 @@ def test_auto_s_attention_keeps_no_scores_at_any_length(length):
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_cublas_reads_a_queue_where_it_lies_and_codes_are_widened_a_chunk_at_a_time(dtype):
     """Two products, each of the whole queue, and no copy of it; int8's are of chunks."""
-    target, rows, width = targets.target("gpu:h100x8"), 256 * 1024, 512
+    target, width = targets.target("gpu:h100x8"), 512
     mesh = make_mesh((8, 1, 1), target.devices)
+    count = 8 * 256 * 1024 - 50
+    rows = rows_of_each(count, mesh)  # filled up: else there were copies for that
+    assert rows == 256 * 1024
     held, split = queue_sharding(mesh), batch_sharding(mesh)
     query = jax.ShapeDtypeStruct((40, width), jnp.float32, sharding=split)
     keys = jax.ShapeDtypeStruct((8 * rows, width), jnp.dtype(dtype), sharding=held)
@@ -107,7 +110,7 @@ def test_cublas_reads_a_queue_where_it_lies_and_codes_are_widened_a_chunk_at_a_t
     scale = jax.ShapeDtypeStruct((8 * rows,), jnp.float32, sharding=held) if dtype == "int8" else None
 
     def gradient(query, keys, index, scale):
-        return jax.grad(lambda q: queue_nce(q, keys, index, count=8 * rows - 3, scale=scale, mesh=mesh).loss)(query)
+        return jax.grad(lambda q: queue_nce(q, keys, index, count=count, scale=scale, mesh=mesh).loss)(query)
 
     text, temporaries = program(gradient, target.name, query, keys, index, scale)
     assert len(re.findall(r"__cublas\$lt\$matmul", text)) == 2
@@ -118,6 +121,20 @@ def test_cublas_reads_a_queue_where_it_lies_and_codes_are_widened_a_chunk_at_a_t
         assert temporaries < 2.5 * 40 * rows * 2 * 4  # of the scores, which are split into two halves
     else:
         assert temporaries < rows * width  # not even the codes once more
+
+
+def test_a_queue_of_another_number_of_rows_is_not_copied_whole():
+    target, rows, width = targets.target("gpu:h100x1"), 256 * 1024 + 3, 512
+    mesh = make_mesh((1, 1, 1), target.devices)
+    query = jax.ShapeDtypeStruct((40, width), jnp.float32, sharding=batch_sharding(mesh))
+    keys = jax.ShapeDtypeStruct((rows, width), jnp.bfloat16, sharding=queue_sharding(mesh))
+    index = jax.ShapeDtypeStruct((40,), jnp.int32, sharding=batch_sharding(mesh))
+
+    def gradient(query, keys, index):
+        return jax.grad(lambda q: queue_nce(q, keys, index, count=rows, mesh=mesh).loss)(query)
+
+    text, temporaries = program(gradient, target.name, query, keys, index)
+    assert not re.findall(rf"= bf16\[{rows + 5},{width}\]", text) and temporaries < rows * width
 
 
 def test_a_stage_is_planned_by_the_gpu_s_own_compiler():

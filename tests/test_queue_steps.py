@@ -10,7 +10,7 @@ import tiny
 from close import assert_close
 from test_queue_parts import Stopped, described, same
 
-from eim_jax.losses import queue_parts, queue_steps
+from eim_jax.losses import queue_build, queue_parts, queue_placement, queue_steps
 from eim_jax.losses.loss_ie import CAPTIONS
 from eim_jax.losses.loss_lm import LAST_TOKENS
 from eim_jax.losses.loss_st import EMBEDDINGS
@@ -119,3 +119,31 @@ def test_a_stopped_build_goes_on_and_gives_the_same_queue(tmp_path, monkeypatch,
     assert again.asked == (steps - 2) * devices and "continuing after" in said[0]
     build(tmp_path, Rows(), lengths=lengths[::-1].copy(), said=said)
     assert "begun with another order" in said[1]
+
+
+@pytest.mark.parametrize("by_length", [True, False])
+@pytest.mark.parametrize(("devices", "rows"), [(1, 64), (4, 64), (8, 64)])
+def test_devices_filled_up_to_eight_rows_hold_the_same_keys_with_the_same_loss(monkeypatch, by_length, devices, rows):
+    """As on GPUs: 61 rows take 64 on one device, 16 on each of four, of which the last has three of padding."""
+    mesh = make_mesh((1, devices, 1), jax.devices()[:devices])
+    tokens, _, lengths = texts()
+    table = np.random.default_rng(1).normal(size=(tiny.VOCAB, 6)).astype(np.float32)
+    query, index = jnp.asarray(table[:3]), jnp.array([0, 7, 60])
+
+    def encode(table, tokens):
+        return jnp.sum(table[tokens] * (jnp.cumsum(tokens == END, axis=1) <= 1)[..., None], axis=1)
+
+    def made():
+        how = dict(batch=4 * devices, mesh=mesh, lengths=lengths if by_length else None)
+        built = Queue.build(encode, table, tokens, **how)
+        return built, Queue.of(np.asarray(built.keys)[:N], mesh=mesh), built.nce(query, index, mesh=mesh)
+
+    *plain, loss = made()
+    for module in (queue_build, queue_placement):
+        monkeypatch.setattr(module, "rows_of_each", lambda count, mesh: 8 * -(-count // (8 * devices)))
+    *filled, same_loss = made()
+    for before, after in zip(plain, filled, strict=True):
+        assert after.keys.shape[0] == rows and after.groups.shape == (rows,) and after.count == N
+        assert_close(np.asarray(after.keys)[:N], np.asarray(before.keys)[:N], 1e-6)
+        assert not np.asarray(after.keys)[N:].any()
+    assert_close(np.asarray(same_loss.loss), np.asarray(loss.loss), 1e-6)

@@ -4,15 +4,17 @@ In place of them a checkpoint may be used as it is (`--init`): then the work dir
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from eim_jax.config import Config, ConfigError
+from eim_jax.losses import table as losses
 from eim_jax.models.vlm import VLM
 from eim_jax.training import arm_model, initial, partition, setup
 from eim_jax.training.checkpoint import StageCheckpoints
 from eim_jax.training.partition import Flat
 from eim_jax.training.setup import Inputs
-from eim_jax.utils.files import read_json
+from eim_jax.utils.files import Damaged, read_json
 
 AS_GIVEN = "scored_as_given"  # in run.json: the scores are those of config.init as it is, of nothing trained here
 
@@ -61,7 +63,8 @@ def after_stages(inputs: Inputs, arm: str) -> Iterator[tuple[str, VLM, Flat]]:
     Raises:
       ConfigError: a stage is not finished.
     """
-    vlm, params = arm_model.start(inputs, inputs.config.arm[arm])
+    with _losses_known(inputs, arm):
+        vlm, params = arm_model.start(inputs, inputs.config.arm[arm])
     yield "start", vlm, params
     for i, name in enumerate(inputs.config.arm[arm].sequence):
         with StageCheckpoints(_folder(inputs.workdir, arm, i, name)) as store:
@@ -69,9 +72,26 @@ def after_stages(inputs: Inputs, arm: str) -> Iterator[tuple[str, VLM, Flat]]:
                 raise ConfigError(
                     f"stage {name} of arm {arm} is not finished in {inputs.workdir}: run --mode=train first"
                 )
-            leaves, _ = partition.split(params, partition.groups(inputs.config.stages[name], params))
-            params = {**params, **store.result(leaves)[0]}
+            with _losses_known(inputs, arm):
+                leaves, _ = partition.split(params, partition.groups(inputs.config.stages[name], params))
+                params = {**params, **store.result(leaves)[0]}
         yield name, vlm, params
+
+
+@contextmanager
+def _losses_known(inputs: Inputs, arm: str) -> Iterator[None]:
+    """Where a result does not fit since a loss with parameters of its own is not known here: nothing is damaged."""
+    try:
+        yield
+    except (partition.PartitionError, Damaged) as error:
+        strangers = losses.unknown(*(inputs.config.stages[name] for name in inputs.config.arm[arm].sequence))
+        if not strangers:
+            raise
+        raise ConfigError(
+            f"{inputs.workdir}: arm {arm} was trained on a loss {strangers[0]!r}, which this process does not know and "
+            "which may have parameters of its own: enter it in eim_jax.losses.table.LOSSES first (import the file that "
+            "does so), or name that file as --config"
+        ) from error
 
 
 def unfinished_stage(config: Config, workdir: Path, arm: str) -> str | None:

@@ -11,12 +11,14 @@ A loss of your own: `LOSSES["mine"] = ContrastiveLoss("mine", ...)`, in a script
 """
 
 import difflib
+import re
 import zlib
+from collections.abc import Iterable
 from typing import Any, cast
 
 import jax
 
-from eim_jax.config import Config, ConfigError, Losses, Stage
+from eim_jax.config import Config, ConfigError, Losses, Stage, patterns
 from eim_jax.config.fields import by_loss
 from eim_jax.config.tables import LOSSES
 from eim_jax.losses.centering import Center
@@ -38,12 +40,14 @@ __all__ = [
     "OWN",
     "center_of",
     "check",
+    "check_trained",
     "heads",
     "losses_of",
     "queues_of",
     "symbol_of",
     "title_of",
     "unit_of",
+    "unknown",
     "weights",
 ]
 
@@ -74,6 +78,27 @@ def heads(vlm: VLM, key: jax.Array, *stages: Stage) -> dict[str, Any]:
     asked = ((loss, getattr(loss, "drawn", None)) for loss in losses_of(*stages))
     own = {loss.name: draw for loss, draw in asked if draw is not None}
     return {name: draw(vlm, jax.random.fold_in(key, zlib.crc32(name.encode()))) for name, draw in own.items()}
+
+
+def check_trained(arm: str, stages: dict[str, Stage], paths: Iterable[str]) -> None:
+    """Raises ConfigError for a loss of these stages, an arm's sequence, with parameters of its own that none trains."""
+    trained = [pattern for stage in stages.values() for pattern, _ in patterns(stage)]
+    own: dict[str, list[str]] = {}
+    for path in paths:
+        if path.startswith(OWN):
+            own.setdefault(path.split("/")[1], []).append(path)
+    for name, leaves in own.items():
+        if not any(re.fullmatch(pattern, path) for pattern in trained for path in leaves):
+            [where, *_] = [stage for stage in stages if stages[stage].losses.get(name, 0) > 0]
+            raise ConfigError(
+                f"config.stages.{where}.losses.{name} has parameters of its own, which no stage of arm {arm} trains: "
+                f"they would stay as they were drawn. Add '{OWN}{name}/.*' to config.stages.{where}.train"
+            )
+
+
+def unknown(*stages: Stage) -> list[str]:
+    """The losses of these stages that this process does not know."""
+    return [name for stage in stages for name, weight in stage.losses.items() if weight > 0 and name not in LOSSES]
 
 
 def title_of(name: str) -> str:

@@ -20,6 +20,7 @@ from eim_jax.data.samples import Split
 from eim_jax.losses import objective
 from eim_jax.losses.kinds import QueueKind
 from eim_jax.losses.queue_build import encoder, rows_at_once
+from eim_jax.losses.queue_placement import padded
 from eim_jax.losses.queues import Queue, compress
 from eim_jax.losses.table import center_of
 from eim_jax.models.batch import Batch
@@ -28,7 +29,7 @@ from eim_jax.models.stacks import Form
 from eim_jax.models.vision import VISION_TOWERS
 from eim_jax.models.vlm import VLM
 from eim_jax.parallel.chips import platform_of
-from eim_jax.parallel.sharding import batch_sharding, parts_of, queue_sharding
+from eim_jax.parallel.sharding import batch_sharding, parts_of, queue_sharding, rows_of_each
 from eim_jax.pretrained import hub
 from eim_jax.training import partition
 from eim_jax.training.partition import Flat

@@ -10,6 +10,7 @@ import numpy as np
 from eim_jax.config import ConfigError, Losses, Stage, as_dict
 from eim_jax.config.checks import warmup_problem
 from eim_jax.data import loader
+from eim_jax.losses import table as losses
 from eim_jax.losses.negatives import InBatch, negatives_of
 from eim_jax.losses.table import losses_of, weights
 from eim_jax.models.vlm import VLM
@@ -92,6 +93,7 @@ def plan_arm(inputs: Inputs, name: str) -> list[StageInfo]:
     params = shapes(inputs, arm, vlm)
     initial.check(inputs, arm, vlm, params)
     low_rank.check_trained(arm, name, config.stages, vlm.parts, config.init)
+    losses.check_trained(name, {stage: config.stages[stage] for stage in arm.sequence}, params)
     plan = []
     for stage_name in arm.sequence:
         stage, where = resolved(config.stages[stage_name], inputs), f"config.stages.{stage_name}"

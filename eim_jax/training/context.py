@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from eim_jax.config import ConfigError, Losses, Stage
 from eim_jax.data.samples import Split
@@ -43,30 +42,39 @@ def check_context(
     if "tokens" not in needed:
         return
     context, lengths = vlm.lm.config.context, encoded.valid.sum(1)
-    ahead = np.full(len(lengths), tokens_before(vlm, params, with_image="image" in needed))
-    if "image" in needed:  # a text alone has the slots that no picture takes
-        alone = np.array([sample.image is None for sample in train.samples])
-        ahead[alone] = tokens_before(vlm, params, with_image=False) + len(vlm.without_image)
-    worst = int((lengths + ahead).argmax())
-    longest, before = int(lengths[worst]), int(ahead[worst])
+    # All rows of a batch have the slots that one with an image needs, and the texts begin behind them.
+    before = slots_before(vlm, params) if "image" in needed else tokens_before(vlm, params, with_image=False)
+    worst = int(lengths.argmax())
+    longest = int(lengths[worst])
     if before + longest > context:
         sample = train.samples[worst]
         fields = "" if sample.image is not None else " and config.data.max_tokens_text_only"
         room = f"set config.data.max_tokens{fields} to at most {context - before}"
         remedy = room if context - before > 1 else "give the ST fewer tokens (config.arm.*.features, st_tokens)"
         raise ConfigError(
-            f"{where}: the longest text, that of sample {sample.id!r}, is {longest} tokens, and {before} stand before "
-            f"it (visual tokens, BOS, markers), but the language model reads {context}: {remedy}"
+            f"{where}: the longest text, that of sample {sample.id!r}, is {longest} tokens, and {before} slots stand "
+            f"before it (visual tokens, BOS, markers), but the language model reads {context}: {remedy}"
         )
 
 
 def tokens_before(vlm: VLM, params: Mapping[str, Any], with_image: bool) -> int:
     """Returns how many tokens the language model reads before a text, counted on shapes alone."""
+    return _before(vlm, params, with_image, mixed=False)
+
+
+def slots_before(vlm: VLM, params: Mapping[str, Any]) -> int:
+    """Returns how many slots each row has before its text where rows with and without an image stand in one batch."""
+    return _before(vlm, params, with_image=True, mixed=True)
+
+
+def _before(vlm: VLM, params: Mapping[str, Any], with_image: bool, mixed: bool) -> int:
     rows, size = parts_of(vlm.mesh), vlm.visual.config.image_size
 
     def embeds(params, image, tokens):
         visual = vlm.connect(params, vlm.encode_image(params, image)) if with_image else None
-        return vlm.lm_input(params, tokens, jnp.ones(tokens.shape, bool), visual=visual).embeds
+        has_image = jnp.zeros(rows, bool) if mixed else None
+        valid = jnp.ones(tokens.shape, bool)
+        return vlm.lm_input(params, tokens, valid, visual=visual, has_image=has_image).embeds
 
     image, tokens = ((rows, size, size, 3), jnp.uint8), ((rows, 1), jnp.int32)
     arguments = (jax.ShapeDtypeStruct(*image), jax.ShapeDtypeStruct(*tokens))

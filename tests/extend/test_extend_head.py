@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from test_examples import FOLDER
 
 from eim_jax import config as settings
+from eim_jax.commands import trained_arms
 from eim_jax.commands.exporting import LEAVES, export
 from eim_jax.commands.trained_arms import after_stages
 from eim_jax.config import ConfigError, LossWeights
@@ -233,3 +234,20 @@ def test_what_it_cannot_align_is_refused(tmp_path):
     config = tiny.config_of("miniature_llama_adapter", **{"data.scenes": 8, "stages.base.losses.viral": 0.5})
     with pytest.raises(ConfigError, match="with this adapter it reads none"):
         arm_model.start(setup.load(config, tmp_path, data=False), config.arm["baseline"])
+
+
+def test_a_head_that_no_stage_trains_is_refused_by_name(trained, tmp_path):
+    config = trained[0]
+    stages = {**config.stages, "aligned": dataclasses.replace(config.stages["aligned"], train=("st/.*", "lm/.*"))}
+    with pytest.raises(ConfigError, match=r"aligned\.losses\.viral has parameters of its own.*Add 'loss/viral/\.\*'"):
+        plan.plan(dataclasses.replace(config, stages=stages), targets.target("cpu:1"), samples=1000)
+
+
+@pytest.mark.parametrize("train", [("(st|lm|loss)/.*",), ("st/.*", "lm/.*", "loss/.*")])
+def test_a_finished_run_of_it_is_not_called_damaged_where_it_is_unknown(trained, monkeypatch, train):
+    config, workdir, _ = trained
+    stages = {**config.stages, "aligned": dataclasses.replace(config.stages["aligned"], train=train)}
+    inputs = trained_arms.load_finished(dataclasses.replace(config, stages=stages), workdir)
+    monkeypatch.delitem(table.LOSSES, "viral")
+    with pytest.raises(ConfigError, match=r"arm eim was trained on a loss 'viral'.*LOSSES first"):
+        trained_arms.trained(inputs, "eim")

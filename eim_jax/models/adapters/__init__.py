@@ -18,7 +18,16 @@ ADAPTERS: dict[str, type[Adapter] | None] = {"none": None, "lavin": Router, "pro
 
 
 def adapter_of(arm) -> Adapter | None:
-    """Returns the adapter that an arm (config.Arm) asks for, with the arm's settings."""
+    """Returns the adapter that an arm (config.Arm) asks for, with the arm's settings.
+
+    Raises:
+      ConfigError: there is none of that name.
+    """
+    if arm.adapter not in ADAPTERS:
+        raise ConfigError(
+            f"config.arm.*.adapter: {arm.adapter!r} is none of {', '.join(ADAPTERS)}; one of your own is entered in "
+            "eim_jax.models.adapters.ADAPTERS first"
+        )
     kind = ADAPTERS[arm.adapter]
     return None if kind is None else kind.from_arm(arm)
 
