@@ -23,7 +23,7 @@ assert found.recall1 == 4 and found.loss > 0, found
 print(f"base install: queue loss {found.loss / 4:.3f}")
 PYTHON
 if base/bin/eim_jax --help 2>said; then echo "the command ran without its dependencies?"; exit 1; fi
-grep -q "eim_jax\[train\]" said
+grep -q "pip install '\.\[train\]'" said
 
 "$uv" venv --quiet --python "$python" train
 "$uv" pip install --quiet --python train/bin/python -c "$constraints" "${wheel}[train]"

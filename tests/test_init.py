@@ -187,5 +187,5 @@ def test_what_the_command_line_lacks_is_said(tmp_path, flags, message):
 def test_where_pytorch_is_absent_a_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "a.pt").touch()
-    with pytest.raises(WeightsError, match=r"a\.pt is a file of PyTorch's.*pip install 'eim_jax\[torch\]'"):
+    with pytest.raises(WeightsError, match=r"a\.pt is a file of PyTorch's.*pip install '\.\[torch\]'"):
         torch_files.read(tmp_path / "a.pt")

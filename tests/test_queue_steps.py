@@ -121,9 +121,8 @@ def test_a_stopped_build_goes_on_and_gives_the_same_queue(tmp_path, monkeypatch,
     assert "begun with another order" in said[1]
 
 
-@pytest.mark.parametrize("by_length", [True, False])
-@pytest.mark.parametrize(("devices", "rows"), [(1, 64), (4, 64), (8, 64)])
-def test_devices_filled_up_to_eight_rows_hold_the_same_keys_with_the_same_loss(monkeypatch, by_length, devices, rows):
+@pytest.mark.parametrize(("by_length", "devices"), [(True, 1), (True, 4), (False, 4)])
+def test_devices_filled_up_to_eight_rows_hold_the_same_keys_with_the_same_loss(monkeypatch, by_length, devices):
     """As on GPUs: 61 rows take 64 on one device, 16 on each of four, of which the last has three of padding."""
     mesh = make_mesh((1, devices, 1), jax.devices()[:devices])
     tokens, _, lengths = texts()
@@ -143,7 +142,7 @@ def test_devices_filled_up_to_eight_rows_hold_the_same_keys_with_the_same_loss(m
         monkeypatch.setattr(module, "rows_of_each", lambda count, mesh: 8 * -(-count // (8 * devices)))
     *filled, same_loss = made()
     for before, after in zip(plain, filled, strict=True):
-        assert after.keys.shape[0] == rows and after.groups.shape == (rows,) and after.count == N
+        assert after.keys.shape[0] == 64 and after.groups.shape == (64,) and after.count == N
         assert_close(np.asarray(after.keys)[:N], np.asarray(before.keys)[:N], 1e-6)
         assert not np.asarray(after.keys)[N:].any()
     assert_close(np.asarray(same_loss.loss), np.asarray(loss.loss), 1e-6)
