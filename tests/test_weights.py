@@ -154,9 +154,7 @@ def test_missing_and_broken_files_are_named_with_a_remedy(tmp_path):
     with pytest.raises(WeightsError, match=r"model\.safetensors cannot be read.*download it again"):
         load_lm(tmp_path)
     weights.rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(
-        WeightsError, match=r"pytorch_model\.bin (is a file of PyTorch's.*\.\[torch\]|cannot be read)"
-    ):
+    with pytest.raises(WeightsError, match=r"pytorch_model\.bin (is a file of PyTorch's.*\.\[torch\]|cannot be read)"):
         load_lm(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(WeightsError, match=r"config\.json is not JSON"):
