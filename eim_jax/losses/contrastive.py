@@ -117,8 +117,8 @@ def queue_nce(
     if fixed:
         among = _by_device(among, keys.shape[0], parts_of(mesh))
     read = keys.shape[0] // parts_of(mesh) if among is None else among.shape[0] // (parts_of(mesh) if fixed else 1)
-    apart = keys_at_a_time(platform, query.shape[0], read, keys.dtype, all_of_them=among is None)
-    rows = min(chunk, read) if chunk else apart
+    usual = keys_at_a_time(platform, query.shape[0], read, keys.dtype, all_of_them=among is None)
+    rows = min(chunk, read) if chunk else usual
 
     weights = jnp.ones(query.shape[0]) if weights is None else weights.astype(jnp.float32)
     counted = weights != 0
