@@ -172,3 +172,7 @@ def test_a_misspelt_field_of_a_run_is_named_with_the_nearest(own):
     done = subprocess.run([*command, "--config.decode.max_tokns=3"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode and "did you mean config.decode.max_tokens?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_every_mode_is_about_a_run_or_makes_or_plans_one():
+    assert {*command_line.OF_A_RUN, "train", "plan", "prepare"} == set(main.MODES)

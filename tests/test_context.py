@@ -67,8 +67,8 @@ def test_a_row_without_a_picture_has_the_slots_of_one_with_it_and_what_is_let_th
         check((vlm, params), CONTEXT - before + 1, image=None, base=1)
 
     def hidden(params, tokens):
-        visual, alone = jnp.zeros((2, VISUAL, tiny.WIDTH)), jnp.array([True, False])
-        return vlm.lm_hidden(params, visual, tokens, jnp.ones(tokens.shape, bool), has_image=alone)
+        visual, pictured = jnp.zeros((2, VISUAL, tiny.WIDTH)), jnp.array([True, False])
+        return vlm.lm_hidden(params, visual, tokens, jnp.ones(tokens.shape, bool), has_image=pictured)
 
     def run(length):
         return jax.eval_shape(hidden, partition.unflatten(params), jax.ShapeDtypeStruct((2, length), jnp.int32))

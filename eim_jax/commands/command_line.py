@@ -34,9 +34,10 @@ def _config_of_run(argv: list[str]) -> tuple[list[str], ml_collections.ConfigDic
 
     workdir, file = given(argv, "workdir"), given(argv, "config")
     folder = user_path(workdir) if workdir else None
-    of_run = file is not None and folder is not None and _is_command(argv, folder)
-    if of_run and isinstance(_executed(argv[0], file), ml_collections.ConfigDict):  # else it tells its error below
-        argv, file = _without(argv, "config"), None
+    if file is not None and folder is not None and _is_command(argv, folder):
+        found = _executed(argv[0], file)
+        if isinstance(found, ml_collections.ConfigDict):  # what stands for a missing file tells its error later
+            argv, file = _without(argv, "config"), None
     saved = settings.read_saved(folder) if folder is not None and file is None else None
     return argv, None if saved is None else kinds.to_config_dict(saved)
 
@@ -58,7 +59,7 @@ def _without(argv: list[str], flag: str) -> list[str]:
     return kept
 
 
-def _executed(program: str, file: str | None) -> Any:
+def _executed(program: str, file: str) -> Any:
     """The config of a file as it stands, without what the command line changes."""
     alone = flags.FlagValues()
     command = [program, f"--config={file}"]

@@ -43,7 +43,7 @@ class Data:
     fit: str = "crop"  # how an image becomes square: crop (CLIP) | stretch (LaVIN)
     on_bad: str = "error"  # a bad item stops the run (error) or leaves data and queues, counted in the log (drop)
     max_tokens: int = 40  # instruction + response + EOS, what precedes them not counted; ClipCap's length on COCO
-    max_tokens_text_only: int = 0  # of a row without a picture, which may use a picture's slots; 0: max_tokens
+    max_tokens_text_only: int = 0  # of a row without a picture, if that may be longer; 0: max_tokens
     # How prompt and answer become one row (data/rows.py): one_string (LaVIN, LLaMA-Adapter) | spaced (a space between)
     # | apart (earlier versions) | tokenizer (set by data.template=tokenizer) | auto (by the LM's tokenizer, kept in
     # run.json).

@@ -37,8 +37,8 @@ def keys_at_a_time(platform: str, queries: int, read: int, dtype: DTypeLike, *, 
     """
     if platform != "gpu" or dtype == jnp.int8 or not all_of_them or read % 8:
         return min(1024 if platform == "cpu" else 32768, read)
-    number = 4 * queries * (1 if dtype == jnp.float32 else 2)  # bytes a key: see _products
-    most = max(32768, SCORE_BYTES // number)
+    bytes_a_key = 4 * queries * (1 if dtype == jnp.float32 else 2)  # of scores, which _products makes in two halves
+    most = max(32768, SCORE_BYTES // bytes_a_key)
     least = -(-read // -(-read // most))  # chunks of one length: next to none is read again at the end
     return least + -least % 8
 

@@ -65,9 +65,9 @@ def before_texts(
     """
     start = () if bos is None else (bos,)
     slots, shared = max(len(with_image) + visual, len(without_image)), min(visual, len(without_image))
-    apart = slots - visual + shared  # those without the visual tokens that have a slot of their own
+    words = slots - visual + shared  # slots that hold a word in some row
     image = (*start, *(0,) * (slots - visual - len(with_image)), *with_image, *(0,) * shared)
-    text = (*start, *(0,) * (apart - len(without_image)), *without_image)
+    text = (*start, *(0,) * (words - len(without_image)), *without_image)
     ids = jnp.where(pictured[:, None], jnp.asarray(image, jnp.int32)[None], jnp.asarray(text, jnp.int32)[None])
     hidden = jnp.where(pictured, slots - visual - len(with_image), slots - len(without_image))
     valid = jnp.arange(slots)[None] >= hidden[:, None]
